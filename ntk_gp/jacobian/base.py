@@ -1,0 +1,92 @@
+"""The interface that both Jacobian engines implement, and what they share: caching and the way back to rows.
+
+Notation, here and in every engine: B batches of n points each, C outputs, N = n·C rows (point-major, output-minor, so
+row = point·C + output), P parameters in G groups. Vectors are rows: a block of r parameter vectors has shape (B, r, P)
+and a block of r row vectors (B, r, N), so that every vector is contiguous.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from ..network import FrozenNetwork, NetworkFunction
+
+
+class Jacobian(ABC):
+    r"""The Jacobian :math:`J(X)`, shape (B, N, P), at fixed inputs `x` of shape (B, n, d); never stored as a whole.
+
+    Every `weights` argument is a (W, G) tensor: row w holds one prior variance per parameter group, that is
+    :math:`\Sigma_w = \mathrm{blockdiag}(s_{w1} I, \dots, s_{wG} I)`. B and W broadcast: they are equal, or one is 1.
+
+    :param function: The network as a pure function of its parameters, in the dtype and on the device of `x`.
+    :param x: The inputs, (B, n, d).
+    """
+
+    def __init__(self, function: NetworkFunction, x: Tensor):
+        self.function = function
+        self.x = x
+
+    @property
+    def num_points(self) -> int:
+        return self.x.shape[-2]
+
+    @property
+    def num_rows(self) -> int:
+        """N = n·C."""
+        return self.x.shape[-2] * self.function.num_outputs
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held beyond the inputs: what keeping this object in a cache costs."""
+        return 0
+
+    @abstractmethod
+    def jvp(self, tangents: Tensor) -> Tensor:
+        """J u for every row u of `tangents`: (B or 1, r, P) to (B, r, N)."""
+
+    @abstractmethod
+    def vjp(self, cotangents: Tensor) -> Tensor:
+        """Jᵀ v for every row v of `cotangents`: (B or 1, r, N) to (B, r, P)."""
+
+    @abstractmethod
+    def rows(self) -> Tensor:
+        """All rows of J, (B, N, P). Meant for few points: select them first, `jacobian[index].rows()`."""
+
+    @abstractmethod
+    def gram(self, other: Jacobian, weights: Tensor) -> Tensor:
+        """J Σ_w J'ᵀ for every w: (B or W, N, N')."""
+
+    @abstractmethod
+    def diagonal(self, weights: Tensor) -> Tensor:
+        """The diagonal of J Σ_w Jᵀ: (B or W, N), without any n×n work."""
+
+    @abstractmethod
+    def __getitem__(self, points: Tensor | slice) -> Jacobian:
+        """The Jacobian at some of the points (the same ones in every batch)."""
+
+    def kernel_matmul(self, other: Jacobian, rhs: Tensor, weights: Tensor) -> Tensor:
+        """(J Σ_w J'ᵀ) rhs: (B or 1, N', r) to (B or W, N, r), without storing the N×N' matrix.
+
+        An engine overrides this when it has something cheaper than one vjp and one jvp.
+        """
+        feature_sums = other.vjp(rhs.mT)
+        return self.jvp(feature_sums * self.function.expand_weights(weights).unsqueeze(-2)).mT
+
+
+class JacobianEngine(ABC):
+    """Builds a :class:`Jacobian` at given inputs. Holds the network and nothing that depends on inputs.
+
+    It is not an `nn.Module` and has none of `to`, `cpu`, `clone`, … on purpose: operators carry it by reference.
+
+    :param network: The frozen network.
+    """
+
+    def __init__(self, network: FrozenNetwork):
+        self.network = network
+
+    @abstractmethod
+    def linearize(self, x: Tensor) -> Jacobian:
+        """The Jacobian at `x` (B, n, d), differentiable with respect to `x` where `x` requires a gradient."""

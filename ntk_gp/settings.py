@@ -1,0 +1,48 @@
+"""What can be set, as context managers, in the manner of `gpytorch.settings`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from gpytorch.settings import _feature_flag, _value_context
+
+
+class memory_budget(_value_context):
+    """Bytes that one computation may take beyond its inputs and its result, caches included.
+
+    Work is cut into chunks that fit, and what does not fit is recomputed instead of stored: a smaller budget costs time,
+    never accuracy.
+
+    (Default: a quarter of the memory of the inputs' device.)
+    """
+
+    _global_value: int | None = None
+
+    @classmethod
+    def bytes(cls, device: torch.device) -> int:
+        """The budget in force for computations on `device`."""
+        value = cls.value()
+        return int(value) if value is not None else _device_memory(torch.device(device)) // 4
+
+
+class allow_tf32(_feature_flag):
+    """Whether convolutions on a GPU may round their inputs to TF32 (10 bits), which is faster.
+
+    (Default: False. Matrix products follow `torch.set_float32_matmul_precision`.)
+    """
+
+    _default = False
+
+
+def _device_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30
+    limit = Path("/sys/fs/cgroup/memory.max")  # what a container was given
+    try:
+        text = limit.read_text().strip()
+    except OSError:
+        return total
+    return min(total, int(text)) if text.isdigit() else total
