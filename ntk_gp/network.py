@@ -11,7 +11,6 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -382,7 +381,7 @@ def _unwrap(network: nn.Module) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise TypeError(f"Expected the trained network as a torch.nn.Module, got {type(network).__name__}.")
     while True:
-        if isinstance(network, OptimizedModule):
+        if _is_compiled(network):
             network = network._orig_mod
         elif isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             network = network.module
@@ -390,6 +389,11 @@ def _unwrap(network: nn.Module) -> nn.Module:
             raise TypeError("A TorchScript module cannot be linearised. Pass the original Python module.")
         else:
             return network
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether this is `torch.compile` 's wrapper (told by its attribute: importing its class takes a second)."""
+    return "_orig_mod" in module._modules
 
 
 def _canonical_names(network: nn.Module) -> dict[str, str]:
@@ -465,7 +469,7 @@ def _skeleton(network: nn.Module) -> nn.Module:
         ) from error
     for module in list(copied.modules()):
         for name, child in module._modules.items():
-            if isinstance(child, OptimizedModule):
+            if child is not None and _is_compiled(child):
                 module._modules[name] = child._orig_mod
     for module in copied.modules():
         module._compiled_call_impl = None
