@@ -1,0 +1,38 @@
+# Needs Python >= 3.10 with its venv module, and make. Everything else is installed into .venv, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint notebooks benchmark docs clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python notebooks/sine_transfer.py
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Executes the notebooks and writes their outputs into them; with QUICK=1, small versions of them that leave no trace.
+notebooks: $(VENV)/.notebooks
+	$(BIN)/python notebooks/execute.py $(if $(QUICK),--quick)
+
+benchmark: $(VENV)/.test
+	$(BIN)/python -m benchmarks.run
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W -b html docs build/docs
+
+clean:
+	rm -rf $(VENV) build dist output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# .venv/.NAME says that the package is installed there with the extra NAME.
+$(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt -e ".[$*]"
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
