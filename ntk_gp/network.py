@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from . import settings
 
@@ -199,13 +200,14 @@ class NetworkFunction:
 
     def __init__(self, network: FrozenNetwork, skeleton: nn.Module, tensors: dict[str, Tensor]):
         self.skeleton = skeleton
-        self.parameters = {name: tensors[name] for name in network.parameter_names}
+        self.parameters: dict[str, Tensor] = {name: tensors[name] for name in network.parameter_names}
         self.constants = {name: tensor for name, tensor in tensors.items() if name not in self.parameters}
         self.num_groups = network.num_groups
         self.group_indices = network.group_indices
         self.input_shape = network.input_shape
         self.output = network.output
         self.num_network_outputs: int | None = None
+        self.bytes_per_point = 0
         self._aliases = network._aliases
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in skeleton.modules())
 
@@ -248,6 +250,16 @@ class NetworkFunction:
     def device(self) -> torch.device:
         return next(iter(self.parameters.values())).device
 
+    def restrict(self, names: Iterable[str]) -> NetworkFunction:
+        """The same function, with only these of the selected parameters as its parameters."""
+        restricted = copy.copy(self)
+        groups = dict(zip(self.parameters, self.group_indices, strict=True))
+        restricted.parameters = {name: self.parameters[name] for name in names}
+        restricted.constants = {**self.constants, **self.parameters}
+        restricted.group_indices = tuple(groups[name] for name in restricted.parameters)
+        restricted.__dict__.pop("sizes", None)
+        return restricted
+
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """(..., P) to one (..., *shape) view per parameter."""
         pieces = flat.split(self.sizes, dim=-1)
@@ -275,11 +287,13 @@ class NetworkFunction:
         return weights[..., groups]
 
     @contextmanager
-    def tracing(self) -> Iterator[None]:
+    def tracing(self, input_gradients: bool = False) -> Iterator[None]:
         """Whatever the user's mode, backends that can be differentiated twice, in full precision, outside autocast.
 
         Fused attention has no forward-mode derivative and no second one; mkldnn's and cuDNN's recurrent kernels lack
         them too, so those are switched off for networks that have such layers.
+
+        :param input_gradients: The Jacobian will be differentiated with respect to the inputs.
         """
         fastpath = torch.backends.mha.get_fastpath_enabled()
         with ExitStack() as stack:
@@ -294,6 +308,8 @@ class NetworkFunction:
                         enabled=not self._recurrent, allow_tf32=settings.allow_tf32.on(), deterministic=True
                     )
                 )
+            if input_gradients:
+                stack.enter_context(_ElementaryNormalisation())
             torch.backends.mha.set_fastpath_enabled(False)
             try:
                 yield
@@ -303,8 +319,10 @@ class NetworkFunction:
     def probe(self, rows: Tensor) -> None:
         """Evaluates the network at a few rows and raises where the result cannot be linearised."""
         parameters = {name: tensor.detach().requires_grad_() for name, tensor in self.parameters.items()}
-        with self.tracing(), torch.enable_grad():
+        saved = _SavedBytes(parameters.values())
+        with self.tracing(), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
             out = self._checked_call(parameters, rows)
+        self.bytes_per_point = max(saved.total // rows.shape[0], rows.shape[1] * rows.element_size())
         size = out.reshape(rows.shape[0], -1).shape[1]
         if isinstance(self.output, int) and not -size <= self.output < size:
             raise ValueError(f"output={self.output} is out of range: the network has {size} outputs, 0 to {size - 1}.")
@@ -353,6 +371,82 @@ class NetworkFunction:
                 f"({rows.shape[0]},) or ({rows.shape[0]}, C), one row for each input."
             )
         return out
+
+
+class _ElementaryNormalisation(TorchFunctionMode):
+    """Layer and instance norm from elementary operations.
+
+    The fused ones lose terms, without a word, when their first derivative in forward mode or under vmap is differentiated
+    once more (https://github.com/pytorch/pytorch/issues/196700, https://github.com/pytorch/pytorch/issues/196699).
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        elementary = _ELEMENTARY.get(function, function)
+        return elementary(*args, **(kwargs or {}))
+
+
+def _standardise(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    centred = x - x.mean(dims, keepdim=True)
+    return centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    out = _standardise(input, tuple(range(-len(normalized_shape), 0)), eps)
+    out = out if weight is None else out * weight
+    return out if bias is None else out + bias
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    if not use_input_stats:
+        return nn.functional.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    out = _standardise(input, tuple(range(2, input.dim())), eps)
+    channels = (-1, *[1] * (input.dim() - 2))
+    out = out if weight is None else out * weight.view(channels)
+    return out if bias is None else out + bias.view(channels)
+
+
+_ELEMENTARY: dict[Callable, Callable] = {
+    nn.functional.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    nn.functional.instance_norm: _instance_norm,
+    torch.instance_norm: _instance_norm,
+}
+
+
+class _SavedBytes:
+    """Adds up what autograd keeps of a forward pass, parameters apart: the memory that one chunk of inputs needs."""
+
+    def __init__(self, parameters: Iterable[Tensor]):
+        self.seen = {tensor.untyped_storage().data_ptr() for tensor in parameters}
+        self.total = 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.seen:
+            self.seen.add(storage.data_ptr())
+            self.total += storage.nbytes()
+        return tensor
+
+    @staticmethod
+    def unpack(tensor: Tensor) -> Tensor:
+        return tensor
 
 
 def normal_tensor(x: Tensor) -> Tensor:
