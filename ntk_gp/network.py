@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
@@ -20,6 +22,8 @@ from . import settings
 ParameterSelection = str | Iterable[str] | Callable[[str, nn.Parameter], bool] | None
 
 ALL_OUTPUTS = "all"
+
+_serial_numbers = itertools.count(1)
 
 
 class FrozenNetwork(nn.Module):
@@ -53,6 +57,7 @@ class FrozenNetwork(nn.Module):
         group_by: Callable[[str], str] | None = None,
     ):
         super().__init__()
+        self._options = dict(parameters=parameters, input_shape=input_shape, output=output, group_by=group_by)
         _check_output_argument(output)
         self.input_shape = None if input_shape is None else tuple(int(size) for size in input_shape)
         self.output = output
@@ -76,15 +81,29 @@ class FrozenNetwork(nn.Module):
         self._skeleton = [_skeleton(network)]  # in a list, so that its mode and dtype are never changed from outside
         self._functions: dict = {}
         self._checked: set = set()
+        self._seen: list[tuple[weakref.ref, int]] = []
+        self._serial = 0
+
+    def renewed(self, network: nn.Module) -> FrozenNetwork:
+        """A snapshot of another network, or of this one's new weights, with the same options."""
+        return FrozenNetwork(network, **self._options)
 
     @property
     def num_groups(self) -> int:
         """G, the number of parameter groups."""
         return len(self.group_names)
 
-    def fingerprint(self) -> tuple:
-        """Changes whenever a tensor of the snapshot does (`.to`, `load_state_dict`, in-place edits)."""
-        return tuple((id(tensor), tensor._version) for tensor in self.tensors.buffers())
+    def fingerprint(self) -> int:
+        """A number that no other state of a snapshot has had: new after `.to`, `load_state_dict` or an in-place edit."""
+        tensors = list(self.tensors.buffers())
+        unchanged = len(tensors) == len(self._seen) and all(
+            reference() is tensor and version == tensor._version
+            for tensor, (reference, version) in zip(tensors, self._seen, strict=True)
+        )
+        if not unchanged:
+            self._seen = [(weakref.ref(tensor), tensor._version) for tensor in tensors]
+            self._serial = next(_serial_numbers)
+        return self._serial
 
     def function(self, dtype: torch.dtype, device: torch.device) -> NetworkFunction:
         """The network as a pure function of its parameters in this dtype and on this device, made once and kept."""
@@ -178,12 +197,34 @@ class FrozenNetwork(nn.Module):
             )
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_functions": {}, "_checked": set()}
+        return {**self.__dict__, "_functions": {}, "_checked": set(), "_seen": [], "_serial": 0}
 
     def __deepcopy__(self, memo: dict) -> FrozenNetwork:
-        new = self.__class__.__new__(self.__class__)
+        """Shares the tensors, which are never written to: `.to()` and `load_state_dict` put new ones in their place.
+
+        GPyTorch deep-copies kernels to index their batches, and models to add fantasies.
+        """
+        new = copy.copy(self)
         memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        new.__dict__.update(_modules=dict(self._modules), _functions=dict(self._functions), _checked=set(self._checked))
+        new.tensors = self.tensors.shared_copy()
+        return new
+
+
+class _Tensors(nn.Module):
+    """A node of the tree that mirrors the network: its buffers are replaced when others are loaded, never overwritten."""
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        for name, buffer in self._buffers.items():
+            self._buffers[name] = buffer.clone()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def shared_copy(self) -> _Tensors:
+        """A tree of its own with the same tensors."""
+        new = copy.copy(self)
+        new.__dict__.update(
+            _buffers=dict(self._buffers), _modules={name: node.shared_copy() for name, node in self._modules.items()}
+        )
         return new
 
 
@@ -365,7 +406,11 @@ class NetworkFunction:
                 f"The network returned a {type(out).__name__}, but a tensor was expected. Wrap it in a module whose forward "
                 "returns the one tensor to linearise."
             )
-        if out.numel() == 0 or (out.dim() > 0 and out.shape[0] != rows.shape[0]) or (out.dim() == 0 and rows.shape[0] > 1):
+        if (
+            out.numel() == 0
+            or (out.dim() > 0 and out.shape[0] != rows.shape[0])
+            or (out.dim() == 0 and rows.shape[0] > 1)
+        ):
             raise ValueError(
                 f"The network returned shape {tuple(out.shape)} for {rows.shape[0]} inputs; expected "
                 f"({rows.shape[0]},) or ({rows.shape[0]}, C), one row for each input."
@@ -465,9 +510,13 @@ def _check_output_argument(output: int | str | None) -> None:
 
 def _check_parameter(name: str, parameter: nn.Parameter) -> None:
     if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
-        raise ValueError(f"Parameter {name} of the network is uninitialised. Run the network once before linearising it.")
+        raise ValueError(
+            f"Parameter {name} of the network is uninitialised. Run the network once before linearising it."
+        )
     if parameter.is_complex():
-        raise TypeError(f"Parameter {name} of the network is complex ({parameter.dtype}); only real ones are supported.")
+        raise TypeError(
+            f"Parameter {name} of the network is complex ({parameter.dtype}); only real ones are supported."
+        )
 
 
 def _unwrap(network: nn.Module) -> nn.Module:
@@ -526,9 +575,9 @@ def _select(named: Mapping[str, nn.Parameter], selection: ParameterSelection) ->
     return chosen
 
 
-def _buffer_tree(network: nn.Module, names: set[str]) -> nn.Module:
+def _buffer_tree(network: nn.Module, names: set[str]) -> _Tensors:
     """A tree of bare modules that mirrors the network and holds a copy of each named tensor as a buffer."""
-    root = nn.Module()
+    root = _Tensors()
     with torch.inference_mode(False), torch.no_grad():
         for name, tensor in _named((*network.named_parameters(), *network.named_buffers())):
             if name not in names:
@@ -536,7 +585,7 @@ def _buffer_tree(network: nn.Module, names: set[str]) -> nn.Module:
             *path, leaf = name.split(".")
             module = root
             for part in path:
-                module = module._modules.setdefault(part, nn.Module())
+                module = module._modules.setdefault(part, _Tensors())
             # Written directly: register_buffer refuses names that nn.Module uses itself, and a network may have them.
             module._buffers[leaf] = tensor.detach().clone()
     return root

@@ -115,7 +115,7 @@ class AutodiffJacobian(Jacobian):
             return self.x.new_zeros(shape)
         with self._computation(self.x):
             points = self.x.reshape(-1, 1, d)
-            chunk = max(1, settings.memory_budget.bytes(self.x.device) // (16 * self._bytes_per_row_block(1)))
+            chunk = max(1, batch * self.points_per_block())
             one = _rows_at_one_point(self.function, loop=not self.modes.vmap)
             if self.modes.vmap:
                 pieces = [vmap(one)(part) for part in points.split(chunk)]
@@ -127,7 +127,7 @@ class AutodiffJacobian(Jacobian):
         batch = max(self.x.shape[0], other.x.shape[0], weights.shape[0])
         out = self.x.new_zeros(batch, self.num_rows, other.num_rows)
         outputs = self.function.num_outputs
-        size = self._points_per_block(batch)
+        size = self.points_per_block()
         for i, rows in _row_blocks(self, size):
             scaled = rows * self.function.expand_weights(weights).unsqueeze(-2) if weights.shape[0] == 1 else rows
             for j in range(0, i + size if other is self else other.num_points, size):
@@ -162,7 +162,7 @@ class AutodiffJacobian(Jacobian):
         if self.num_rows == 0:
             return self.x.new_zeros(batch, 0)
         expanded = self.function.expand_weights(weights).unsqueeze(-2)
-        blocks = _row_blocks(self, self._points_per_block(self.x.shape[0]))
+        blocks = _row_blocks(self, self.points_per_block())
         return torch.cat([(rows.square() * expanded).sum(-1) for _, rows in blocks], dim=-1)
 
     def _map_columns(self, apply: Callable[[Tensor], Tensor], columns: Tensor, chunk: Tensor) -> Tensor:
@@ -175,15 +175,6 @@ class AutodiffJacobian(Jacobian):
     def _points_per_pass(self) -> int:
         budget = settings.memory_budget.bytes(self.x.device)
         return max(1, budget // (8 * max(1, self.function.bytes_per_point)))
-
-    def _points_per_block(self, batch: int) -> int:
-        budget = settings.memory_budget.bytes(self.x.device)
-        return min(max(1, self.num_points), max(1, budget // (8 * self._bytes_per_row_block(batch))))
-
-    def _bytes_per_row_block(self, batch: int) -> int:
-        """Bytes of the rows of one point, in every batch."""
-        function = self.function
-        return batch * function.num_outputs * function.num_parameters * self.x.element_size() + function.bytes_per_point
 
     @contextmanager
     def _computation(self, x: Tensor) -> Iterator[None]:

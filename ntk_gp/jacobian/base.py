@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from .. import settings
 from ..network import FrozenNetwork, NetworkFunction
 
 
@@ -62,6 +63,33 @@ class Jacobian(ABC):
     @abstractmethod
     def diagonal(self, weights: Tensor) -> Tensor:
         """The diagonal of J Σ_w Jᵀ: (B or W, N), without any n×n work."""
+
+    def paired(self, other: Jacobian, weights: Tensor) -> Tensor:
+        """The diagonal of J Σ_w J'ᵀ for two Jacobians at equally many points: (B or W, N)."""
+        expanded = self.function.expand_weights(weights).unsqueeze(-2)
+        size = self.points_per_block()
+        blocks = [
+            (self[slice(i, i + size)].rows() * other[slice(i, i + size)].rows() * expanded).sum(-1)
+            for i in range(0, self.num_points, size)
+        ]
+        batch = max(self.x.shape[0], other.x.shape[0], weights.shape[0])
+        return torch.cat(blocks, dim=-1) if blocks else self.x.new_zeros(batch, 0)
+
+    def points_per_block(self) -> int:
+        """How many points' rows may be held at once: an eighth of the memory budget."""
+        function = self.function
+        row_bytes = function.num_outputs * function.num_parameters * self.x.element_size() + function.bytes_per_point
+        budget = settings.memory_budget.bytes(self.x.device)
+        return max(1, min(self.num_points, budget // (8 * max(1, self.x.shape[0] * row_bytes))))
+
+    def gram_cost(self, other: Jacobian) -> float:
+        """About how many flops :meth:`gram` takes."""
+        symmetric = 1 if other is self else 2
+        return float(symmetric) * self.x.shape[0] * self.num_rows * other.num_rows * self.function.num_parameters
+
+    def product_cost(self, other: Jacobian) -> float:
+        """About how many flops :meth:`kernel_matmul` takes for each column: one reverse and one forward pass."""
+        return 5.0 * self.x.shape[0] * (self.num_points + other.num_points) * self.function.num_parameters
 
     @abstractmethod
     def __getitem__(self, points: Tensor | slice) -> Jacobian:

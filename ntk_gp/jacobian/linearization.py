@@ -1,0 +1,192 @@
+"""What operators carry by reference: the engine that serves each request, and what has been computed already."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import settings
+from ..network import FrozenNetwork, normal_tensor
+from .autodiff import AutodiffEngine
+from .base import Jacobian, JacobianEngine
+
+
+class Linearization:
+    """A frozen network with its engines and its caches. Not an `nn.Module`, and nothing that `.to()` could convert.
+
+    Jacobians and Gram matrices are kept for the inputs seen last, up to a quarter of the memory budget. A kept result is
+    used only where the inputs are equal element by element, in the same dtype, on the same device, and no tensor of the
+    network has changed since.
+
+    :param network: The frozen network.
+    :param engine: The engine for inputs that need no gradient.
+    """
+
+    def __init__(self, network: FrozenNetwork, engine: JacobianEngine | None = None):
+        self.network = network
+        self.autodiff = AutodiffEngine(network)
+        self.engine = self.autodiff if engine is None else engine
+        self._cache = _Cache()
+
+    def clear(self) -> None:
+        """Drops everything that was kept."""
+        self._cache = _Cache()
+
+    def jacobian(self, x: Tensor, keep: bool = True) -> Jacobian:
+        """J(x) at x (B, n, d): differentiable where x requires a gradient, otherwise kept for the next time."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return self.autodiff.linearize(x)
+        x = normal_tensor(x.detach())
+        if not keep:
+            return self.engine.linearize(x)
+        return self._cache.get("jacobian", self._state, (x,), self.engine.linearize)
+
+    def gram(self, jacobian1: Jacobian, jacobian2: Jacobian, weights: Tensor) -> Tensor:
+        """J₁ Σ_w J₂ᵀ, (B or W, N₁, N₂), differentiable with respect to the weights (W, G) and, where they ask, the inputs."""
+        if jacobian1.x.requires_grad or jacobian2.x.requires_grad:
+            return jacobian1.gram(jacobian2, weights)
+        if self.keeps_gram(jacobian1, jacobian2):
+            gram = self._kept_gram(jacobian1, jacobian2)
+            if self.network.num_groups == 1:
+                return gram * weights.unsqueeze(-1)
+            return torch.einsum("wg,gnm->wnm", weights, gram)
+        return _Gram.apply(weights, jacobian1, jacobian2)
+
+    def diagonal(self, jacobian1: Jacobian, jacobian2: Jacobian, weights: Tensor) -> Tensor:
+        """The diagonal of J₁ Σ_w J₂ᵀ, (B or W, N), differentiable with respect to the weights."""
+        total: Tensor | None = None
+        for group in range(weights.shape[1]):
+            one = _one_hot(weights, group)
+            if jacobian1 is jacobian2:
+                part = weights[:, group, None] * jacobian1.diagonal(one)
+            else:
+                part = weights[:, group, None] * jacobian1.paired(jacobian2, one)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    def kernel_matmul(self, jacobian1: Jacobian, jacobian2: Jacobian, rhs: Tensor, weights: Tensor) -> Tensor:
+        """(J₁ Σ_w J₂ᵀ) rhs for rhs (B or 1, N₂, r): by the engine, or by the stored Gram matrix once that has paid.
+
+        The matrix is stored when the columns multiplied so far have cost as much as forming it would (so never more than
+        twice the cheaper way), and only if it fits in the cache.
+        """
+        if jacobian1.x.requires_grad or jacobian2.x.requires_grad or not self.keeps_gram(jacobian1, jacobian2):
+            return jacobian1.kernel_matmul(jacobian2, rhs, weights)
+        spent = self._cache.get("spent", self._state, (jacobian1.x, jacobian2.x), lambda *_: _Counter())
+        spent.flops += rhs.shape[-1] * jacobian1.product_cost(jacobian2)
+        if spent.flops < jacobian1.gram_cost(jacobian2):
+            return jacobian1.kernel_matmul(jacobian2, rhs, weights)
+        return self.gram(jacobian1, jacobian2, weights) @ rhs
+
+    def keeps_gram(self, jacobian1: Jacobian, jacobian2: Jacobian) -> bool:
+        """Whether the Gram matrix of these inputs (one for each group of parameters) may be stored."""
+        groups = self.network.num_groups
+        batch = max(jacobian1.x.shape[0], jacobian2.x.shape[0])
+        size = groups * batch * jacobian1.num_rows * jacobian2.num_rows * jacobian1.x.element_size()
+        return (groups == 1 or batch == 1) and size <= _Cache.capacity(jacobian1.x.device)
+
+    def _kept_gram(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
+        def compute(*_: Tensor) -> Tensor:
+            eye = torch.eye(self.network.num_groups, dtype=jacobian1.x.dtype, device=jacobian1.x.device)
+            with torch.no_grad():
+                return jacobian1.gram(jacobian2, eye)
+
+        if jacobian1 is not jacobian2 and torch.equal(jacobian1.x, jacobian2.x):
+            jacobian2 = jacobian1
+        return self._cache.get("gram", self._state, (jacobian1.x, jacobian2.x), compute)
+
+    def _state(self) -> Hashable:
+        return (self.network.fingerprint(), type(self.engine))
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_cache": _Cache()}
+
+    def __deepcopy__(self, memo: dict) -> Linearization:
+        new = copy.copy(self)
+        memo[id(self)] = new
+        new.network = copy.deepcopy(self.network, memo)
+        new.autodiff = copy.deepcopy(self.autodiff, memo)
+        new.engine = copy.deepcopy(self.engine, memo)
+        new._cache = self._cache  # entries say which state of the network they belong to
+        return new
+
+
+def _one_hot(weights: Tensor, group: int) -> Tensor:
+    """(1, G): variance one for this group and zero for the others."""
+    one = torch.zeros_like(weights[:1], requires_grad=False)
+    one[0, group] = 1.0
+    return one
+
+
+class _Counter:
+    flops = 0.0
+
+
+class _Cache:
+    """Results keyed by the *contents* of tensors, the least recently used dropped first.
+
+    Keys are compared with copies, so a tensor changed in place, or new memory at an old address, never meets a stale
+    result.
+    """
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[int, tuple[Hashable, tuple[Tensor, ...], Any]] = OrderedDict()
+        self._number = 0
+
+    @staticmethod
+    def capacity(device: torch.device) -> int:
+        """Bytes that may be kept."""
+        return settings.memory_budget.bytes(device) // 4
+
+    def get(
+        self, kind: str, state: Callable[[], Hashable], tensors: tuple[Tensor, ...], compute: Callable[..., Any]
+    ) -> Any:
+        """The kept result for these tensors, or `compute` of copies of them."""
+        label = (kind, state())
+        for number, (other_label, keys, value) in reversed(self._entries.items()):
+            if label == other_label and all(map(_same, keys, tensors)):
+                self._entries.move_to_end(number)
+                return value
+        keys = tuple(tensor.clone() for tensor in tensors)
+        value = compute(*keys)
+        capacity = self.capacity(tensors[0].device)
+        if _nbytes(keys, value) <= capacity:
+            self._number += 1
+            self._entries[self._number] = (label, keys, value)
+            while sum(_nbytes(keys, value) for _, keys, value in self._entries.values()) > capacity:
+                self._entries.popitem(last=False)
+        return value
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and a.shape == b.shape and torch.equal(a, b)
+
+
+def _nbytes(keys: tuple[Tensor, ...], value: Any) -> int:
+    return sum(key.nbytes for key in keys) + getattr(value, "nbytes", 0)
+
+
+class _Gram(torch.autograd.Function):
+    """A Gram matrix that is not kept: its derivative with respect to each group's variance is formed again, backward."""
+
+    @staticmethod
+    def forward(ctx, weights: Tensor, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
+        ctx.jacobians = (jacobian1, jacobian2)
+        ctx.save_for_backward(weights)
+        return jacobian1.gram(jacobian2, weights)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (weights,) = ctx.saved_tensors
+        jacobian1, jacobian2 = ctx.jacobians
+        out = torch.zeros_like(weights)
+        for group in range(weights.shape[1]):
+            gram = jacobian1.gram(jacobian2, _one_hot(weights, group))
+            out[:, group] = (grad * gram).sum((-2, -1)).sum_to_size(weights.shape[0])
+        return out, None, None

@@ -1,0 +1,202 @@
+"""The kernel."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from gpytorch.constraints import Interval, Positive
+from gpytorch.kernels import Kernel
+from gpytorch.priors import Prior
+from torch import Size, Tensor, nn
+
+from .jacobian.linearization import Linearization
+from .network import FrozenNetwork, ParameterSelection
+from .operators import JacobianLinearOperator, NTKLinearOperator
+from .prediction import NTKPredictionStrategy
+
+
+class NTKKernel(Kernel):
+    r"""The empirical neural tangent kernel of a trained network.
+
+    .. math::
+
+        k(\boldsymbol x, \boldsymbol x') = \boldsymbol J(\boldsymbol x) \boldsymbol\Sigma \boldsymbol J(\boldsymbol x')^\top,
+        \qquad \boldsymbol J(\boldsymbol x) = \partial f(\boldsymbol x; \boldsymbol w) / \partial \boldsymbol w
+        \text{ at the trained weights}
+
+    A Gaussian process with this kernel and :class:`~ntk_gp.means.NetworkMean` is Bayesian linear regression on the
+    network's Jacobian, with prior :math:`\boldsymbol w - \boldsymbol w_0 \sim N(0, \boldsymbol\Sigma)` (Maddox, Tang, Moreno,
+    Wilson and Damianou, "Fast Adaptation with Linearized Neural Networks", AISTATS 2021). Without `variance_groups`,
+    :math:`\boldsymbol\Sigma = \boldsymbol I`; put it in a :class:`~gpytorch.kernels.ScaleKernel` to learn its scale.
+
+    The kernel owns a frozen copy of the network, in eval mode, as buffers: the network passed is never changed, and later
+    changes of it have no effect here. Computation happens in the dtype and on the device of the inputs. Results for the
+    inputs seen last are reused while the network stays the same, within :class:`ntk_gp.settings.memory_budget`.
+
+    :param network: The trained network: a module that maps (n, d) inputs, or (n, *input_shape), to n outputs or n×C, each
+        row from its own input alone.
+    :param parameters: The parameters to linearise in: those with `requires_grad=True` (default), those whose name matches
+        one of some shell patterns, e.g. `["head.*", "*.bias"]`, or those for which `f(name, parameter)` is true.
+    :param input_shape: The shape of one input as the network wants it, e.g. `(3, 32, 32)`: inputs are n×3072 then.
+    :param output: Index of the output to take of a network with several, or `"all"` for a multitask kernel of size
+        (n·C)×(n·C), point-major and output-minor, for an interleaved
+        :class:`~gpytorch.distributions.MultitaskMultivariateNormal`.
+    :param variance_groups: Gives each group of parameters a prior variance of its own, to be learned: `"layer"`,
+        `"parameter"`, or a function from a parameter's name to its group's.
+    :param variance_prior: Prior over these variances.
+    :param variance_constraint: Constraint on these variances. (Default: :class:`~gpytorch.constraints.Positive`.)
+    :param batch_shape: The batch shape of the kernel.
+    :param active_dims: The columns of the inputs that the network sees.
+
+    :ivar torch.Tensor variance: The prior variances, (*batch_shape, 1, G); all one without `variance_groups`.
+
+    :raises ValueError: If the network has no parameters, the selection matches none, or (at the first inputs) the network
+        cannot be evaluated there, mixes the rows of a batch, or has several outputs and none was chosen.
+
+    Example:
+        >>> network = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        >>> covar_module = gpytorch.kernels.ScaleKernel(NTKKernel(network))
+        >>> covar_module(torch.randn(5, 2)).shape
+        torch.Size([5, 5])
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        parameters: ParameterSelection = None,
+        input_shape: tuple[int, ...] | None = None,
+        output: int | str | None = None,
+        variance_groups: str | Callable[[str], str] | None = None,
+        variance_prior: Prior | None = None,
+        variance_constraint: Interval | None = None,
+        batch_shape: Size | None = None,
+        active_dims: tuple[int, ...] | None = None,
+        **kwargs,
+    ):
+        super().__init__(batch_shape=batch_shape, active_dims=active_dims, **kwargs)
+        self.network = FrozenNetwork(
+            network,
+            parameters=parameters,
+            input_shape=input_shape,
+            output=output,
+            group_by=_group_function(variance_groups),
+        )
+        self._linearization = Linearization(self.network)
+        if variance_groups is None:
+            if variance_prior is not None or variance_constraint is not None:
+                raise ValueError("variance_prior and variance_constraint need variance_groups, such as 'layer'.")
+            return
+        self.register_parameter(
+            "raw_variance", nn.Parameter(torch.zeros(*self.batch_shape, 1, self.network.num_groups))
+        )
+        self.register_constraint("raw_variance", variance_constraint or Positive())
+        if variance_prior is not None:
+            if not isinstance(variance_prior, Prior):
+                raise TypeError(f"Expected gpytorch.priors.Prior but got {type(variance_prior).__name__}")
+            self.register_prior("variance_prior", variance_prior, _get_variance, _set_variance)
+
+    @property
+    def variance(self) -> Tensor:
+        if "raw_variance" in self._parameters:
+            return self.raw_variance_constraint.transform(self.raw_variance)
+        return torch.ones(*self.batch_shape, 1, 1, device=next(self.network.buffers()).device)
+
+    @variance.setter
+    def variance(self, value: float | Tensor) -> None:
+        _set_variance(self, value)
+
+    def linearize(self, network: nn.Module) -> None:
+        """Takes a new snapshot, of this network, with the same options, and drops everything computed from the last.
+
+        A model's prediction caches are its own: call `model.train()` and `model.eval()` after this.
+        """
+        self.network = self.network.renewed(network)
+        self._linearization = Linearization(self.network)
+
+    def jacobian(self, x: Tensor) -> JacobianLinearOperator:
+        """J(x) as a lazy matrix, (*batch, n·C, P), without the prior variances; columns in the order of
+        `kernel.network.parameter_names`, each parameter flattened."""
+        self._check_inputs(x)
+        return JacobianLinearOperator(x, linearization=self._linearization)
+
+    def forward(
+        self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **params
+    ) -> NTKLinearOperator | Tensor:
+        self._check_inputs(x1, x2)
+        variance = self.variance.to(x1.device, x1.dtype)
+        if last_dim_is_batch:
+            x1, x2 = (x.transpose(-1, -2).unsqueeze(-1) for x in (x1, x2))
+            variance = variance.unsqueeze(-3)
+        kernel_matrix = NTKLinearOperator(x1, x2, variance, linearization=self._linearization)
+        return kernel_matrix._diagonal() if diag else kernel_matrix
+
+    def _check_inputs(self, *inputs: Tensor) -> None:
+        first = inputs[0]
+        for x in inputs:
+            if (x.dtype, x.device) != (first.dtype, first.device):
+                raise ValueError(
+                    f"The two sets of inputs differ: {first.dtype} on {first.device}, and {x.dtype} on {x.device}. Convert one "
+                    "with .to() to the dtype and device of the other."
+                )
+            self.network.check(x)
+        for x in inputs[:1] if len(inputs) == 1 or inputs[0] is inputs[1] else inputs:
+            if not torch.isfinite(x).all():
+                bad = (~torch.isfinite(x)).any(-1).nonzero()[:3].tolist()
+                raise ValueError(
+                    f"Inputs of shape {tuple(x.shape)} have NaN or infinite features, first in rows {bad}. Remove or impute them."
+                )
+
+    def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
+        """C with `output="all"`, else 1."""
+        return self.network.num_outputs(x1)
+
+    def prediction_strategy(self, train_inputs, train_prior_dist, train_labels, likelihood):
+        return NTKPredictionStrategy(train_inputs, train_prior_dist, train_labels, likelihood)
+
+    def expand_batch(self, *sizes: Size | tuple[int, ...] | int) -> NTKKernel:
+        """The same kernel with a larger batch shape; shares the network."""
+        shape = Size(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)  # type: ignore[arg-type]
+        return self._with_batch_shape(shape, lambda raw: raw.expand(*shape, *raw.shape[-2:]))
+
+    def __getitem__(self, index) -> NTKKernel:
+        """The kernel of some of the batches; shares the network."""
+        if not self.batch_shape:
+            return self
+        index = index if isinstance(index, tuple) else (index,)
+        shape = torch.empty(self.batch_shape, device="meta")[index].shape
+        return self._with_batch_shape(shape, lambda raw: raw[(*index, ...)])
+
+    def _with_batch_shape(self, batch_shape: Size, transform: Callable[[Tensor], Tensor]) -> NTKKernel:
+        new = copy.deepcopy(self)  # cheap: the network's tensors are shared
+        new._batch_shape = batch_shape
+        if "raw_variance" in self._parameters:
+            new.raw_variance = nn.Parameter(transform(self.raw_variance.detach()).clone())
+        return new
+
+
+def _group_function(variance_groups: str | Callable[[str], str] | None) -> Callable[[str], str] | None:
+    if variance_groups is None or callable(variance_groups):
+        return variance_groups
+    if variance_groups == "layer":
+        return _layer_of
+    if variance_groups == "parameter":
+        return str
+    raise ValueError(f"variance_groups must be 'layer', 'parameter' or a function of a name, got {variance_groups!r}.")
+
+
+def _layer_of(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _get_variance(kernel: NTKKernel) -> Tensor:
+    return kernel.variance
+
+
+def _set_variance(kernel: NTKKernel, value: float | Tensor) -> None:
+    if "raw_variance" not in kernel._parameters:
+        raise RuntimeError("This kernel has no variances of its own: pass variance_groups, or use a ScaleKernel.")
+    value = torch.as_tensor(value).to(kernel.raw_variance)
+    kernel.initialize(raw_variance=kernel.raw_variance_constraint.inverse_transform(value))

@@ -1,0 +1,51 @@
+"""The network as a prior mean."""
+
+from __future__ import annotations
+
+import torch
+from gpytorch.means import Mean
+from torch import Tensor, nn
+
+from .network import FrozenNetwork
+
+
+class NetworkMean(Mean):
+    r"""The trained network itself as a GP's mean function, :math:`m(x) = f(x; w_0)`.
+
+    It keeps a frozen copy in eval mode, without parameters to train; the network that was passed is neither changed nor
+    looked at again (see :class:`ntk_gp.network.FrozenNetwork`).
+
+    :param network: The trained network.
+    :param input_shape: The shape of one input as the network wants it; flat inputs are reshaped to it.
+    :param output: Index of the output to take, or `"all"` for a multitask mean of shape (*batch, n, C).
+    :param active_dims: The columns of the inputs that the network sees, as in kernels.
+
+    Example:
+        >>> network = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        >>> NetworkMean(network)(torch.randn(5, 2)).shape
+        torch.Size([5])
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        input_shape: tuple[int, ...] | None = None,
+        output: int | str | None = None,
+        active_dims: tuple[int, ...] | None = None,
+    ):
+        super().__init__()
+        self.network = FrozenNetwork(network, parameters="*", input_shape=input_shape, output=output)
+        if active_dims is not None and not torch.is_tensor(active_dims):
+            active_dims = torch.tensor(active_dims, dtype=torch.long)
+        self.register_buffer("active_dims", active_dims)
+
+    def linearize(self, network: nn.Module) -> None:
+        """Takes a new snapshot, of this network, with the same options."""
+        self.network = self.network.renewed(network)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """f(x): (*batch, n, d) to (*batch, n), or (*batch, n, C) with `output="all"`."""
+        if self.active_dims is not None:
+            x = x.index_select(-1, self.active_dims)
+        return self.network(x.unsqueeze(-1) if x.dim() == 1 else x)

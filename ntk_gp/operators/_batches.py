@@ -1,0 +1,59 @@
+"""Bookkeeping between the batch dimensions of operators, (*batch, n, d), and the engines' single one, (B, n, d)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Size, Tensor
+
+
+def flatten_batch(x: Tensor) -> Tensor:
+    """(*batch, n, d) to (B, n, d), where B = 1 if all batches are the same (expanded, or equal element by element).
+
+    BoTorch's t-batches repeat the training inputs: their Jacobian is wanted once. Inputs that require gradients keep their
+    batches apart, since each has a gradient of its own.
+    """
+    batch_dims = x.dim() - 2
+    flat = x.reshape(-1, *x.shape[-2:])
+    if x.requires_grad or flat.shape[0] <= 1:
+        return flat
+    expanded = all(stride == 0 or size == 1 for stride, size in zip(x.stride()[:batch_dims], x.shape, strict=False))
+    if expanded or bool((flat[1:] == flat[:1]).all()):
+        return flat[:1]
+    return flat
+
+
+class FoldedColumns:
+    """Right-hand sides with more batches than the operator, as more columns for the same operator.
+
+    :param rhs: (*rhs_batch, N, r).
+    :param batch_shape: The operator's batch shape; broadcasts with that of `rhs`.
+    """
+
+    def __init__(self, rhs: Tensor, batch_shape: Size):
+        self.out_shape = torch.broadcast_shapes(rhs.shape[:-2], batch_shape)
+        own = (*[1] * (len(self.out_shape) - len(batch_shape)), *batch_shape)
+        self._extra = [i for i, size in enumerate(own) if size == 1]  # these batch dimensions become columns
+        self._kept = [i for i, size in enumerate(own) if size != 1]
+        self._rhs = rhs
+
+    @property
+    def flat(self) -> Tensor:
+        """(B, N, r · the extra batches), B the number of the operator's own batches."""
+        dims = len(self.out_shape)
+        rhs = self._rhs.expand(*self.out_shape, *self._rhs.shape[-2:])
+        rhs = rhs.permute(*self._kept, dims, *self._extra, dims + 1)
+        batch = math.prod(self.out_shape[i] for i in self._kept)
+        return rhs.reshape(batch, rhs.shape[len(self._kept)], -1)
+
+    def unfold(self, product: Tensor) -> Tensor:
+        """(B, M, r · the extra batches) back to (*out, M, r)."""
+        kept, extra = ([self.out_shape[i] for i in dims] for dims in (self._kept, self._extra))
+        product = product.reshape(*kept, product.shape[-2], *extra, self._rhs.shape[-1])
+        order = [0] * len(self.out_shape)
+        for position, dim in enumerate(self._kept):
+            order[dim] = position
+        for position, dim in enumerate(self._extra):
+            order[dim] = len(self._kept) + 1 + position
+        return product.permute(*order, len(self._kept), product.dim() - 1)

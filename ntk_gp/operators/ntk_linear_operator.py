@@ -1,0 +1,246 @@
+"""The empirical neural tangent kernel as a lazy matrix."""
+
+from __future__ import annotations
+
+import torch
+from linear_operator.operators import DiagLinearOperator, LinearOperator
+from linear_operator.utils.getitem import IndexType
+from torch import Size, Tensor
+
+from ..jacobian.base import Jacobian
+from ..jacobian.linearization import Linearization
+from ._batches import FoldedColumns, flatten_batch
+from .ntk_added_diag_linear_operator import NTKAddedDiagLinearOperator
+
+
+class NTKLinearOperator(LinearOperator):
+    r"""The kernel matrix :math:`\boldsymbol J(\boldsymbol X_1) \boldsymbol\Sigma \boldsymbol J(\boldsymbol X_2)^\top`.
+
+    Of size (*batch, n₁·C, n₂·C), rows and columns point-major and output-minor. Products run Jacobian-vector products and
+    form no N₁×N₂ matrix, unless it fits in the memory budget and storing it is cheaper
+    (:class:`ntk_gp.settings.memory_budget`). A constant factor is absorbed into :math:`\boldsymbol\Sigma`.
+
+    :param x1: (*batch, n₁, d).
+    :param x2: (*batch, n₂, d).
+    :param variances: (*batch, 1, G): the prior variance of each group of parameters,
+        :math:`\boldsymbol\Sigma = \mathrm{blockdiag}(s_1 I, \dots, s_G I)`.
+    :param linearization: The frozen network with its engines.
+    """
+
+    def __init__(self, x1: Tensor, x2: Tensor, variances: Tensor, *, linearization: Linearization):
+        batch_shape = _common_batch_shape(x1, x2, variances)
+        x1, x2, variances = (
+            tensor.expand(*batch_shape, *tensor.shape[-2:]) for tensor in (x1, x2, variances.to(x1.dtype))
+        )
+        super().__init__(x1, x2, variances, linearization=linearization)
+        self.x1 = x1
+        self.x2 = x2
+        self.variances = variances
+        self.linearization = linearization
+        self._jacobians_memo: tuple[Jacobian, Jacobian] | None = None
+
+    @property
+    def _jacobians(self) -> tuple[Jacobian, Jacobian]:
+        """J(X₁) and J(X₂), the same object where the inputs are the same tensor.
+
+        One instance serves all iterations of a solve, and looks them up once. Differentiable ones are not kept: they hold
+        a graph.
+        """
+        if self._jacobians_memo is not None and not (torch.is_grad_enabled() and self._inputs_require_grad):
+            return self._jacobians_memo
+        jacobian1 = self.linearization.jacobian(flatten_batch(self.x1))
+        same = self.x1 is self.x2 or (_same_memory(self.x1, self.x2) and not self._inputs_require_grad)
+        jacobian2 = jacobian1 if same else self.linearization.jacobian(flatten_batch(self.x2))
+        if not (torch.is_grad_enabled() and self._inputs_require_grad):
+            self._jacobians_memo = (jacobian1, jacobian2)
+        return jacobian1, jacobian2
+
+    @property
+    def _inputs_require_grad(self) -> bool:
+        return self.x1.requires_grad or self.x2.requires_grad
+
+    @property
+    def _weights(self) -> Tensor:
+        """(B, G)."""
+        return self.variances.reshape(-1, self.variances.shape[-1])
+
+    @property
+    def _outputs(self) -> int:
+        return self.linearization.network.num_outputs(self.x1)
+
+    def _size(self) -> Size:
+        return Size([*self.x1.shape[:-2], self.x1.shape[-2] * self._outputs, self.x2.shape[-2] * self._outputs])
+
+    def _like(self, x1: Tensor, x2: Tensor, variances: Tensor) -> NTKLinearOperator:
+        return self.__class__(x1, x2, variances, linearization=self.linearization)
+
+    def _transpose_nonbatch(self) -> NTKLinearOperator:
+        return self._like(self.x2, self.x1, self.variances)
+
+    def _expand_batch(self, batch_shape: Size | list[int]) -> NTKLinearOperator:
+        x1, x2, variances = (
+            tensor.expand(*batch_shape, *tensor.shape[-2:]) for tensor in (self.x1, self.x2, self.variances)
+        )
+        return self._like(x1, x2, variances)
+
+    def _mul_constant(self, other: float | Tensor) -> NTKLinearOperator:
+        other = torch.as_tensor(other, dtype=self.variances.dtype, device=self.variances.device)
+        return self._like(self.x1, self.x2, self.variances * other[..., None, None])
+
+    def _matmul(self, rhs: Tensor) -> Tensor:
+        if rhs.dim() == 1:
+            return self._matmul(rhs.unsqueeze(-1)).squeeze(-1)
+        jacobian1, jacobian2 = self._jacobians
+        if self.linearization.network.num_groups > 1:
+            columns = FoldedColumns(rhs, self.batch_shape)
+            product = self.linearization.kernel_matmul(jacobian1, jacobian2, columns.flat, self._weights)
+            return columns.unfold(product)
+        # One scale: where all batches have the same inputs, they are the same matrix up to that factor.
+        one_matrix = jacobian1.x.shape[0] == jacobian2.x.shape[0] == 1
+        columns = FoldedColumns(rhs, Size() if one_matrix else self.batch_shape)
+        unit = self._weights.new_ones(1, 1)
+        product = columns.unfold(self.linearization.kernel_matmul(jacobian1, jacobian2, columns.flat, unit))
+        return product * self.variances
+
+    def to_dense(self) -> Tensor:
+        dense = self.linearization.gram(*self._jacobians, self._weights)
+        return dense.reshape(self.shape)
+
+    def _diagonal(self) -> Tensor:
+        diagonal = self.linearization.diagonal(*self._jacobians, self._weights)
+        return diagonal.expand(self.batch_shape.numel(), -1).reshape(self.shape[:-1])
+
+    def _getitem(self, row_index: IndexType, col_index: IndexType, *batch_indices: IndexType) -> LinearOperator:
+        outputs = self._outputs
+        rows = _points_of_rows(row_index, self.shape[-2], outputs)
+        columns = _points_of_rows(col_index, self.shape[-1], outputs)
+        if rows is None or columns is None:
+            return super()._getitem(row_index, col_index, *batch_indices)
+        x1, x2, variances = (
+            tensor[(*batch_indices, slice(None), slice(None))] for tensor in (self.x1, self.x2, self.variances)
+        )
+        return self._like(x1[..., rows, :], x2[..., columns, :], variances)
+
+    def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
+        row_index, col_index, *batch_indices = torch.broadcast_tensors(row_index, col_index, *batch_indices)
+        if row_index.numel() == 0:
+            return self.x1.new_zeros(row_index.shape)
+        if not self.batch_shape:
+            rows, columns = row_index.reshape(-1), col_index.reshape(-1)
+            unique, inverse = rows.unique(return_inverse=True)
+            if len(unique) <= 4:  # one step of pivoted Cholesky asks for many entries of one row
+                return self._rows(unique)[inverse, columns].reshape(row_index.shape)
+        return self._entries(row_index, col_index, *batch_indices)
+
+    def _rows(self, index: Tensor) -> Tensor:
+        """A few whole rows, (m, N₂), of an operator without batches."""
+        outputs = self._outputs
+        jacobian1, jacobian2 = self._jacobians
+        points, inverse = (index // outputs).unique(return_inverse=True)
+        blocks = jacobian1[points].gram(jacobian2, self._weights)
+        return blocks[0, inverse * outputs + index % outputs]
+
+    def _entries(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
+        """Single entries: as many products of two rows of J."""
+        outputs = self._outputs
+        x1 = self.x1[(*batch_indices, row_index // outputs)].reshape(1, -1, self.x1.shape[-1])
+        x2 = self.x2[(*batch_indices, col_index // outputs)].reshape(1, -1, self.x2.shape[-1])
+        jacobian1, jacobian2 = (self.linearization.jacobian(x, keep=False) for x in (x1, x2))
+        variances = self.variances[(*batch_indices, torch.zeros_like(row_index))].reshape(-1, self.variances.shape[-1])
+        weights = jacobian1.function.expand_weights(variances)
+        size = jacobian1.points_per_block()
+        pieces = []
+        for i in range(0, x1.shape[1], size):
+            here = slice(i, i + size)
+            left = _select_outputs(jacobian1[here].rows(), row_index.reshape(-1)[here] % outputs)
+            right = _select_outputs(jacobian2[here].rows(), col_index.reshape(-1)[here] % outputs)
+            pieces.append((left * weights[here] * right).sum(-1))
+        return torch.cat(pieces).reshape(row_index.shape)
+
+    def _bilinear_derivative(self, left_vecs: Tensor, right_vecs: Tensor) -> tuple[Tensor | None, ...]:
+        if left_vecs.dim() == 1:
+            left_vecs, right_vecs = left_vecs.unsqueeze(-1), right_vecs.unsqueeze(-1)
+        with torch.no_grad():
+            grad_variances = self._variances_derivative(left_vecs, right_vecs) if self.variances.requires_grad else None
+        grad_x1 = self._inputs_derivative(left_vecs, right_vecs) if self.x1.requires_grad else None
+        grad_x2 = (
+            self._transpose_nonbatch()._inputs_derivative(right_vecs, left_vecs) if self.x2.requires_grad else None
+        )
+        return grad_x1, grad_x2, grad_variances
+
+    def _variances_derivative(self, left_vecs: Tensor, right_vecs: Tensor) -> Tensor:
+        """K is linear in the variances: the derivative for one group is leftᵀ K right with that variance one, the rest 0."""
+        groups = torch.eye(self.variances.shape[-1], dtype=self.variances.dtype, device=self.variances.device)
+        x1, x2 = self.x1.detach(), self.x2.detach()
+        derivatives = [
+            (left_vecs * self._like(x1, x2, one.expand_as(self.variances))._matmul(right_vecs)).sum((-2, -1))
+            for one in groups
+        ]
+        return torch.stack([d.sum_to_size(self.batch_shape) for d in derivatives], dim=-1).unsqueeze(-2)
+
+    def _inputs_derivative(self, left_vecs: Tensor, right_vecs: Tensor) -> Tensor:
+        """The derivative with respect to X₁ alone, block of points by block: its memory is that of one block."""
+        x1 = self.x1.detach().reshape(-1, *self.x1.shape[-2:])
+        left, right = (FoldedColumns(vecs, self.batch_shape).flat for vecs in _same_batches(left_vecs, right_vecs))
+        with torch.no_grad():
+            jacobian2 = self.linearization.jacobian(flatten_batch(self.x2.detach()))
+            weights = jacobian2.function.expand_weights(self._weights.detach()).unsqueeze(-2)
+            tangents = jacobian2.vjp(right.mT) * weights
+        size = jacobian2.points_per_block()
+        pieces = []
+        for i in range(0, x1.shape[1], size):
+            points = x1[:, i : i + size].clone().requires_grad_()
+            with torch.enable_grad():
+                out = self.linearization.jacobian(points).jvp(tangents)
+                cotangents = left[:, i * self._outputs : (i + size) * self._outputs].mT
+                pieces.append(
+                    torch.autograd.grad(out, points, cotangents, allow_unused=True, materialize_grads=True)[0]
+                )
+        return torch.cat(pieces, dim=1).reshape(self.x1.shape)
+
+    def add_diagonal(self, diag: Tensor) -> LinearOperator:
+        added = super().add_diagonal(diag)
+        return self + added._diag_tensor
+
+    def __add__(self, other: Tensor | LinearOperator | float) -> LinearOperator | Tensor:
+        if isinstance(other, DiagLinearOperator):
+            return NTKAddedDiagLinearOperator(self, other)
+        return super().__add__(other)
+
+
+def _common_batch_shape(x1: Tensor, x2: Tensor, variances: Tensor) -> Size:
+    try:
+        return torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2], variances.shape[:-2])
+    except RuntimeError:
+        raise RuntimeError(
+            f"The batches of the inputs, {tuple(x1.shape)} and {tuple(x2.shape)}, and of the kernel's scale, "
+            f"{tuple(variances.shape[:-2])}, do not broadcast."
+        ) from None
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    layouts = [(x.data_ptr(), x.shape, x.stride(), x.dtype, x.device) for x in (a, b)]
+    return layouts[0] == layouts[1]
+
+
+def _same_batches(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    shape = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    return a.expand(*shape, *a.shape[-2:]), b.expand(*shape, *b.shape[-2:])
+
+
+def _points_of_rows(index: IndexType, num_rows: int, outputs: int) -> IndexType | None:
+    """The index of the points whose C rows are exactly these, or None where there is no such thing."""
+    if outputs == 1:
+        return index
+    if not isinstance(index, slice):
+        return None
+    start, stop, step = index.indices(num_rows)
+    if step != 1 or start % outputs or stop % outputs:
+        return None
+    return slice(start // outputs, max(start, stop) // outputs)
+
+
+def _select_outputs(rows: Tensor, output: Tensor) -> Tensor:
+    """Of (1, m·C, P) rows, the one of each point's C that is asked for: (m, P)."""
+    rows = rows.reshape(output.shape[0], -1, rows.shape[-1])
+    return rows[torch.arange(output.shape[0], device=output.device), output]
