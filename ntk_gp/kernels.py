@@ -22,23 +22,26 @@ class NTKKernel(Kernel):
 
     .. math::
 
-        k(\boldsymbol x, \boldsymbol x') = \boldsymbol J(\boldsymbol x) \boldsymbol\Sigma \boldsymbol J(\boldsymbol x')^\top,
-        \qquad \boldsymbol J(\boldsymbol x) = \partial f(\boldsymbol x; \boldsymbol w) / \partial \boldsymbol w
+        k(\boldsymbol x, \boldsymbol x') = \boldsymbol J(\boldsymbol x) \boldsymbol\Sigma
+        \boldsymbol J(\boldsymbol x')^\top, \qquad
+        \boldsymbol J(\boldsymbol x) = \partial f(\boldsymbol x; \boldsymbol w) / \partial \boldsymbol w
         \text{ at the trained weights}
 
     A Gaussian process with this kernel and :class:`~ntk_gp.means.NetworkMean` is Bayesian linear regression on the
-    network's Jacobian, with prior :math:`\boldsymbol w - \boldsymbol w_0 \sim N(0, \boldsymbol\Sigma)` (Maddox, Tang, Moreno,
-    Wilson and Damianou, "Fast Adaptation with Linearized Neural Networks", AISTATS 2021). Without `variance_groups`,
-    :math:`\boldsymbol\Sigma = \boldsymbol I`; put it in a :class:`~gpytorch.kernels.ScaleKernel` to learn its scale.
+    network's Jacobian, with prior :math:`\boldsymbol w - \boldsymbol w_0 \sim N(0, \boldsymbol\Sigma)` (Maddox, Tang,
+    Moreno, Wilson and Damianou, "Fast Adaptation with Linearized Neural Networks", AISTATS 2021). Without
+    `variance_groups`, :math:`\boldsymbol\Sigma = \boldsymbol I`; put it in a :class:`~gpytorch.kernels.ScaleKernel` to
+    learn its scale.
 
-    The kernel owns a frozen copy of the network, in eval mode, as buffers: the network passed is never changed, and later
-    changes of it have no effect here. Computation happens in the dtype and on the device of the inputs. Results for the
-    inputs seen last are reused while the network stays the same, within :class:`ntk_gp.settings.memory_budget`.
+    The kernel owns a frozen copy of the network, in eval mode, as buffers: the network passed is never changed, and
+    later changes of it have no effect here. Computation happens in the dtype and on the device of the inputs. Results
+    for the inputs seen last are reused while the network stays the same, within :class:`ntk_gp.settings.memory_budget`.
 
-    :param network: The trained network: a module that maps (n, d) inputs, or (n, *input_shape), to n outputs or n×C, each
-        row from its own input alone.
-    :param parameters: The parameters to linearise in: those with `requires_grad=True` (default), those whose name matches
-        one of some shell patterns, e.g. `["head.*", "*.bias"]`, or those for which `f(name, parameter)` is true.
+    :param network: The trained network: a module that maps (n, d) inputs, or (n, *input_shape), to n outputs or n×C,
+        each row from its own input alone.
+    :param parameters: The parameters to linearise in: those with `requires_grad=True` (default), those whose name
+        matches one of some shell patterns, e.g. `["head.*", "*.bias"]`, or those for which `f(name, parameter)` is
+        true.
     :param input_shape: The shape of one input as the network wants it, e.g. `(3, 32, 32)`: inputs are n×3072 then.
     :param output: Index of the output to take of a network with several, or `"all"` for a multitask kernel of size
         (n·C)×(n·C), point-major and output-minor, for an interleaved
@@ -52,8 +55,8 @@ class NTKKernel(Kernel):
 
     :ivar torch.Tensor variance: The prior variances, (*batch_shape, 1, G); all one without `variance_groups`.
 
-    :raises ValueError: If the network has no parameters, the selection matches none, or (at the first inputs) the network
-        cannot be evaluated there, mixes the rows of a batch, or has several outputs and none was chosen.
+    :raises ValueError: If the network has no parameters, the selection matches none, or (at the first inputs) the
+        network cannot be evaluated there, mixes the rows of a batch, or has several outputs and none was chosen.
 
     Example:
         >>> network = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
@@ -61,6 +64,9 @@ class NTKKernel(Kernel):
         >>> covar_module(torch.randn(5, 2)).shape
         torch.Size([5, 5])
     """
+
+    raw_variance: nn.Parameter
+    raw_variance_constraint: Interval
 
     def __init__(
         self,
@@ -138,15 +144,16 @@ class NTKKernel(Kernel):
         for x in inputs:
             if (x.dtype, x.device) != (first.dtype, first.device):
                 raise ValueError(
-                    f"The two sets of inputs differ: {first.dtype} on {first.device}, and {x.dtype} on {x.device}. Convert one "
-                    "with .to() to the dtype and device of the other."
+                    f"The two sets of inputs differ: {first.dtype} on {first.device}, and {x.dtype} on {x.device}. "
+                    "Convert one with .to() to the dtype and device of the other."
                 )
             self.network.check(x)
         for x in inputs[:1] if len(inputs) == 1 or inputs[0] is inputs[1] else inputs:
             if not torch.isfinite(x).all():
                 bad = (~torch.isfinite(x)).any(-1).nonzero()[:3].tolist()
                 raise ValueError(
-                    f"Inputs of shape {tuple(x.shape)} have NaN or infinite features, first in rows {bad}. Remove or impute them."
+                    f"Inputs of shape {tuple(x.shape)} have NaN or infinite features, first in rows {bad}. Remove or "
+                    "impute them."
                 )
 
     def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:

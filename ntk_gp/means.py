@@ -32,13 +32,12 @@ class NetworkMean(Mean):
         *,
         input_shape: tuple[int, ...] | None = None,
         output: int | str | None = None,
-        active_dims: tuple[int, ...] | None = None,
+        active_dims: tuple[int, ...] | Tensor | None = None,
     ):
         super().__init__()
         self.network = FrozenNetwork(network, parameters="*", input_shape=input_shape, output=output)
-        if active_dims is not None and not torch.is_tensor(active_dims):
-            active_dims = torch.tensor(active_dims, dtype=torch.long)
-        self.register_buffer("active_dims", active_dims)
+        self.active_dims: Tensor | None
+        self.register_buffer("active_dims", None if active_dims is None else torch.as_tensor(active_dims).long())
 
     def linearize(self, network: nn.Module) -> None:
         """Takes a new snapshot, of this network, with the same options."""

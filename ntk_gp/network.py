@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from . import settings
@@ -23,6 +25,8 @@ ParameterSelection = str | Iterable[str] | Callable[[str, nn.Parameter], bool] |
 
 ALL_OUTPUTS = "all"
 
+_T = TypeVar("_T", bound=Tensor)
+
 _serial_numbers = itertools.count(1)
 
 
@@ -30,8 +34,8 @@ class FrozenNetwork(nn.Module):
     r"""A snapshot of a network at its present weights :math:`w_0`, in eval mode, that owns its tensors as buffers.
 
     Nothing is shared with the network it came from: neither sees a change made to the other. There are no
-    `nn.Parameter` s in it, so optimisers leave it alone; `.to()`, `state_dict`, `load_state_dict`, pickle and deepcopy work
-    as for any module, and the state's keys are the network's own names below `tensors.`.
+    `nn.Parameter` s in it, so optimisers leave it alone; `.to()`, `state_dict`, `load_state_dict`, pickle and deepcopy
+    work as for any module, and the state's keys are the network's own names below `tensors.`.
 
     It computes in the dtype and on the device of the inputs, whatever its buffers have: converted tensors are made once
     per dtype and device and kept.
@@ -57,12 +61,17 @@ class FrozenNetwork(nn.Module):
         group_by: Callable[[str], str] | None = None,
     ):
         super().__init__()
-        self._options = dict(parameters=parameters, input_shape=input_shape, output=output, group_by=group_by)
+        self._options: dict[str, Any] = {
+            "parameters": parameters,
+            "input_shape": input_shape,
+            "output": output,
+            "group_by": group_by,
+        }
         _check_output_argument(output)
         self.input_shape = None if input_shape is None else tuple(int(size) for size in input_shape)
         self.output = output
         network = _unwrap(network)
-        named = dict(_named(network.named_parameters(remove_duplicate=False)))
+        named: dict[str, nn.Parameter] = dict(_named(network.named_parameters(remove_duplicate=False)))
         if not named:
             raise ValueError(
                 f"{type(network).__name__} has no parameters, so there is nothing to linearise it in. "
@@ -94,7 +103,7 @@ class FrozenNetwork(nn.Module):
         return len(self.group_names)
 
     def fingerprint(self) -> int:
-        """A number that no other state of a snapshot has had: new after `.to`, `load_state_dict` or an in-place edit."""
+        """A number that no other state of a snapshot has: new after `.to`, `load_state_dict`, in-place edits."""
         tensors = list(self.tensors.buffers())
         unchanged = len(tensors) == len(self._seen) and all(
             reference() is tensor and version == tensor._version
@@ -168,8 +177,8 @@ class FrozenNetwork(nn.Module):
     def _check_width(self, x: Tensor) -> None:
         if not x.is_floating_point():
             raise TypeError(
-                f"Expected inputs of a floating-point dtype, got {x.dtype}. Cast them, e.g. with x.float(); a network that "
-                "wants integers can cast them back in its forward."
+                f"Expected inputs of a floating-point dtype, got {x.dtype}. Cast them, e.g. with x.float(); a network "
+                "that wants integers can cast them back in its forward."
             )
         if self.input_shape is not None and x.shape[-1] != math.prod(self.input_shape):
             raise ValueError(
@@ -186,14 +195,15 @@ class FrozenNetwork(nn.Module):
         tolerance = 1e-5 * max(float(together.abs().max()), 1e-30)
         if not torch.allclose(together, again, rtol=0.0, atol=tolerance):
             raise ValueError(
-                "The network gives different outputs for the same inputs, so it has no Jacobian. It is already in eval mode: "
-                "look for random numbers in its forward, such as torch.nn.functional.dropout without training=self.training."
+                "The network gives different outputs for the same inputs, so it has no Jacobian. It is already in eval "
+                "mode: look for random numbers in its forward, such as torch.nn.functional.dropout without "
+                "training=self.training."
             )
         if not torch.allclose(together, apart, rtol=0.0, atol=tolerance):
             raise ValueError(
-                "A row's output changes with the other rows of the batch, so the network is not a function of one input. "
-                "Expected a network that treats rows independently in eval mode: give batch normalisation running statistics "
-                "(track_running_stats=True), or freeze whatever mixes rows."
+                "A row's output changes with the other rows of the batch, so the network is not a function of one "
+                "input. Expected a network that treats rows independently in eval mode: give batch normalisation "
+                "running statistics (track_running_stats=True), or freeze whatever mixes rows."
             )
 
     def __getstate__(self) -> dict:
@@ -212,19 +222,19 @@ class FrozenNetwork(nn.Module):
 
 
 class _Tensors(nn.Module):
-    """A node of the tree that mirrors the network: its buffers are replaced when others are loaded, never overwritten."""
+    """A node of the tree that mirrors the network; loading replaces its buffers, never overwrites them."""
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         for name, buffer in self._buffers.items():
-            self._buffers[name] = buffer.clone()
+            if buffer is not None:
+                self._buffers[name] = buffer.clone()
         super()._load_from_state_dict(*args, **kwargs)
 
     def shared_copy(self) -> _Tensors:
         """A tree of its own with the same tensors."""
         new = copy.copy(self)
-        new.__dict__.update(
-            _buffers=dict(self._buffers), _modules={name: node.shared_copy() for name, node in self._modules.items()}
-        )
+        children = {name: node.shared_copy() for name, node in self._modules.items() if isinstance(node, _Tensors)}
+        new.__dict__.update(_buffers=dict(self._buffers), _modules=children)
         return new
 
 
@@ -255,7 +265,7 @@ class NetworkFunction:
     def __call__(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """f(w, x): (n, d) to (n, C). Call it inside :meth:`tracing`."""
         out = self._call(parameters, x).reshape(x.shape[0], -1)
-        return out if self.output in (None, ALL_OUTPUTS) else out[:, self.output : self.output + 1]
+        return out[:, self.output : self.output + 1] if isinstance(self.output, int) else out
 
     def _call(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
         tensors = {
@@ -369,26 +379,27 @@ class NetworkFunction:
             raise ValueError(f"output={self.output} is out of range: the network has {size} outputs, 0 to {size - 1}.")
         if self.output is None and size != 1:
             raise ValueError(
-                f"The network has {size} outputs for each input (shape {tuple(out.shape)} for {rows.shape[0]} inputs), but "
-                f"one was expected. Choose it with output=k, or take all of them with output='{ALL_OUTPUTS}' "
+                f"The network has {size} outputs for each input (shape {tuple(out.shape)} for {rows.shape[0]} inputs), "
+                f"but one was expected. Choose it with output=k, or take all of them with output='{ALL_OUTPUTS}' "
                 "(and a multitask model)."
             )
         if isinstance(self.output, int):
-            self.output %= size
+            self.output %= size  # indices count from the end too
         if not out.requires_grad:
             raise ValueError(
-                f"The network's output (dtype {out.dtype}) does not depend differentiably on any of the selected parameters "
-                f"({', '.join(list(self.parameters)[:3])}, …). Return a floating-point tensor that is computed from them, "
-                "without detach(), argmax or no_grad."
+                f"The network's output (dtype {out.dtype}) does not depend differentiably on any of the selected "
+                f"parameters ({', '.join(list(self.parameters)[:3])}, …). Return a floating-point tensor that is "
+                "computed from them, without detach(), argmax or no_grad."
             )
         if out.dtype != rows.dtype:
             raise TypeError(
-                f"The network returned {out.dtype} for inputs of {rows.dtype}. Its tensors were converted to the inputs' "
-                "dtype, so its forward must have a dtype of its own: remove that cast."
+                f"The network returned {out.dtype} for inputs of {rows.dtype}. Its tensors were converted to the "
+                "inputs' dtype, so its forward must have a dtype of its own: remove that cast."
             )
         if not torch.isfinite(out).all():
             raise ValueError(
-                "The network's output is NaN or infinite at finite inputs. Check its weights, and the scale of the inputs."
+                "The network's output is NaN or infinite at finite inputs. Check its weights, and the scale of the "
+                "inputs."
             )
         self.num_network_outputs = size
 
@@ -398,13 +409,14 @@ class NetworkFunction:
         except Exception as error:
             shape = tuple(rows.shape[1:]) if self.input_shape is None else self.input_shape
             raise ValueError(
-                f"The network cannot be evaluated at inputs of shape (n, {', '.join(map(str, shape))}), dtype {rows.dtype}: "
-                f"{error} Give it the features it was trained with, or input_shape= to reshape each flat row."
+                f"The network cannot be evaluated at inputs of shape (n, {', '.join(map(str, shape))}), dtype "
+                f"{rows.dtype}: {error} Give it the features it was trained with, or input_shape= to reshape each flat "
+                "row."
             ) from error
         if not isinstance(out, Tensor):
             raise TypeError(
-                f"The network returned a {type(out).__name__}, but a tensor was expected. Wrap it in a module whose forward "
-                "returns the one tensor to linearise."
+                f"The network returned a {type(out).__name__}, but a tensor was expected. Wrap it in a module whose "
+                "forward returns the one tensor to linearise."
             )
         if (
             out.numel() == 0
@@ -421,8 +433,9 @@ class NetworkFunction:
 class _ElementaryNormalisation(TorchFunctionMode):
     """Layer and instance norm from elementary operations.
 
-    The fused ones lose terms, without a word, when their first derivative in forward mode or under vmap is differentiated
-    once more (https://github.com/pytorch/pytorch/issues/196700, https://github.com/pytorch/pytorch/issues/196699).
+    The fused ones lose terms, without a word, when their first derivative in forward mode or under vmap is
+    differentiated once more (https://github.com/pytorch/pytorch/issues/196700,
+    https://github.com/pytorch/pytorch/issues/196699).
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -509,7 +522,7 @@ def _check_output_argument(output: int | str | None) -> None:
 
 
 def _check_parameter(name: str, parameter: nn.Parameter) -> None:
-    if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+    if is_lazy(parameter):
         raise ValueError(
             f"Parameter {name} of the network is uninitialised. Run the network once before linearising it."
         )
@@ -525,7 +538,7 @@ def _unwrap(network: nn.Module) -> nn.Module:
         raise TypeError(f"Expected the trained network as a torch.nn.Module, got {type(network).__name__}.")
     while True:
         if _is_compiled(network):
-            network = network._orig_mod
+            network = network.get_submodule("_orig_mod")
         elif isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             network = network.module
         elif isinstance(network, torch.jit.ScriptModule):
@@ -549,7 +562,7 @@ def _canonical_names(network: nn.Module) -> dict[str, str]:
     return names
 
 
-def _named(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def _named(tensors: Iterable[tuple[str, _T]]) -> Iterator[tuple[str, _T]]:
     """The same names that the eager network has, where `torch.compile` has wrapped a part of it."""
     for name, tensor in tensors:
         yield name.replace("_orig_mod.", ""), tensor
@@ -583,9 +596,11 @@ def _buffer_tree(network: nn.Module, names: set[str]) -> _Tensors:
             if name not in names:
                 continue
             *path, leaf = name.split(".")
-            module = root
+            module: nn.Module = root
             for part in path:
-                module = module._modules.setdefault(part, _Tensors())
+                if part not in module._modules:
+                    module._modules[part] = _Tensors()
+                module = module.get_submodule(part)
             # Written directly: register_buffer refuses names that nn.Module uses itself, and a network may have them.
             module._buffers[leaf] = tensor.detach().clone()
     return root
@@ -608,12 +623,13 @@ def _skeleton(network: nn.Module) -> nn.Module:
         copied = copy.deepcopy(network, memo)
     except Exception as error:
         raise TypeError(
-            f"The network ({type(network).__name__}) cannot be copied: {error} Everything it holds must support copy.deepcopy."
+            f"The network ({type(network).__name__}) cannot be copied: {error} Everything it holds must support "
+            "copy.deepcopy."
         ) from error
     for module in list(copied.modules()):
         for name, child in module._modules.items():
             if child is not None and _is_compiled(child):
-                module._modules[name] = child._orig_mod
+                module._modules[name] = child.get_submodule("_orig_mod")
     for module in copied.modules():
         module._compiled_call_impl = None
         module._backward_hooks.clear()

@@ -12,8 +12,8 @@ from gpytorch.settings import _feature_flag, _value_context
 class memory_budget(_value_context):
     """Bytes that one computation may take beyond its inputs and its result, caches included.
 
-    Work is cut into chunks that fit, and what does not fit is recomputed instead of stored: a smaller budget costs time,
-    never accuracy.
+    Work is cut into chunks that fit, and what does not fit is recomputed instead of stored: a smaller budget costs
+    time, never accuracy.
 
     (Default: a quarter of the memory of the inputs' device.)
     """

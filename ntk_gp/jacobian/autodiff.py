@@ -83,7 +83,7 @@ class AutodiffJacobian(Jacobian):
         with self._computation(x):
             for chunk in x.split(self._points_per_pass(), dim=0):
                 push = _pushforward(self.function, chunk, forward_mode=self.modes.forward)
-                pieces.append(self._map_columns(lambda u, push=push: push(u).reshape(-1), tangents, chunk))
+                pieces.append(self._map_columns(push, tangents, chunk))
         return torch.cat(pieces, dim=-1)
 
     def vjp(self, cotangents: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class AutodiffJacobian(Jacobian):
         return total
 
     def rows(self) -> Tensor:
-        batch, n, d = self.x.shape
+        batch, _, d = self.x.shape
         shape = (batch, self.num_rows, self.function.num_parameters)
         if self.num_rows == 0:
             return self.x.new_zeros(shape)
@@ -207,7 +207,7 @@ class _Modes:
             reference = torch.stack([one(point) for point in x.unsqueeze(-2)])
             flat = reference.reshape(-1, function.num_parameters)
             tangent = torch.linspace(-1, 1, function.num_parameters, dtype=x.dtype, device=x.device)
-            forward = _agrees(lambda: _pushforward(function, x, True)(tangent).reshape(-1), flat @ tangent)
+            forward = _agrees(lambda: _pushforward(function, x, True)(tangent), flat @ tangent)
             batched = _agrees(lambda: vmap(_rows_at_one_point(function, loop=False))(x.unsqueeze(-2)), reference)
         return cls(forward, batched)
 
@@ -223,22 +223,22 @@ def _agrees(compute: Callable[[], Tensor], expected: Tensor) -> bool:
 
 
 def _pushforward(function: NetworkFunction, x: Tensor, forward_mode: bool) -> Callable[[Tensor], Tensor]:
-    """u (P,) to J u (m, C) at the points x (m, d)."""
+    """u (P,) to J u (m·C,) at the points x (m, d)."""
 
     def at(parameters: dict[str, Tensor]) -> Tensor:
-        return function(parameters, x)
+        return function(parameters, x).reshape(-1)
 
     if forward_mode:
         return lambda tangent: jvp(at, (function.parameters,), (function.split(tangent),))[1]
-    out, pull = vjp(at, function.parameters)
-    _, transpose = vjp(lambda cotangent: pull(cotangent)[0], torch.zeros_like(out))
+    out, pull = vjp(at, function.parameters)  # type: ignore[misc]
+    _, transpose = vjp(lambda cotangent: pull(cotangent)[0], torch.zeros_like(out))  # type: ignore[misc]
     return lambda tangent: transpose(function.split(tangent))[0]
 
 
 def _pullback(function: NetworkFunction, x: Tensor) -> Callable[[Tensor], Tensor]:
     """v (m·C,) to Jᵀ v (P,) at the points x (m, d)."""
-    out, pull = vjp(lambda parameters: function(parameters, x), function.parameters)
-    return lambda cotangent: function.flatten(pull(cotangent.reshape(out.shape))[0])
+    _, pull = vjp(lambda parameters: function(parameters, x).reshape(-1), function.parameters)  # type: ignore[misc]
+    return lambda cotangent: function.flatten(pull(cotangent)[0])
 
 
 def _rows_at_one_point(function: NetworkFunction, loop: bool) -> Callable[[Tensor], Tensor]:

@@ -19,9 +19,9 @@ from .base import Jacobian, JacobianEngine
 class Linearization:
     """A frozen network with its engines and its caches. Not an `nn.Module`, and nothing that `.to()` could convert.
 
-    Jacobians and Gram matrices are kept for the inputs seen last, up to a quarter of the memory budget. A kept result is
-    used only where the inputs are equal element by element, in the same dtype, on the same device, and no tensor of the
-    network has changed since.
+    Jacobians and Gram matrices are kept for the inputs seen last, up to a quarter of the memory budget. A kept result
+    is used only where the inputs are equal element by element, in the same dtype, on the same device, and no tensor of
+    the network has changed since.
 
     :param network: The frozen network.
     :param engine: The engine for inputs that need no gradient.
@@ -47,7 +47,7 @@ class Linearization:
         return self._cache.get("jacobian", self._state, (x,), self.engine.linearize)
 
     def gram(self, jacobian1: Jacobian, jacobian2: Jacobian, weights: Tensor) -> Tensor:
-        """J₁ Σ_w J₂ᵀ, (B or W, N₁, N₂), differentiable with respect to the weights (W, G) and, where they ask, the inputs."""
+        """J₁ Σ_w J₂ᵀ, (B or W, N₁, N₂), differentiable with respect to the weights (W, G) and the inputs."""
         if jacobian1.x.requires_grad or jacobian2.x.requires_grad:
             return jacobian1.gram(jacobian2, weights)
         if self.keeps_gram(jacobian1, jacobian2):
@@ -73,8 +73,8 @@ class Linearization:
     def kernel_matmul(self, jacobian1: Jacobian, jacobian2: Jacobian, rhs: Tensor, weights: Tensor) -> Tensor:
         """(J₁ Σ_w J₂ᵀ) rhs for rhs (B or 1, N₂, r): by the engine, or by the stored Gram matrix once that has paid.
 
-        The matrix is stored when the columns multiplied so far have cost as much as forming it would (so never more than
-        twice the cheaper way), and only if it fits in the cache.
+        The matrix is stored when the columns multiplied so far have cost as much as forming it would (so never more
+        than twice the cheaper way), and only if it fits in the cache.
         """
         if jacobian1.x.requires_grad or jacobian2.x.requires_grad or not self.keeps_gram(jacobian1, jacobian2):
             return jacobian1.kernel_matmul(jacobian2, rhs, weights)
@@ -173,7 +173,7 @@ def _nbytes(keys: tuple[Tensor, ...], value: Any) -> int:
 
 
 class _Gram(torch.autograd.Function):
-    """A Gram matrix that is not kept: its derivative with respect to each group's variance is formed again, backward."""
+    """A Gram matrix that is not kept: backward forms each group's own, the derivative, again."""
 
     @staticmethod
     def forward(ctx, weights: Tensor, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:

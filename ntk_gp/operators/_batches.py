@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 
 import torch
+from linear_operator.utils.getitem import IndexType
 from torch import Size, Tensor
 
 
 def flatten_batch(x: Tensor) -> Tensor:
     """(*batch, n, d) to (B, n, d), where B = 1 if all batches are the same (expanded, or equal element by element).
 
-    BoTorch's t-batches repeat the training inputs: their Jacobian is wanted once. Inputs that require gradients keep their
-    batches apart, since each has a gradient of its own.
+    BoTorch's t-batches repeat the training inputs: their Jacobian is wanted once. Inputs that require gradients keep
+    their batches apart, since each has a gradient of its own.
     """
     batch_dims = x.dim() - 2
     flat = x.reshape(-1, *x.shape[-2:])
@@ -22,6 +23,11 @@ def flatten_batch(x: Tensor) -> Tensor:
     if expanded or bool((flat[1:] == flat[:1]).all()):
         return flat[:1]
     return flat
+
+
+def select(x: Tensor, batch_indices: tuple[IndexType, ...], points: IndexType = slice(None)) -> Tensor:
+    """Some batches of (*batch, n, d), and some points in each."""
+    return x[(*batch_indices, slice(None), slice(None))][..., points, :]  # type: ignore[index]
 
 
 class FoldedColumns:

@@ -9,15 +9,15 @@ from torch import Size, Tensor
 
 from ..jacobian.base import Jacobian
 from ..jacobian.linearization import Linearization
-from ._batches import FoldedColumns, flatten_batch
+from ._batches import FoldedColumns, flatten_batch, select
 
 
 class JacobianLinearOperator(LinearOperator):
     r"""The Jacobian :math:`\boldsymbol J(\boldsymbol X)` of a network's outputs with respect to its P parameters.
 
     Of size (*batch, N, P) with N = n·C rows, row = point·C + output; `op.mT` is (*batch, P, N). A product with a vector
-    costs one forward-mode pass over the n inputs, a product of the transpose one reverse-mode pass. It is differentiable
-    with respect to `x`.
+    costs one forward-mode pass over the n inputs, a product of the transpose one reverse-mode pass. It is
+    differentiable with respect to `x`.
 
     :param x: The inputs, (*batch, n, d).
     :param linearization: The frozen network with its engines.
@@ -60,10 +60,10 @@ class JacobianLinearOperator(LinearOperator):
         index, other = (col_index, row_index) if self.transposed else (row_index, col_index)
         if self.linearization.network.num_outputs(self.x) != 1 or not _is_noop_index(other):
             return super()._getitem(row_index, col_index, *batch_indices)
-        x = self.x[(*batch_indices, slice(None), slice(None))][..., index, :]
+        x = select(self.x, batch_indices, index)
         return self.__class__(x, linearization=self.linearization, transposed=self.transposed)
 
-    def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
+    def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:  # type: ignore[override]
         row_index, col_index, *batch_indices = torch.broadcast_tensors(row_index, col_index, *batch_indices)
         if self.transposed:
             row_index, col_index = col_index, row_index

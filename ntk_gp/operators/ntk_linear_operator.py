@@ -9,15 +9,15 @@ from torch import Size, Tensor
 
 from ..jacobian.base import Jacobian
 from ..jacobian.linearization import Linearization
-from ._batches import FoldedColumns, flatten_batch
+from ._batches import FoldedColumns, flatten_batch, select
 from .ntk_added_diag_linear_operator import NTKAddedDiagLinearOperator
 
 
 class NTKLinearOperator(LinearOperator):
     r"""The kernel matrix :math:`\boldsymbol J(\boldsymbol X_1) \boldsymbol\Sigma \boldsymbol J(\boldsymbol X_2)^\top`.
 
-    Of size (*batch, n₁·C, n₂·C), rows and columns point-major and output-minor. Products run Jacobian-vector products and
-    form no N₁×N₂ matrix, unless it fits in the memory budget and storing it is cheaper
+    Of size (*batch, n₁·C, n₂·C), rows and columns point-major and output-minor. Products run Jacobian-vector products
+    and form no N₁×N₂ matrix, unless it fits in the memory budget and storing it is cheaper
     (:class:`ntk_gp.settings.memory_budget`). A constant factor is absorbed into :math:`\boldsymbol\Sigma`.
 
     :param x1: (*batch, n₁, d).
@@ -43,8 +43,8 @@ class NTKLinearOperator(LinearOperator):
     def _jacobians(self) -> tuple[Jacobian, Jacobian]:
         """J(X₁) and J(X₂), the same object where the inputs are the same tensor.
 
-        One instance serves all iterations of a solve, and looks them up once. Differentiable ones are not kept: they hold
-        a graph.
+        One instance serves all iterations of a solve, and looks them up once. Differentiable ones are not kept: they
+        hold a graph.
         """
         if self._jacobians_memo is not None and not (torch.is_grad_enabled() and self._inputs_require_grad):
             return self._jacobians_memo
@@ -116,12 +116,10 @@ class NTKLinearOperator(LinearOperator):
         columns = _points_of_rows(col_index, self.shape[-1], outputs)
         if rows is None or columns is None:
             return super()._getitem(row_index, col_index, *batch_indices)
-        x1, x2, variances = (
-            tensor[(*batch_indices, slice(None), slice(None))] for tensor in (self.x1, self.x2, self.variances)
-        )
-        return self._like(x1[..., rows, :], x2[..., columns, :], variances)
+        x1, x2 = select(self.x1, batch_indices, rows), select(self.x2, batch_indices, columns)
+        return self._like(x1, x2, select(self.variances, batch_indices))
 
-    def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
+    def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:  # type: ignore[override]
         row_index, col_index, *batch_indices = torch.broadcast_tensors(row_index, col_index, *batch_indices)
         if row_index.numel() == 0:
             return self.x1.new_zeros(row_index.shape)
@@ -169,7 +167,7 @@ class NTKLinearOperator(LinearOperator):
         return grad_x1, grad_x2, grad_variances
 
     def _variances_derivative(self, left_vecs: Tensor, right_vecs: Tensor) -> Tensor:
-        """K is linear in the variances: the derivative for one group is leftᵀ K right with that variance one, the rest 0."""
+        """K is linear in the variances: for each group, leftᵀ K right with its variance one and the rest zero."""
         groups = torch.eye(self.variances.shape[-1], dtype=self.variances.dtype, device=self.variances.device)
         x1, x2 = self.x1.detach(), self.x2.detach()
         derivatives = [
@@ -200,11 +198,11 @@ class NTKLinearOperator(LinearOperator):
 
     def add_diagonal(self, diag: Tensor) -> LinearOperator:
         added = super().add_diagonal(diag)
-        return self + added._diag_tensor
+        return self + added._diag_tensor  # type: ignore[attr-defined]
 
     def __add__(self, other: Tensor | LinearOperator | float) -> LinearOperator | Tensor:
         if isinstance(other, DiagLinearOperator):
-            return NTKAddedDiagLinearOperator(self, other)
+            return NTKAddedDiagLinearOperator(self, other)  # type: ignore[arg-type]
         return super().__add__(other)
 
 
