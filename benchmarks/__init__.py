@@ -1,0 +1,1 @@
+"""How fast, how exact and how large: this package beside its peers. Start it with `python -m benchmarks.run`."""

@@ -1,0 +1,1 @@
+"""One file per question: each has `add_arguments(parser)` and `run(arguments)`."""

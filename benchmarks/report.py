@@ -1,0 +1,169 @@
+"""What is written: JSON with every measurement, Markdown tables, log-log figures."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def write(folder: Path, name: str, results: dict, markdown: str) -> None:
+    """Writes `NAME.json`, with the machine it was measured on, and `NAME.md`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(markdown.rstrip() + "\n")
+    print(f"\n{markdown}\n\nWritten to {folder / name}.json and .md")
+
+
+def machine() -> dict[str, str]:
+    """The processor, its cores, and the versions that decide the speed."""
+    import gpytorch
+    import torch
+
+    return {
+        "processor": _processor(),
+        "cores": str(len(_cores())),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "gpytorch": gpytorch.__version__,
+    }
+
+
+def machine_line() -> str:
+    details = machine()
+    return (
+        f"{details['processor']}, {details['cores']} cores; Python {details['python']}, torch {details['torch']}, "
+        f"gpytorch {details['gpytorch']}."
+    )
+
+
+def gemm_rate(threads: int, size: int = 4096) -> float:
+    """Flops per second of a float32 matrix product on this many cores, in a process of its own."""
+    script = (
+        "import torch, time\n"
+        f"torch.set_num_threads({threads}); a, b = torch.randn(2, {size}, {size})\n"
+        "for _ in range(8):\n"
+        "    start = time.perf_counter(); a @ b; print(time.perf_counter() - start)"
+    )
+    printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    return 2.0 * size**3 / statistics.median(map(float, printed.split()[1:]))
+
+
+def median(row: dict, column: str) -> float | None:
+    """The median seconds of one column in a row."""
+    return next((cell["median"] for cell in row["cells"] if cell["column"] == column), None)
+
+
+def line(row: dict, ours: str) -> str:
+    """A row on one line, as progress."""
+    cells = "  ".join(f"{cell['column']} {_cell(cell, median(row, ours)) or '–'}" for cell in row["cells"])
+    return f"{row['network']} n={row['n']:,} {row['operation']}: {cells}"
+
+
+def table(rows: Sequence[dict], ours: str) -> str:
+    """Rows of cells as Markdown: the median and, in brackets, how many times ours that is.
+
+    The last column is the largest difference from the float64 reference that any cell of the row has.
+    """
+    if not rows:
+        return ""
+    titles = [cell["column"] for cell in rows[0]["cells"]]
+    lines, notes = [], {}
+    for row in rows:
+        cells = [_cell(cell, median(row, ours)) for cell in row["cells"]]
+        errors = [(cell["error"], cell["column"]) for cell in row["cells"] if cell["error"] is not None]
+        worst = f"{max(errors)[0]:.0e} ({max(errors)[1]})" if errors else ""
+        lines.append([row["network"], f"{row['n']:,}", f"{row['P']:,}", row["operation"], *cells, worst])
+        notes.update({f"{cell['column']}: {cell['note']}": None for cell in row["cells"] if _is_worth_a_note(cell)})
+    header = ["network", "n", "P", "", *titles, "max rel. difference"]
+    footnotes = "\n".join(f"- {note}" for note in notes)
+    return markdown_table(header, lines) + (f"\n\n{footnotes}" if notes else "")
+
+
+def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, or nothing where it has no lines."""
+    if not lines:
+        return ""
+    separator = "|".join(["---"] * len(header))
+    return "\n".join([f"| {' | '.join(header)} |", f"|{separator}|", *(f"| {' | '.join(cells)} |" for cells in lines)])
+
+
+def duration(seconds: float | None) -> str:
+    """Three digits, in the unit that suits."""
+    if seconds is None:
+        return ""
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * scale >= 1.0 or unit == "µs":
+            return f"{seconds * scale:.3g} {unit}"
+    raise AssertionError
+
+
+def size(num_bytes: float | None) -> str:
+    return "" if num_bytes is None else f"{num_bytes / 2**30:.2f} GiB"
+
+
+def exponent(sizes: Sequence[float], seconds: Sequence[float | None]) -> float | None:
+    """The least-squares slope of log(seconds) against log(size), from two points on."""
+    points = [(math.log(x), math.log(y)) for x, y in zip(sizes, seconds, strict=True) if y]
+    if len({x for x, _ in points}) < 2:
+        return None
+    return float(np.polyfit(*np.array(points).T, 1)[0])
+
+
+def figure(series: dict[str, tuple[str, Sequence[dict]]], titles: Sequence[str], ylabel: str, file: Path) -> None:
+    """One log-log panel per entry: seconds of every column against a quantity of the rows.
+
+    :param series: The label of each x axis, with the rows' key for it and the rows.
+    """
+    from matplotlib import pyplot
+
+    canvas, panels = pyplot.subplots(1, len(series), figsize=(5.5 * len(series), 4.2), sharey=True, squeeze=False)
+    for panel, (label, (key, rows)) in zip(panels[0], series.items(), strict=True):
+        for column in titles:
+            points = sorted((row[key], median(row, column)) for row in rows if median(row, column))
+            if points:
+                panel.loglog(*zip(*points, strict=True), marker="o", label=column)
+        panel.set_xlabel(label)
+        panel.grid(which="both", alpha=0.25)
+    panels[0][0].set_ylabel(ylabel)
+    panels[0][0].legend(frameon=False)
+    canvas.tight_layout()
+    canvas.savefig(file, dpi=150)
+    pyplot.close(canvas)
+
+
+def _cell(cell: dict, ours: float | None) -> str:
+    if cell["median"] is None:
+        return "failed" if _is_worth_a_note(cell) else ""
+    single = " once" if len(cell["seconds"]) == 1 else ""
+    ratio = f" ({cell['median'] / ours:.2g}×)" if ours and cell["median"] != ours else ""
+    return f"{duration(cell['median'])}{ratio}{single}"
+
+
+def _is_worth_a_note(cell: dict) -> bool:
+    """Operations that a package does not have are blank without comment."""
+    return bool(cell["note"]) and not cell["note"].startswith(("no ", "the same "))
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    names = [text.split(":")[1].strip() for text in path.read_text().splitlines() if text.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _cores() -> set[int]:
+    import os
+
+    return os.sched_getaffinity(0)

@@ -1,0 +1,62 @@
+"""`python -m benchmarks.run QUESTION`: measures, and writes tables and figures to `benchmarks/results`.
+
+Without a question: sets the peers up and runs what the published tables are made of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+
+from . import peers, report
+
+QUESTIONS = ["engines"]
+DEFAULT = ["engines", "posterior"]
+
+
+def parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--quick", action="store_true", help="small sizes: does everything run?")
+    common.add_argument("--threads", type=int, nargs="+", help="numbers of threads to measure with (default: 1 2)")
+    common.add_argument("--repeats", type=int, help="timings of each cell (default: 5)")
+    common.add_argument("--slowest", type=float, default=60.0, help="a cell that takes more seconds is timed only once")
+    common.add_argument("--output", type=Path, help=f"folder of the results (default: {report.RESULTS})")
+    top = argparse.ArgumentParser(
+        prog="python -m benchmarks.run", description=__doc__.splitlines()[0], parents=[common]
+    )
+    choices = top.add_subparsers(dest="question", metavar="QUESTION")
+    for name in QUESTIONS:
+        question = _question(name)
+        sub = choices.add_parser(name, help=question.__doc__.splitlines()[0], parents=[common])
+        question.add_arguments(sub)
+        sub.set_defaults(run=question.run)
+    return top
+
+
+def _question(name: str):
+    return importlib.import_module(f"benchmarks.questions.{name}")
+
+
+def _with_defaults(arguments: argparse.Namespace) -> argparse.Namespace:
+    arguments.threads = arguments.threads or ([1] if arguments.quick else [1, 2])
+    arguments.repeats = arguments.repeats or (2 if arguments.quick else 5)
+    arguments.output = arguments.output or (report.RESULTS / "quick" if arguments.quick else report.RESULTS)
+    return arguments
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    if arguments.question is not None:
+        arguments.run(_with_defaults(arguments))
+        return
+    for name in peers.names():
+        peers.setup(name)
+    for name in DEFAULT:
+        options = ["--quick"] if arguments.quick else []
+        single = parser().parse_args([name, *options])
+        single.run(_with_defaults(single))
+
+
+if __name__ == "__main__":
+    main()
