@@ -25,6 +25,16 @@ def flatten_batch(x: Tensor) -> Tensor:
     return flat
 
 
+def expand(x: Tensor, batch_shape: Size | list[int]) -> Tensor:
+    """(*batch, n, d) to (*batch_shape, n, d), or itself; it requires a gradient as `x` does.
+
+    Operators are rebuilt inside autograd functions, without grad mode, and must still know what to differentiate for.
+    """
+    if x.shape[:-2] == Size(batch_shape):
+        return x
+    return x.expand(*batch_shape, *x.shape[-2:]).requires_grad_(x.requires_grad)
+
+
 def select(x: Tensor, batch_indices: tuple[IndexType, ...], points: IndexType = slice(None)) -> Tensor:
     """Some batches of (*batch, n, d), and some points in each."""
     return x[(*batch_indices, slice(None), slice(None))][..., points, :]  # type: ignore[index]

@@ -9,7 +9,7 @@ from torch import Size, Tensor
 
 from ..jacobian.base import Jacobian
 from ..jacobian.linearization import Linearization
-from ._batches import FoldedColumns, flatten_batch, select
+from ._batches import FoldedColumns, expand, flatten_batch, select
 
 
 class JacobianLinearOperator(LinearOperator):
@@ -90,5 +90,4 @@ class JacobianLinearOperator(LinearOperator):
         return dense.mT if self.transposed else dense
 
     def _expand_batch(self, batch_shape: Size | list[int]) -> JacobianLinearOperator:
-        x = self.x.expand(*batch_shape, *self.x.shape[-2:])
-        return self.__class__(x, linearization=self.linearization, transposed=self.transposed)
+        return self.__class__(expand(self.x, batch_shape), linearization=self.linearization, transposed=self.transposed)

@@ -9,7 +9,7 @@ from torch import Size, Tensor
 
 from ..jacobian.base import Jacobian
 from ..jacobian.linearization import Linearization
-from ._batches import FoldedColumns, flatten_batch, select
+from ._batches import FoldedColumns, expand, flatten_batch, select
 from .ntk_added_diag_linear_operator import NTKAddedDiagLinearOperator
 
 
@@ -29,9 +29,9 @@ class NTKLinearOperator(LinearOperator):
 
     def __init__(self, x1: Tensor, x2: Tensor, variances: Tensor, *, linearization: Linearization):
         batch_shape = _common_batch_shape(x1, x2, variances)
-        x1, x2, variances = (
-            tensor.expand(*batch_shape, *tensor.shape[-2:]) for tensor in (x1, x2, variances.to(x1.dtype))
-        )
+        expanded = expand(x1, batch_shape)
+        x1, x2 = expanded, expanded if x2 is x1 else expand(x2, batch_shape)
+        variances = expand(variances.to(x1.dtype), batch_shape)
         super().__init__(x1, x2, variances, linearization=linearization)
         self.x1 = x1
         self.x2 = x2
@@ -78,10 +78,7 @@ class NTKLinearOperator(LinearOperator):
         return self._like(self.x2, self.x1, self.variances)
 
     def _expand_batch(self, batch_shape: Size | list[int]) -> NTKLinearOperator:
-        x1, x2, variances = (
-            tensor.expand(*batch_shape, *tensor.shape[-2:]) for tensor in (self.x1, self.x2, self.variances)
-        )
-        return self._like(x1, x2, variances)
+        return self._like(*(expand(tensor, batch_shape) for tensor in (self.x1, self.x2, self.variances)))
 
     def _mul_constant(self, other: float | Tensor) -> NTKLinearOperator:
         other = torch.as_tensor(other, dtype=self.variances.dtype, device=self.variances.device)
