@@ -5,11 +5,22 @@ from __future__ import annotations
 import torch
 from gpytorch import settings as gpytorch_settings
 from gpytorch.models.exact_prediction_strategies import DefaultPredictionStrategy
-from torch import Tensor
+from linear_operator.operators import LinearOperator, ZeroLinearOperator
+from linear_operator.utils.memoize import cached
+from torch import Size, Tensor
+
+from .operators import NTKAddedDiagLinearOperator, NTKLinearOperator
+from .operators.ntk_posterior_linear_operator import NTKPosteriorLinearOperator
+from .solvers import Solver
 
 
 class NTKPredictionStrategy(DefaultPredictionStrategy):
-    """Exact prediction with an NTK; checks what it is given first.
+    r"""Prediction from weight space, whichever way the solve went.
+
+    The cache is :math:`\hat w = \Sigma J^\top (K + D)^{-1} (y - m)`, P numbers: the posterior mean at any input is
+    :math:`f(x) + J(x) \hat w`, one Jacobian-vector product, however many points were learned from. Variances come from the
+    solver's own factor, in function or weight space. What this strategy does not cover (missing observations, caches with a
+    graph, products of kernels) GPyTorch's default does, on the same solvers.
 
     :param train_inputs: The training inputs, one tensor in a list.
     :param train_prior_dist: The prior at them.
@@ -21,6 +32,62 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
         _check_targets(train_inputs[0], train_labels)
         super().__init__(train_inputs, train_prior_dist, train_labels, likelihood, **kwargs)
 
+    @property
+    @cached(name="train_system")
+    def _train_matrix(self) -> LinearOperator:
+        """K + D of the training data."""
+        return self.lik_train_train_covar.evaluate_kernel()
+
+    @property
+    @cached(name="solver")
+    def solver(self) -> Solver:
+        """The solver for K + D, built once."""
+        return self._train_matrix.solver
+
+    @property
+    @cached(name="mean_weights")
+    def mean_weights(self) -> Tensor:
+        """ŵ, (*batch, P) in float64."""
+        residual = (self.train_labels - self.train_prior_dist.loc.reshape(self.train_labels.shape)).detach().double()
+        batch = residual.shape[:-1]
+        if self.solver.system.batch > 1:
+            batch = torch.broadcast_shapes(batch, self._train_matrix.batch_shape)
+            residual = residual.expand(*batch, residual.shape[-1])
+        weights = self.solver.mean_weights(residual.reshape(-1, residual.shape[-1]))
+        return weights.reshape(*batch, weights.shape[-1])
+
+    def _covers(self, test_test_covar: LinearOperator | Tensor) -> bool:
+        return (
+            isinstance(test_test_covar, NTKLinearOperator)
+            and isinstance(self._train_matrix, NTKAddedDiagLinearOperator)
+            and self._train_matrix._is_positive
+            and gpytorch_settings.observation_nan_policy.value() == "ignore"
+            and gpytorch_settings.detach_test_caches.on()
+        )
+
+    def exact_prediction(self, test_mean, test_test_covar, test_train_covar):
+        if not self._covers(test_test_covar):
+            return super().exact_prediction(test_mean, test_test_covar, test_train_covar)
+        x = test_test_covar.x1
+        mean = test_mean + self._mean_shift(x).reshape(*x.shape[:-2], -1)
+        if gpytorch_settings.skip_posterior_variances.on():
+            return mean, ZeroLinearOperator(*test_test_covar.shape)
+        batch_shape = self._train_matrix.batch_shape if self.solver.system.batch > 1 else Size()
+        return mean, NTKPosteriorLinearOperator(x, x, solver=self.solver, batch_shape=batch_shape)
+
+    def _mean_shift(self, x: Tensor) -> Tensor:
+        """J(x) ŵ: (*batch, m, d) to (*batch, m·C)."""
+        linearization = self.solver.system.linearization
+        weights = self.mean_weights.to(x.dtype)
+        batch = torch.broadcast_shapes(x.shape[:-2], weights.shape[:-1])
+        if not weights.shape[:-1].numel() > 1:
+            flat, tangents = x.reshape(-1, *x.shape[-2:]), weights.reshape(1, 1, -1)
+        else:
+            flat = x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:])
+            tangents = weights.expand(*batch, weights.shape[-1]).reshape(-1, 1, weights.shape[-1])
+        shift = linearization.autodiff.linearize(flat).jvp(tangents)
+        return shift.reshape(*batch, -1)
+
 
 def _check_targets(inputs: Tensor, targets: Tensor) -> None:
     if inputs.shape[-2] == 0:
@@ -30,12 +97,12 @@ def _check_targets(inputs: Tensor, targets: Tensor) -> None:
         )
     if targets.dtype != inputs.dtype or targets.device != inputs.device:
         raise ValueError(
-            f"The training targets are {targets.dtype} on {targets.device}, the inputs {inputs.dtype} on {inputs.device}. "
-            "Convert one of them with .to()."
+            f"The training targets are {targets.dtype} on {targets.device}, the inputs {inputs.dtype} on "
+            f"{inputs.device}. Convert one of them with .to()."
         )
     if gpytorch_settings.observation_nan_policy.value() == "ignore" and not torch.isfinite(targets).all():
         bad = (~torch.isfinite(targets)).nonzero()[:3].tolist()
         raise ValueError(
-            f"Training targets of shape {tuple(targets.shape)} have NaN or infinite values, first at {bad}. Remove them, or set "
-            "gpytorch.settings.observation_nan_policy('mask')."
+            f"Training targets of shape {tuple(targets.shape)} have NaN or infinite values, first at {bad}. Remove them, "
+            "or set gpytorch.settings.observation_nan_policy('mask')."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -34,6 +35,39 @@ class allow_tf32(_feature_flag):
     """
 
     _default = False
+
+
+class progress_bar(_feature_flag):
+    """Whether long work shows a progress bar (needs the package tqdm).
+
+    (Default: False.)
+    """
+
+    _default = False
+
+
+class solve_tolerance(_value_context):
+    """The relative residual ‖(K + D)x − b‖ / ‖b‖ at which an iterative solve stops.
+
+    Only where neither K + D nor its counterpart in weight space fits in the memory budget is a system solved by iteration; the
+    residual is measured in float64. A tolerance set by the user in `gpytorch.settings.cg_tolerance` or `eval_cg_tolerance`
+    comes first.
+
+    (Default: 1e-4.)
+    """
+
+    _global_value: float = 1e-4
+
+
+def progress(steps: Sequence[int], description: str) -> Iterable[int]:
+    """The steps, behind a progress bar where one was asked for and there is more than one step."""
+    if progress_bar.off() or len(steps) < 2:
+        return steps
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError("ntk_gp.settings.progress_bar needs the package tqdm: pip install tqdm.") from error
+    return tqdm(steps, desc=description)
 
 
 def _device_memory(device: torch.device) -> int:

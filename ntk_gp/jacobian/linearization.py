@@ -37,6 +37,15 @@ class Linearization:
         """Drops everything that was kept."""
         self._cache = _Cache()
 
+    def keep(self, kind: str, tensors: tuple[Tensor, ...], compute: Callable[..., Any]) -> Any:
+        """The result of `compute` for tensors with these contents, from the last time or computed now.
+
+        :param kind: Tells results of different kinds for the same tensors apart.
+        :param tensors: What the result depends on, beside the network.
+        :param compute: Called with copies of the tensors; its result says in `nbytes` what it holds.
+        """
+        return self._cache.get(kind, self._state, tensors, compute)
+
     def jacobian(self, x: Tensor, keep: bool = True) -> Jacobian:
         """J(x) at x (B, n, d): differentiable where x requires a gradient, otherwise kept for the next time."""
         if torch.is_grad_enabled() and x.requires_grad:

@@ -2,31 +2,203 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from linear_operator.operators import AddedDiagLinearOperator
-from torch import Tensor
+from linear_operator.operators import AddedDiagLinearOperator, ConstantDiagLinearOperator
+from torch import Size, Tensor
+
+from ..solvers import Solver, Spectrum, System, choose_solver
+from ..solvers.iterative import IterativeSolver
+from ._batches import FoldedColumns, flatten_batch
 
 
 class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
     r""":math:`\boldsymbol K + \boldsymbol D`: a neural tangent kernel matrix and a diagonal of noise.
 
+    Solves and log-determinants are exact, in float64 and by the cheapest way that fits in the memory budget (see
+    :mod:`ntk_gp.solvers`); beyond, they iterate and say so where they do not converge. While the noise and one scale are
+    being fitted, one eigendecomposition serves every step.
+
     :param linear_ops: The :class:`NTKLinearOperator` and the :class:`~linear_operator.operators.DiagLinearOperator`.
     """
 
+    _solver_memo: Solver | None = None
+
+    def _kept(self, kind: str, system: System, build: Any) -> Any:
+        """What was built for an equal system before: operators are rebuilt at every call, the linearization stays."""
+
+        def compute(x: Tensor, weights: Tensor, noise: Tensor) -> Any:
+            return build(System(system.linearization, x, weights, noise))
+
+        return system.linearization.keep(kind, (system.x, system.weights, system.noise), compute)
+
+    @property
+    def _system(self) -> System:
+        kernel_matrix = self._linear_op
+        return System(
+            kernel_matrix.linearization,
+            flatten_batch(kernel_matrix.x1.detach()),
+            _distinct_rows(kernel_matrix.variances.detach()),
+            _distinct_rows(self._noise_diagonal.detach().unsqueeze(-2)),
+        )
+
+    @property
+    def _noise_diagonal(self) -> Tensor:
+        return self._diag_tensor._diag.expand(self.shape[:-1])
+
+    @property
+    def solver(self) -> Solver:
+        """The solver for this matrix, from the cache or newly built."""
+        if self._solver_memo is None:
+            self._solver_memo = self._kept("solver", self._system, choose_solver)
+        return self._solver_memo
+
     def solve(self, right_tensor: Tensor, left_tensor: Tensor | None = None) -> Tensor:
         _check_right_hand_side(right_tensor)
-        return super().solve(right_tensor, left_tensor)
+        if not self._is_positive:
+            return super().solve(right_tensor, left_tensor)
+        vector = right_tensor.dim() == 1
+        rhs = right_tensor.unsqueeze(-1) if vector else right_tensor
+        solution = _Solve.apply(self, rhs, *self.representation())
+        solution = solution.squeeze(-1) if vector else solution
+        return solution if left_tensor is None else left_tensor @ solution
+
+    @property
+    def _is_positive(self) -> bool:
+        """Whether K + D is positive definite by its construction, as every solver here assumes."""
+        return bool((self._diag_tensor._diag > 0).all() and (self._linear_op.variances >= 0).all())
 
     def inv_quad_logdet(
         self, inv_quad_rhs: Tensor | None = None, logdet: bool | None = False, reduce_inv_quad: bool | None = True
     ) -> tuple[Tensor | None, Tensor | None]:
         if inv_quad_rhs is not None:
             _check_right_hand_side(inv_quad_rhs)
-        return super().inv_quad_logdet(inv_quad_rhs, logdet, reduce_inv_quad)
+        rhs = inv_quad_rhs
+        if rhs is None:
+            rhs = torch.zeros(*self.shape[:-1], 1, dtype=self.dtype, device=self.device)
+        rhs = rhs.unsqueeze(-1) if rhs.dim() == 1 else rhs
+        terms = self._marginal_terms(rhs)
+        if terms is None:
+            return super().inv_quad_logdet(inv_quad_rhs, logdet, reduce_inv_quad)
+        inv_quad, log_determinant = terms
+        empty = torch.zeros(self.batch_shape, dtype=self.dtype, device=self.device)
+        if reduce_inv_quad or (inv_quad_rhs is not None and inv_quad_rhs.dim() == 1):
+            inv_quad = inv_quad.sum(-1)
+        return (
+            empty if inv_quad_rhs is None else inv_quad.to(self.dtype),
+            log_determinant.to(self.dtype) if logdet else empty,
+        )
+
+    def _marginal_terms(self, rhs: Tensor) -> tuple[Tensor, Tensor] | None:
+        """rhsᵀ (K + D)⁻¹ rhs for each column, (*batch, r), and log |K + D|, (*batch); None where neither fits in memory."""
+        if not self._is_positive:
+            return None
+        kernel_matrix = self._linear_op
+        if torch.is_grad_enabled() and (kernel_matrix.x1.requires_grad or kernel_matrix.x2.requires_grad):
+            return self._dense_marginal_terms(rhs)
+        system = self._system
+        out_shape, rhs, weights, noise = self._flat_arguments(rhs)
+        fitted = torch.is_grad_enabled() and (weights.requires_grad or noise.requires_grad)
+        constant = isinstance(self._diag_tensor, ConstantDiagLinearOperator)
+        if fitted and weights.shape[-1] == 1 and (constant or not noise.requires_grad) and _spectrum_fits(system):
+            inv_quad, logdet = self._spectrum_terms(system, rhs, weights, noise, constant)
+        else:
+            solver = self.solver
+            if isinstance(solver, IterativeSolver):
+                return None
+            inv_quad, logdet = _MarginalTerms.apply(weights, noise, rhs, solver)
+        return inv_quad.reshape(*out_shape, -1), logdet.reshape(out_shape)
+
+    def _flat_arguments(self, rhs: Tensor) -> tuple[Size, Tensor, Tensor, Tensor]:
+        """Everything in float64 with one batch dimension: the batch shape, rhs, weights and noise."""
+        shape = torch.broadcast_shapes(rhs.shape[:-2], self.batch_shape)
+        rhs = rhs.expand(*shape, *rhs.shape[-2:]).reshape(-1, *rhs.shape[-2:]).double()
+        variances = self._linear_op.variances
+        weights = variances.expand(*shape, *variances.shape[-2:]).reshape(-1, variances.shape[-1]).double()
+        noise = self._noise_diagonal.expand(*shape, self.shape[-1]).reshape(-1, self.shape[-1]).double()
+        return shape, rhs, weights, noise
+
+    def _spectrum_terms(
+        self, system: System, rhs: Tensor, weights: Tensor, noise: Tensor, constant: bool
+    ) -> tuple[Tensor, Tensor]:
+        unit_noise = torch.ones_like(system.noise[:1]) if constant else system.noise
+        unit = System(system.linearization, system.x, torch.ones_like(system.weights[:1]), unit_noise)
+        spectrum = self._kept("spectrum", unit, Spectrum)
+        return spectrum.inv_quad_logdet(rhs, weights, noise[:, :1] if constant else torch.ones_like(weights))
+
+    def _dense_marginal_terms(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
+        """By autograd through a dense Cholesky factor: inputs that require gradients."""
+        factor = torch.linalg.cholesky(self.to_dense().double())
+        half = torch.linalg.solve_triangular(factor, rhs.double(), upper=False)
+        logdet = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return half.square().sum(-2), logdet
+
+
+class _Solve(torch.autograd.Function):
+    """(K + D)⁻¹ rhs, differentiable with respect to rhs and everything that represents the operator."""
+
+    @staticmethod
+    def forward(ctx, operator: NTKAddedDiagLinearOperator, rhs: Tensor, *representation: Tensor) -> Tensor:
+        solution = _solve(operator, rhs)
+        ctx.operator = operator
+        ctx.save_for_backward(rhs, solution)
+        return solution
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rhs, solution = ctx.saved_tensors
+        adjoint = _solve(ctx.operator, grad)
+        representation_grads: tuple[Tensor | None, ...] = (None,) * len(ctx.operator.representation())
+        if any(ctx.needs_input_grad[2:]):
+            representation_grads = ctx.operator._bilinear_derivative(-adjoint, solution)
+        return None, adjoint.sum_to_size(rhs.shape), *representation_grads
+
+
+def _solve(operator: NTKAddedDiagLinearOperator, rhs: Tensor) -> Tensor:
+    solver = operator.solver
+    # A system with one batch serves all of the operator's, as more columns.
+    columns = FoldedColumns(rhs.double(), operator.batch_shape if solver.system.batch > 1 else Size())
+    solution = columns.unfold(solver.solve(columns.flat))
+    shape = torch.broadcast_shapes(solution.shape[:-2], operator.batch_shape)
+    return solution.expand(*shape, *solution.shape[-2:]).to(operator.dtype)
+
+
+class _MarginalTerms(torch.autograd.Function):
+    """rhsᵀ A⁻¹ rhs and log |A| with their exact derivatives, ½tr(A⁻¹ ∂A) and αᵀ ∂A α, not through the factorisation."""
+
+    @staticmethod
+    def forward(ctx, weights: Tensor, noise: Tensor, rhs: Tensor, solver: Solver) -> tuple[Tensor, Tensor]:
+        alpha = solver.solve(rhs)
+        ctx.solver = solver
+        ctx.save_for_backward(alpha, weights)
+        return (rhs * alpha).sum(-2), solver.logdet().expand(rhs.shape[0])
+
+    @staticmethod
+    def backward(ctx, grad_inv_quad: Tensor, grad_logdet: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        alpha, weights = ctx.saved_tensors
+        solver, function = ctx.solver, ctx.solver.system.jacobian.function
+        by_weight, by_noise = solver.logdet_derivatives()
+        squares = solver.system.jacobian.vjp(alpha.mT).square()
+        quadratic = torch.zeros(*squares.shape[:-1], weights.shape[-1], dtype=squares.dtype, device=squares.device)
+        for piece, group in zip(squares.split(function.sizes, dim=-1), function.group_indices, strict=True):
+            quadratic[..., group] += piece.sum(-1)
+        grad_weights = grad_logdet.unsqueeze(-1) * by_weight - (grad_inv_quad.unsqueeze(-1) * quadratic).sum(-2)
+        grad_noise = grad_logdet.unsqueeze(-1) * by_noise - (grad_inv_quad.unsqueeze(-2) * alpha.square()).sum(-1)
+        return grad_weights, grad_noise, 2 * alpha * grad_inv_quad.unsqueeze(-2), None
+
+
+def _spectrum_fits(system: System) -> bool:
+    return system.fits(3.0 * system.x.shape[0] * min(system.num_rows, system.num_parameters) ** 2)
+
+
+def _distinct_rows(rows: Tensor) -> Tensor:
+    """(*batch, 1, k) to (B, k), where B = 1 if all batches are equal."""
+    return flatten_batch(rows)[:, 0]
 
 
 def _check_right_hand_side(rhs: Tensor) -> None:
-    if rhs.numel() == 0:
+    if rhs.shape[-2 if rhs.dim() > 1 else -1] == 0:
         raise ValueError("There is no training data: expected at least one input with its target.")
     if not torch.isfinite(rhs).all():
         count = int((~torch.isfinite(rhs)).sum())

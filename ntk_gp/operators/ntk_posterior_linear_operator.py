@@ -1,0 +1,107 @@
+"""The posterior covariance as a lazy matrix."""
+
+from __future__ import annotations
+
+import torch
+from linear_operator.operators import LinearOperator
+from linear_operator.utils.getitem import IndexType
+from linear_operator.utils.memoize import cached
+from torch import Size, Tensor
+
+from .. import settings
+from ..solvers import Solver
+
+
+class NTKPosteriorLinearOperator(LinearOperator):
+    r"""The posterior covariance between two sets of test inputs, (*batch, m₁·C, m₂·C).
+
+    Its diagonal, the posterior variances, is computed block of points by block and is never negative; other products form the
+    matrix. Differentiable with respect to the inputs.
+
+    :param x1: (*batch, m₁, d).
+    :param x2: (*batch, m₂, d).
+    :param solver: The solver that was built from the training data.
+    :param batch_shape: The batch shape of the training data, where the solver has batches of its own.
+    """
+
+    def __init__(self, x1: Tensor, x2: Tensor, *, solver: Solver, batch_shape: Size = torch.Size()):
+        shape = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2])
+        same = x1 is x2
+        x1 = x1.expand(*shape, *x1.shape[-2:])
+        x2 = x1 if same else x2.expand(*shape, *x2.shape[-2:])
+        super().__init__(x1, x2, solver=solver, batch_shape=batch_shape)
+        self.x1 = x1
+        self.x2 = x2
+        self.solver = solver
+        self.train_batch_shape = batch_shape
+
+    @property
+    def _outputs(self) -> int:
+        return self.solver.system.jacobian.function.num_outputs
+
+    def _size(self) -> Size:
+        return Size([*self.x1.shape[:-2], self.x1.shape[-2] * self._outputs, self.x2.shape[-2] * self._outputs])
+
+    def _like(self, x1: Tensor, x2: Tensor) -> NTKPosteriorLinearOperator:
+        return self.__class__(x1, x2, solver=self.solver, batch_shape=self.train_batch_shape)
+
+    def _transpose_nonbatch(self) -> NTKPosteriorLinearOperator:
+        return self._like(self.x2, self.x1)
+
+    def _expand_batch(self, batch_shape: Size | list[int]) -> NTKPosteriorLinearOperator:
+        x1 = self.x1.expand(*batch_shape, *self.x1.shape[-2:])
+        return self._like(x1, x1 if self.x2 is self.x1 else self.x2.expand(*batch_shape, *self.x2.shape[-2:]))
+
+    @property
+    def _is_square_of_one_set(self) -> bool:
+        return self.x1 is self.x2 or (self.x1.shape == self.x2.shape and torch.equal(self.x1, self.x2))
+
+    @cached(name="posterior_diagonal")
+    def _diagonal(self) -> Tensor:
+        if not self._is_square_of_one_set:
+            return self.to_dense().diagonal(dim1=-1, dim2=-2)
+        pieces = [self._variances(x) for x in _one_batch_dimension(self.x1, self.train_batch_shape)]
+        return torch.stack(pieces).reshape(self.shape[:-1]).to(self.dtype)
+
+    def _variances(self, x: Tensor) -> Tensor:
+        """(B, m, d) to (B, m·C)."""
+        system = self.solver.system
+        size = max(1, self.solver.points_per_block(self._outputs) // max(1, x.shape[0] // system.batch))
+        starts = settings.progress(range(0, x.shape[1], size), "Posterior variances")
+        blocks = [self.solver.variance(system.jacobian_at(x[:, i : i + size])) for i in starts]
+        return torch.cat(blocks, dim=-1) if blocks else x.new_zeros(x.shape[0], 0)
+
+    @cached
+    def to_dense(self) -> Tensor:
+        system = self.solver.system
+        same = self._is_square_of_one_set
+        pieces = []
+        for x1, x2 in zip(
+            _one_batch_dimension(self.x1, self.train_batch_shape),
+            _one_batch_dimension(self.x2, self.train_batch_shape),
+            strict=True,
+        ):
+            jacobian1 = system.jacobian_at(x1)
+            jacobian2 = jacobian1 if same else system.jacobian_at(x2)
+            pieces.append(self.solver.covariance(jacobian1, jacobian2))
+        return torch.stack(pieces).reshape(self.shape).to(self.dtype)
+
+    def _matmul(self, rhs: Tensor) -> Tensor:
+        return self.to_dense() @ rhs
+
+    def _getitem(self, row_index: IndexType, col_index: IndexType, *batch_indices: IndexType) -> LinearOperator:
+        if self._outputs != 1 or (self.train_batch_shape and batch_indices and not _keeps(batch_indices)):
+            return super()._getitem(row_index, col_index, *batch_indices)
+        x1, x2 = (x[(*batch_indices, slice(None), slice(None))] for x in (self.x1, self.x2))
+        return self._like(x1[..., row_index, :], x2[..., col_index, :])
+
+
+def _keeps(batch_indices: tuple[IndexType, ...]) -> bool:
+    return all(index == slice(None) for index in batch_indices)
+
+
+def _one_batch_dimension(x: Tensor, train_batch_shape: Size) -> Tensor:
+    """(*batch, m, d) to (k, B, m, d): k pieces, each with the batches of the training data (any, where those are one)."""
+    if not train_batch_shape:
+        return x.reshape(1, -1, *x.shape[-2:])
+    return x.reshape(-1, train_batch_shape.numel(), *x.shape[-2:])

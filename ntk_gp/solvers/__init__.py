@@ -1,0 +1,9 @@
+"""Ways to solve with K + D, and the choice between them."""
+
+from .choice import choose_solver
+from .spectrum import Spectrum
+from .system import System
+
+__all__ = ["Solver", "Spectrum", "System", "choose_solver"]
+
+from .base import Solver

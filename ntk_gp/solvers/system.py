@@ -1,0 +1,115 @@
+"""K + D, the matrix to be solved with: kernel matrix of the training inputs and noise."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .. import settings
+from ..jacobian.base import Jacobian
+from ..jacobian.linearization import Linearization
+
+
+class System:
+    r""":math:`\boldsymbol A = \boldsymbol J \boldsymbol\Sigma \boldsymbol J^\top + \boldsymbol D`, in float64 whatever the
+    inputs' dtype.
+
+    The condition number of an NTK matrix with little noise exceeds what float32 resolves (4·10⁵ for a hundred thousandth
+    of the variance), and differences such as a posterior variance lose as many digits again.
+
+    :param linearization: The frozen network with its engines.
+    :param x: The training inputs, (B, n, d).
+    :param weights: The prior variance of every group of parameters, (W, G); W is 1 or B. Not negative.
+    :param noise: The diagonal of D, (B or 1, N). Positive.
+    """
+
+    def __init__(self, linearization: Linearization, x: Tensor, weights: Tensor, noise: Tensor):
+        self.linearization = linearization
+        self.x = x.detach().double()
+        self.weights = weights.detach().double()
+        self.noise = noise.detach().double()
+
+    @cached_property
+    def jacobian(self) -> Jacobian:
+        """J(X), (B, N, P)."""
+        return self.linearization.jacobian(self.x)
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return max(self.x.shape[0], self.weights.shape[0], self.noise.shape[0])
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return self.jacobian.num_rows
+
+    @property
+    def num_parameters(self) -> int:
+        """P."""
+        return self.jacobian.function.num_parameters
+
+    @cached_property
+    def parameter_variances(self) -> Tensor:
+        """The diagonal of Σ, (W, P)."""
+        return self.jacobian.function.expand_weights(self.weights)
+
+    def jacobian_at(self, x: Tensor) -> Jacobian:
+        """J at test inputs (B, m, d), in float64; differentiable where they require gradients."""
+        return self.linearization.jacobian(x.double(), keep=False)
+
+    def matmul(self, rhs: Tensor) -> Tensor:
+        """A rhs, (B, N, r), from Jacobian products."""
+        product = self.linearization.kernel_matmul(self.jacobian, self.jacobian, rhs, self.weights)
+        return product + self.noise.unsqueeze(-1) * rhs
+
+    def dense(self) -> Tensor:
+        """A, (B, N, N), in memory of its own."""
+        gram = self.linearization.gram(self.jacobian, self.jacobian, self.weights)
+        gram = gram.expand(self.batch, *gram.shape[-2:])
+        if gram.stride(0) == 0 and self.batch > 1:
+            gram = gram.clone()
+        gram.diagonal(dim1=-2, dim2=-1).add_(self.noise)
+        return gram
+
+    def features(self, alpha: Tensor) -> Tensor:
+        """Σ Jᵀ alpha: (B, N, r) to (B, P, r)."""
+        return self.parameter_variances.unsqueeze(-1) * self.jacobian.vjp(alpha.mT).mT
+
+    def fits(self, elements: float) -> bool:
+        """Whether so many float64 numbers are within the memory budget."""
+        return 8 * elements <= settings.memory_budget.bytes(self.x.device)
+
+    @property
+    def may_be_solved_exactly(self) -> bool:
+        return bool((self.noise > 0).all() and (self.weights >= 0).all())
+
+
+class JacobianProduct(torch.autograd.Function):
+    """J u for a Jacobian at fixed inputs, differentiable with respect to the rows u: (B or 1, r, P) to (B, r, N)."""
+
+    @staticmethod
+    def forward(ctx, tangents: Tensor, jacobian: Jacobian) -> Tensor:
+        ctx.jacobian, ctx.batch = jacobian, tangents.shape[0]
+        return jacobian.jvp(tangents)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        tangents = ctx.jacobian.vjp(grad)
+        return tangents if ctx.batch == tangents.shape[0] else tangents.sum(0, keepdim=True), None
+
+
+class TransposedJacobianProduct(torch.autograd.Function):
+    """Jᵀ v for a Jacobian at fixed inputs, differentiable with respect to the rows v: (B or 1, r, N) to (B, r, P)."""
+
+    @staticmethod
+    def forward(ctx, cotangents: Tensor, jacobian: Jacobian) -> Tensor:
+        ctx.jacobian, ctx.batch = jacobian, cotangents.shape[0]
+        return jacobian.vjp(cotangents)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        cotangents = ctx.jacobian.jvp(grad)
+        return cotangents if ctx.batch == cotangents.shape[0] else cotangents.sum(0, keepdim=True), None
