@@ -1,0 +1,60 @@
+"""Multi-head attention, taken apart into linear layers around the attention itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .registry import register_decomposition
+
+
+def multi_head_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    **options: Any,
+) -> Any:
+    """Projections, then torch's own attention with identities in their place, then the output projection."""
+    if bias_k is not None or bias_v is not None:
+        return NotImplemented
+    size = embed_dim_to_check
+    if use_separate_proj_weight:
+        weights = (q_proj_weight, k_proj_weight, v_proj_weight)
+        biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
+        q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+    elif query is key and key is value:
+        q, k, v = F.linear(query, in_proj_weight, in_proj_bias).chunk(3, dim=-1)
+    else:
+        biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
+        weights = in_proj_weight.chunk(3)
+        q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+    eye = torch.eye(size, dtype=q.dtype, device=q.device)
+    attended, attention = F.multi_head_attention_forward(
+        q, k, v, size, num_heads, None, None, None, None, add_zero_attn, dropout_p, eye, None, training,
+        key_padding_mask, need_weights, attn_mask, True, eye, eye, eye, **options,
+    )  # fmt: skip
+    return F.linear(attended, out_proj_weight, out_proj_bias), attention
+
+
+register_decomposition(F.multi_head_attention_forward, multi_head_attention)

@@ -1,0 +1,35 @@
+"""Embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..terms import OneHotTerm, ParameterView, Term
+from .registry import UnsupportedUse, Use, register_rule
+
+
+def embedding(
+    use: Use,
+    input: Tensor,
+    weight: ParameterView,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Iterable[Term]:
+    """z_t = row i_t of W; the row of the padding index has no gradient."""
+    use.keep_last(1)
+    if max_norm is not None or scale_grad_by_freq or sparse:
+        raise UnsupportedUse("an embedding that renormalises or rescales")
+    indices = input.reshape(input.shape[0], -1)
+    g = use.gradients.reshape(*use.gradients.shape[:2], indices.shape[1], -1)
+    if padding_idx is not None:
+        g = g * (indices != padding_idx % weight.shape[0])[:, None, :, None]
+    return [OneHotTerm(weight, indices.unsqueeze(0), g.unsqueeze(0))]
+
+
+register_rule(F.embedding, embedding, parameters=("weight",))

@@ -1,0 +1,65 @@
+"""Linear layers and products with a raw matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..terms import MatrixTerm, ParameterView, Term
+from .registry import UnsupportedUse, Use, register_rule
+
+
+def linear(use: Use, input: Tensor, weight: ParameterView, bias: ParameterView | None = None) -> Iterable[Term]:
+    """z = a Wᵀ + b."""
+    use.keep_last(1)
+    return use.matrix(weight, bias, input)
+
+
+def addmm(
+    use: Use, input: ParameterView, mat1: Tensor, mat2: ParameterView, *, beta: float = 1, alpha: float = 1
+) -> Iterable[Term]:
+    """z = β b + α a W."""
+    use.keep_first()
+    terms = []
+    if isinstance(mat2, ParameterView):
+        terms += use.matrix(mat2.permute(1, 0), None, alpha * mat1)
+    return terms + use.features(input, beta * use.sum_to(input, use.gradients))
+
+
+def matmul(use: Use, input: Tensor | ParameterView, other: Tensor | ParameterView) -> Iterable[Term]:
+    """z = a W, z = W a, or both batched; the raw parameter is on either side."""
+    if isinstance(input, ParameterView) and isinstance(other, ParameterView):
+        raise UnsupportedUse("a product of two parameters")
+    if isinstance(other, ParameterView):
+        return _times_parameter(use, input, other)
+    return _parameter_times(use, input, other)
+
+
+def _times_parameter(use: Use, input: Tensor, other: ParameterView) -> Iterable[Term]:
+    g = use.gradients
+    if other.ndim == 1:  # a vector: one output, which has no dimension
+        return use.matrix(other.unflatten(0, (1, -1)), None, input, g.unsqueeze(-1))
+    if other.ndim == 2:
+        use.keep_last(1)
+        return use.matrix(other.permute(1, 0), None, input)
+    if other.ndim == 3 and use.point_dim == 0 and use.ndim > 3:  # one matrix for each head
+        a = input.movedim(-3, -2).flatten(1, -3) if input.dim() > 4 else input.transpose(1, 2)
+        g = g.movedim(-3, -2).flatten(2, -3) if g.dim() > 5 else g.transpose(2, 3)
+        return [MatrixTerm(other.permute(0, 2, 1), None, a.unsqueeze(0), g.unsqueeze(0))]
+    raise UnsupportedUse("a batched product")
+
+
+def _parameter_times(use: Use, input: ParameterView, other: Tensor) -> Iterable[Term]:
+    if input.ndim != 2 or use.ndim < 3:
+        raise UnsupportedUse("a product from the left that is not a matrix with a batch of matrices")
+    use.keep_last(2)
+    return use.matrix(input, None, other.mT, use.gradients.mT)
+
+
+register_rule(F.linear, linear)
+register_rule(torch.addmm, addmm, parameters=("input", "mat2"))
+for _function in (torch.matmul, torch.Tensor.matmul, torch.mm, torch.Tensor.mm):
+    register_rule(_function, matmul, parameters=("input", "other"))

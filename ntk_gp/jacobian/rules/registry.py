@@ -1,0 +1,161 @@
+"""What a rule is, and the table of rules."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..terms import FeatureTerm, MatrixTerm, ParameterView, Term
+
+
+class UnsupportedUse(Exception):
+    """Raised by a rule for a call that it has no formula for: the parameters in it are then left to autodiff."""
+
+
+@dataclass
+class Use:
+    """One call with a parameter in it, as a rule sees it.
+
+    Tensors are point-first: whatever place the n inputs had in the call's tensors, they are the first dimension of
+    `gradients` and of the tensor arguments. Where a dimension of the call ran over points and positions together (such as
+    windows of an image), it is split in two.
+
+    :param gradients: g, the derivatives of each of the C outputs with respect to the call's result: (n, C, *rest).
+    :param point_dim: Which dimension of the call's result the points were.
+    :param ndim: How many dimensions the call's result had.
+    :param split: Whether that dimension was split, so that `rest` has one dimension more than the result had besides it.
+    """
+
+    gradients: Tensor
+    point_dim: int
+    ndim: int
+    split: bool = False
+
+    def keep_last(self, dims: int) -> None:
+        """Declines calls where the points are among the last dimensions, which have a meaning of their own."""
+        if self.point_dim >= self.ndim - dims:
+            raise UnsupportedUse(f"the points are dimension {self.point_dim} of {self.ndim}")
+
+    def keep_first(self) -> None:
+        """Declines calls where the points are not the first dimension."""
+        if self.point_dim != 0:
+            raise UnsupportedUse(f"the points are dimension {self.point_dim} of {self.ndim}")
+
+    def matrix(
+        self,
+        weight: ParameterView | Any,
+        bias: ParameterView | Any,
+        inputs: Tensor,  # (n, *positions, d_in)
+        gradients: Tensor | None = None,  # (n, C, *positions, d_out)
+    ) -> list[Term]:
+        """The terms of z = W a + b at every position; `weight` (d_out, d_in), `bias` (d_out,), where they are selected."""
+        g = self.gradients if gradients is None else gradients
+        g = g.reshape(*g.shape[:2], -1, 1, g.shape[-1])
+        if not isinstance(weight, ParameterView):
+            return [self._bias(bias, g)] if isinstance(bias, ParameterView) else []
+        a = inputs.reshape(inputs.shape[0], -1, 1, inputs.shape[-1])
+        bias = bias.unflatten(0, (1, -1)) if isinstance(bias, ParameterView) else None
+        return [MatrixTerm(weight.unflatten(0, (1, -1)), bias, a.unsqueeze(0), g.unsqueeze(0))]
+
+    @staticmethod
+    def _bias(bias: ParameterView, g: Tensor) -> Term:
+        return FeatureTerm([bias], g.sum(2).flatten(2).unsqueeze(0))
+
+    def features(self, parameter: ParameterView | Any, gradients: Tensor) -> list[Term]:
+        """The term of a parameter whose per-point gradients are given: (n, C, *parameter.shape)."""
+        if not isinstance(parameter, ParameterView):
+            return []
+        columns = gradients.reshape(*gradients.shape[:2], -1)
+        if columns.shape[-1] != parameter.numel():
+            raise UnsupportedUse(f"gradients of shape {tuple(gradients.shape)} for a parameter of shape {parameter.shape}")
+        return [FeatureTerm([parameter], columns.unsqueeze(0))]
+
+    def sum_to(self, parameter: ParameterView | Any, values: Tensor) -> Tensor:
+        """Sums values (n, C, *rest) over the dimensions along which the parameter was broadcast."""
+        if not isinstance(parameter, ParameterView):
+            return values
+        shape = [1] * (self.ndim - parameter.ndim) + list(parameter.shape)
+        if shape.pop(self.point_dim) != 1:
+            raise UnsupportedUse("the parameter has a different element for each point")
+        if self.split:
+            shape.insert(0, 1)
+        dims = [2 + i for i, size in enumerate(shape) if size == 1 and values.shape[2 + i] > 1]
+        return values.sum(dims, keepdim=True) if dims else values
+
+
+Rule = Callable[..., Iterable[Term]]
+
+
+@dataclass
+class RegisteredRule:
+    """A rule and how to read the calls it is for.
+
+    :param elementwise: The call's tensors broadcast against one another.
+    """
+
+    rule: Rule
+    parameters: tuple[str, ...]
+    elementwise: bool = False
+    signature: inspect.Signature = field(init=False)
+
+    def __post_init__(self) -> None:
+        signature = inspect.signature(self.rule)
+        self.signature = signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    @property
+    def name(self) -> str:
+        return self.rule.__name__
+
+    def bind(self, args: tuple, kwargs: dict) -> inspect.BoundArguments | None:
+        """The call's arguments by name, or None if this is not a call that the rule is for."""
+        try:
+            return self.signature.bind(*args, **kwargs)
+        except TypeError:
+            return None
+
+
+_RULES: dict[Any, RegisteredRule] = {}
+_DECOMPOSITIONS: dict[Any, Callable] = {}
+
+
+def register_rule(
+    function: Callable, rule: Rule, *, parameters: tuple[str, ...] = ("weight", "bias"), elementwise: bool = False
+) -> None:
+    """Teaches the structured engine how a function uses its parameters. See `docs/adding-a-rule.md`.
+
+    :param function: The function that layers call, e.g. `torch.nn.functional.linear`. Other Python functions must hand
+        their calls to `torch.overrides` (`torch.overrides.wrap_torch_function` does that).
+    :param rule: `rule(use, *args, **kwargs)` with the function's own arguments after a :class:`Use`; it returns terms. In
+        place of a selected parameter it gets a :class:`ParameterView`. It may raise :class:`UnsupportedUse`.
+    :param parameters: The names of the arguments that may be parameters.
+    :param elementwise: The function's tensors broadcast: the rule gets them expanded to the result's shape.
+
+    A rule that is wrong is found out: the engine compares each parameter's gradients with autograd's before it uses them.
+    """
+    _RULES[function] = RegisteredRule(rule, tuple(parameters), elementwise)
+
+
+def register_decomposition(function: Callable, decomposition: Callable) -> None:
+    """Replaces a composite function, while it is recorded, by calls of functions that have rules.
+
+    :param decomposition: Has the function's arguments and result, or returns NotImplemented.
+    """
+    _DECOMPOSITIONS[function] = decomposition
+
+
+def find_rule(function: Any) -> RegisteredRule | None:
+    try:
+        return _RULES.get(function)
+    except TypeError:  # a callable that cannot be hashed
+        return None
+
+
+def find_decomposition(function: Any) -> Callable | None:
+    try:
+        return _DECOMPOSITIONS.get(function)
+    except TypeError:
+        return None

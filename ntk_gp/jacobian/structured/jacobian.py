@@ -1,0 +1,311 @@
+"""Jacobians as sums of terms: held in memory, or captured again chunk by chunk for each operation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...network import NetworkFunction
+from ..base import Jacobian
+from ..terms import Term
+from .gram import Gram, is_tiled
+
+if TYPE_CHECKING:
+    from .engine import StructuredEngine
+
+
+class StructuredJacobian(Jacobian):
+    """J(X) = the terms' columns, and those of the parameters that no rule serves.
+
+    :param function: The network function.
+    :param x: The inputs, (B, n, d).
+    :param terms: Blocks without cross terms between them.
+    :param rest: The Jacobian of the other parameters, with these as its function's only parameters.
+    :param labels: For each served parameter, by which rules.
+    """
+
+    def __init__(
+        self, function: NetworkFunction, x: Tensor, terms: list[Term], rest: Jacobian | None, labels: Mapping[str, str]
+    ):
+        super().__init__(function, x)
+        self.terms = terms
+        self.rest = rest
+        self.labels = labels
+
+    @property
+    def nbytes(self) -> int:
+        return sum(term.nbytes for term in self.terms) + (0 if self.rest is None else self.rest.nbytes)
+
+    def __getitem__(self, points: Tensor | slice) -> StructuredJacobian:
+        terms = [term.map(lambda t: t[:, points]) for term in self.terms]
+        rest = None if self.rest is None else self.rest[points]
+        return StructuredJacobian(self.function, self.x[:, points], terms, rest, self.labels)
+
+    def jvp(self, tangents: Tensor) -> Tensor:
+        batch = max(self.x.shape[0], tangents.shape[0])
+        shape = (batch, tangents.shape[1], self.num_points, self.function.num_outputs)
+        out = _sum(term.jvp(tangents) for term in self.terms) if tangents.shape[1] else None
+        out = tangents.new_zeros(shape) if out is None else out
+        out = out.reshape(*shape[:2], self.num_rows)
+        return out if self.rest is None else out + self.rest.jvp(self._take_rest(tangents))
+
+    def vjp(self, cotangents: Tensor) -> Tensor:
+        batch = max(self.x.shape[0], cotangents.shape[0])
+        out = cotangents.new_zeros(batch, cotangents.shape[1], self.function.num_parameters)
+        if self.num_rows and cotangents.shape[1]:
+            split = cotangents.expand(batch, -1, -1).unflatten(-1, (self.num_points, self.function.num_outputs))
+            for term in self.terms:
+                term.vjp(split, out)
+        if self.rest is not None:
+            self._put_rest(out, self.rest.vjp(cotangents))
+        return out
+
+    def rows(self) -> Tensor:
+        outputs = self.function.num_outputs
+        out = self.x.new_zeros(self.x.shape[0], self.num_points, outputs, self.function.num_parameters)
+        if self.num_rows:
+            for term in self.terms:
+                term.add_rows(out)
+        out = out.flatten(1, 2)
+        if self.rest is not None:
+            self._put_rest(out, self.rest.rows())
+        return out
+
+    @torch.no_grad()
+    def gram(self, other: Jacobian, weights: Tensor) -> Tensor:
+        if not isinstance(other, StructuredJacobian):
+            return other.gram(self, weights).mT
+        if not self._matches(other):
+            return self._gram_by_rows(other, weights)
+        shape = self._gram_shape(other)
+        if min(shape[:3]) == 0 or not self.terms:
+            out = weights.new_zeros(max(shape[0], len(weights)), self.num_rows, other.num_rows)
+        else:
+            out = self._gram(other, weights).dense()
+        if self.rest is not None and out.numel():
+            assert other.rest is not None
+            out += self.rest.gram(self.rest if other is self else other.rest, weights)
+        return out
+
+    def _gram(self, other: StructuredJacobian, weights: Tensor) -> Gram:
+        batch = self._gram_shape(other)[0]
+        left, right = self._expanded(batch), other._expanded(batch)
+        return Gram(left, left if other is self else right, weights, self._gram_shape(other))
+
+    def _expanded(self, batch: int) -> list[Term]:
+        if self.x.shape[0] == batch:
+            return self.terms
+        return [term.map(lambda t: t.expand(batch, *t.shape[1:])) for term in self.terms]
+
+    def _gram_shape(self, other: Jacobian) -> tuple[int, int, int, int]:
+        batch = max(self.x.shape[0], other.x.shape[0])
+        return batch, self.num_points, other.num_points, self.function.num_outputs
+
+    def _matches(self, other: StructuredJacobian) -> bool:
+        """Whether the two consist of the same terms."""
+        if (self.rest is None) != (other.rest is None):
+            return False
+        if self.rest is not None and other.rest is not None:
+            if list(self.rest.function.parameters) != list(other.rest.function.parameters):
+                return False
+        return [term.key() for term in self.terms] == [term.key() for term in other.terms]
+
+    def _gram_by_rows(self, other: Jacobian, weights: Tensor) -> Tensor:
+        """For Jacobians of a network that does different things at the two sets of inputs."""
+        size = other.points_per_block()
+        expanded = self.function.expand_weights(weights)
+        blocks = []
+        for start in range(0, other.num_points, size):
+            rows = other[slice(start, start + size)].rows()
+            if len(weights) in (1, max(len(rows), self.x.shape[0])):
+                blocks.append(self.jvp(rows * expanded.unsqueeze(-2)).mT)
+            else:
+                blocks.append(torch.cat([self.jvp(rows * weight).mT for weight in expanded]))
+        batch = max(self.x.shape[0], other.x.shape[0], len(weights))
+        return torch.cat(blocks, dim=-1) if blocks else weights.new_zeros(batch, self.num_rows, 0)
+
+    def diagonal(self, weights: Tensor) -> Tensor:
+        out = self._paired(self, weights)
+        return out if self.rest is None else out + self.rest.diagonal(weights)
+
+    def paired(self, other: Jacobian, weights: Tensor) -> Tensor:
+        if not (isinstance(other, StructuredJacobian) and self._matches(other)):
+            return super().paired(other, weights)
+        out = self._paired(other, weights)
+        if self.rest is None:
+            return out
+        assert other.rest is not None
+        return out + self.rest.paired(other.rest, weights)
+
+    @torch.no_grad()
+    def _paired(self, other: StructuredJacobian, weights: Tensor) -> Tensor:
+        batch = self._gram_shape(other)[0]
+        results = max(batch, len(weights))
+        if not self.num_rows or not self.terms:
+            return weights.new_zeros(results, self.num_rows)
+        if len(weights) in (1, batch):
+            left, right = self._expanded(batch), other._expanded(batch)
+            right = left if other is self else right
+            total = _sum(a.paired(b, weights) for a, b in zip(left, right, strict=True))
+            assert total is not None
+            return total.reshape(results, self.num_rows)
+        eye = torch.eye(weights.shape[1], dtype=weights.dtype, device=weights.device)
+        parts = torch.cat([self._paired(other, row[None]) for row in eye])
+        return weights @ parts
+
+    def kernel_matmul(self, other: Jacobian, rhs: Tensor, weights: Tensor) -> Tensor:
+        needs_gradient = torch.is_grad_enabled() and (rhs.requires_grad or weights.requires_grad)
+        if needs_gradient or not isinstance(other, StructuredJacobian) or not self._matches(other):
+            return super().kernel_matmul(other, rhs, weights)
+        r = rhs.shape[-1]
+        pairs = self.num_points * other.num_points / (2 if other is self else 1)
+        by_tile = [
+            i for i, term in enumerate(self.terms)
+            if is_tiled(term) and pairs * term.gram_cost() < r * (self.num_points + other.num_points) * term.product_cost()
+        ]  # fmt: skip
+        with torch.no_grad():
+            total = self._tiled_matmul(other, rhs, weights, by_tile) if by_tile else None
+            if len(by_tile) < len(self.terms) or self.rest is not None or total is None:
+                others = [i for i in range(len(self.terms)) if i not in set(by_tile)]
+                part = super(StructuredJacobian, self._only(others)).kernel_matmul(other._only(others), rhs, weights)
+                total = part if total is None else total + part
+        return total
+
+    def _tiled_matmul(self, other: StructuredJacobian, rhs: Tensor, weights: Tensor, terms: list[int]) -> Tensor:
+        left = self._only(terms)
+        right = left if other is self else other._only(terms)
+        return left._gram(right, weights).matmul(rhs)
+
+    def _only(self, terms: list[int]) -> StructuredJacobian:
+        return StructuredJacobian(self.function, self.x, [self.terms[i] for i in terms], self.rest, self.labels)
+
+    def gram_cost(self, other: Jacobian) -> float:
+        own = sum(term.gram_cost() for term in self.terms)
+        pairs = self.x.shape[0] * self.num_points * other.num_points * (0.5 if other is self else 1.0)
+        rest = 0.0
+        if self.rest is not None:
+            rest = self.rest.gram_cost(self.rest if other is self else getattr(other, "rest", other))
+        return pairs * own + rest
+
+    def product_cost(self, other: Jacobian) -> float:
+        points = self.x.shape[0] * (self.num_points + other.num_points)
+        rest = 0.0 if self.rest is None else self.rest.product_cost(getattr(other, "rest", None) or other)
+        return min(points * sum(term.product_cost() for term in self.terms) + rest, self.gram_cost(other) + rest)
+
+    def report(self) -> list[dict]:
+        """For each parameter: how it is served, the bytes of its factors, and flops per entry of a Gram matrix."""
+        entries: dict[str, dict] = {
+            name: {"parameter": name, "served_by": self.labels.get(name, "unused"), "bytes": 0, "gram_flops": 0.0}
+            for name in self.function.parameters
+        }
+        squared = self.function.num_outputs**2
+        for term in self.terms:
+            total = sum(view.numel() for view in term.views)
+            for view in term.views:
+                share = view.numel() / total
+                entries[view.name]["bytes"] += int(share * term.nbytes)
+                entries[view.name]["gram_flops"] += share * term.gram_cost() / squared
+        if self.rest is not None:
+            for name, tensor in self.rest.function.parameters.items():
+                entries[name] |= {"served_by": "autodiff", "gram_flops": 2.0 * tensor.numel()}
+        return list(entries.values())
+
+    def _rest_slices(self) -> Iterator[tuple[slice, slice]]:
+        """Where each of the other parameters is in the whole vector, and in the vector of the others."""
+        assert self.rest is not None
+        start = rest_start = 0
+        for name, size in zip(self.function.parameters, self.function.sizes, strict=True):
+            if name in self.rest.function.parameters:
+                yield slice(start, start + size), slice(rest_start, rest_start + size)
+                rest_start += size
+            start += size
+
+    def _take_rest(self, vectors: Tensor) -> Tensor:
+        return torch.cat([vectors[..., whole] for whole, _ in self._rest_slices()], dim=-1)
+
+    def _put_rest(self, out: Tensor, vectors: Tensor) -> None:
+        for whole, part in self._rest_slices():
+            out[..., whole] = vectors[..., part]
+
+
+class ChunkedJacobian(Jacobian):
+    """J(X) whose factors do not fit in the memory budget: captured again, some points at a time, for every operation.
+
+    :param engine: The engine that captures.
+    :param size: How many points' factors may be held at once.
+    """
+
+    def __init__(self, function: NetworkFunction, x: Tensor, engine: StructuredEngine, size: int):
+        super().__init__(function, x)
+        self.engine = engine
+        self.size = size
+
+    def __getitem__(self, points: Tensor | slice) -> Jacobian:
+        return self.engine.linearize(self.x[:, points])
+
+    def _chunks(self, size: int | None = None) -> Iterator[tuple[slice, StructuredJacobian]]:
+        """Slices of rows, and the Jacobian there."""
+        size = self.size if size is None else max(1, size)
+        outputs = self.function.num_outputs
+        for start in range(0, self.num_points, size):
+            x = self.x[:, start : start + size]
+            chunk = self.engine.capture(self.function, self.engine.plan(self.function, x), x)
+            yield slice(start * outputs, (start + x.shape[1]) * outputs), chunk
+
+    def jvp(self, tangents: Tensor) -> Tensor:
+        return torch.cat([chunk.jvp(tangents) for _, chunk in self._chunks()], dim=-1)
+
+    def vjp(self, cotangents: Tensor) -> Tensor:
+        total = _sum(chunk.vjp(cotangents[..., rows]) for rows, chunk in self._chunks())
+        assert total is not None
+        return total
+
+    def rows(self) -> Tensor:
+        return torch.cat([chunk.rows() for _, chunk in self._chunks()], dim=1)
+
+    def diagonal(self, weights: Tensor) -> Tensor:
+        return torch.cat([chunk.diagonal(weights) for _, chunk in self._chunks()], dim=-1)
+
+    @torch.no_grad()
+    def gram(self, other: Jacobian, weights: Tensor) -> Tensor:
+        if not isinstance(other, (StructuredJacobian, ChunkedJacobian)):
+            return other.gram(self, weights).mT
+        batch = max(self.x.shape[0], other.x.shape[0], len(weights))
+        out = weights.new_empty(batch, self.num_rows, other.num_rows)
+        half = max(1, self.size // 2)  # the factors of both sides are held
+        for rows, left in self._chunks(half):
+            if other is self:
+                self._fill_symmetric(out, rows, left, weights, half)
+            elif isinstance(other, ChunkedJacobian):
+                for columns, right in other._chunks(half):
+                    out[:, rows, columns] = left.gram(right, weights)
+            else:
+                out[:, rows] = left.gram(other, weights)
+        return out
+
+    def _fill_symmetric(self, out: Tensor, rows: slice, left: StructuredJacobian, weights: Tensor, size: int) -> None:
+        out[:, rows, rows] = left.gram(left, weights)
+        later = self.x[:, rows.stop // self.function.num_outputs :]
+        if not later.shape[1]:
+            return
+        for columns, right in ChunkedJacobian(self.function, later, self.engine, size)._chunks():
+            columns = slice(rows.stop + columns.start, rows.stop + columns.stop)
+            block = left.gram(right, weights)
+            out[:, rows, columns] = block
+            out[:, columns, rows] = block.mT
+
+    def report(self) -> list[dict]:
+        """As :meth:`StructuredJacobian.report`, for all points."""
+        _, chunk = next(self._chunks())
+        scale = self.num_points / chunk.num_points
+        return [{**entry, "bytes": int(scale * entry["bytes"])} for entry in chunk.report()]
+
+
+def _sum(tensors: Iterator[Tensor]) -> Tensor | None:
+    total: Tensor | None = None
+    for tensor in tensors:
+        total = tensor if total is None else total + tensor
+    return total

@@ -1,0 +1,132 @@
+r"""The interface of a term: the block of the Jacobian that belongs to some parameters, kept as factors.
+
+Notation: B batches of n points, C outputs, r vectors, P parameters in G groups; a use of a parameter has T positions
+(sequence elements, pixels). Weights are (L, G) with L = 1 or B: prior variances per group.
+
+A Gram matrix is the sum over terms. A term takes part in it in one of two ways, whichever costs it less:
+
+* *factored*: as products of two Gram matrices, :math:`K = \sum_k (A_k A_k'^T) \circ (G_k G_k'^T)`, tile by tile;
+* by *columns*: its per-point gradients, some columns at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .view import ParameterView
+
+Self = TypeVar("Self", bound="Term")
+
+
+# Elements of one intermediate result: it stays in a core's cache, and the calls are still long enough to be efficient.
+_CACHE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
+
+
+class Term(ABC):
+    """A block of Jacobian columns whose cross terms with every other block's parameters vanish.
+
+    `tensors` names the attributes that are per point, (B, n, …); everything else is shared by the points.
+    """
+
+    tensors: tuple[str, ...] = ()
+
+    @property
+    @abstractmethod
+    def views(self) -> tuple[ParameterView, ...]:
+        """The parameters, or parts of them."""
+
+    def key(self) -> Hashable:
+        """Equal for the same block of two Jacobians."""
+        return (type(self).__name__, self.views)
+
+    @abstractmethod
+    def jvp(self, tangents: Tensor) -> Tensor:
+        """J u: (B or 1, r, P) to (B, r, n, C)."""
+
+    @abstractmethod
+    def vjp(self, cotangents: Tensor, out: Tensor) -> None:
+        """Adds Jᵀ v, for `cotangents` (B, r, n, C), to `out` (B, r, P)."""
+
+    @abstractmethod
+    def add_rows(self, out: Tensor) -> None:
+        """Adds the rows of J to `out` (B, n, C, P)."""
+
+    @abstractmethod
+    def paired(self, other: Term, weights: Tensor) -> Tensor:
+        """The inner products of each row with the same row of `other`: (B or L, n, C)."""
+
+    # Gram, factored
+
+    @property
+    def num_products(self) -> int:
+        """How many factor pairs k there are; 0 where the term takes part by columns."""
+        return 0
+
+    def input_factor(self, k: int, points: slice, weights: Tensor | None = None) -> Tensor:
+        """A_k at some points, (B, m, d), its columns multiplied by the prior variances if these are given."""
+        raise NotImplementedError
+
+    def input_product(self, left: Tensor, right: Tensor) -> Tensor:
+        """The Gram matrix of two input factors: (B, m, m')."""
+        return left @ right.mT
+
+    def output_factor(self, k: int, points: slice) -> Tensor:
+        """G_k at some points, output-major: (B, C·m, d)."""
+        raise NotImplementedError
+
+    def pairs(self) -> Iterator[tuple[int, int]]:
+        """Which A_k meet which A_l'."""
+        raise NotImplementedError
+
+    # Gram, by columns
+
+    @abstractmethod
+    def columns(self, max_columns: int, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Per-point gradients, (B, n·C, at most about max_columns), and the prior variance of each column, (L, …)."""
+
+    # Costs
+
+    @abstractmethod
+    def gram_cost(self) -> float:
+        """About how many flops one pair of points costs in a Gram matrix (all C² entries of it)."""
+
+    @abstractmethod
+    def product_cost(self) -> float:
+        """About how many flops one point costs in J u, or in Jᵀ v, for one vector."""
+
+    # Points
+
+    def map(self: Self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The same term with every per-point tensor replaced."""
+        new = copy.copy(self)
+        for name in self.tensors:
+            setattr(new, name, function(getattr(self, name)))
+        return new
+
+    def concatenate(self: Self, others: Sequence[Self]) -> Self:
+        """The points of several terms after one another."""
+        new = copy.copy(self)
+        for name in self.tensors:
+            setattr(new, name, torch.cat([getattr(term, name) for term in (self, *others)], dim=1))
+        return new
+
+    def merge(self, others: Sequence[Self]) -> Term | None:
+        """This term and others of the same key (other uses of the same parameter) as one, or None if that takes more."""
+        return None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(getattr(self, name).nbytes for name in self.tensors)
+
+
+def split_points(n: int, elements_per_point: int, device: torch.device) -> Iterator[slice]:
+    """Slices of points whose intermediate results fit in cache."""
+    size = max(16, _CACHE_ELEMENTS.get(device.type, 1 << 26) // max(1, elements_per_point))
+    for start in range(0, n, size):
+        yield slice(start, min(n, start + size))

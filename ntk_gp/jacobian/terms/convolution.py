@@ -1,0 +1,161 @@
+"""Convolutions: the input is kept as it is, and its patches are unfolded only where a product needs them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import Term, split_points
+from .matrix import MatrixTerm, weigh_outputs
+from .view import ParameterView
+
+
+class ConvolutionTerm(MatrixTerm):
+    """A matrix multiplied by every patch of the input; products with vectors are convolutions themselves.
+
+    :param weight: The kernels, (groups, channels out per group, channels in per group · kernel elements).
+    :param bias: (groups, channels out per group), or None.
+    :param inputs: The padded input, (B, n, S, channels in, *size): S signals for each point.
+    :param gradients: g, (B, n, C, S, channels out, *output size).
+    """
+
+    tensors: tuple[str, ...] = ("inputs", "maps")
+
+    def __init__(
+        self,
+        weight: ParameterView,
+        bias: ParameterView | None,
+        inputs: Tensor,
+        gradients: Tensor,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        dilation: Sequence[int],
+    ):
+        self.weight = weight
+        self.bias = bias
+        self.inputs = inputs
+        self.maps = gradients
+        self.kernel_size = tuple(kernel_size)
+        self.stride = tuple(stride)
+        self.dilation = tuple(dilation)
+
+    @property
+    def gradients(self) -> Tensor:  # type: ignore[override]
+        """g as a matrix term wants it: (B, n, C, T, H, d_out)."""
+        heads = self.weight.shape[0]
+        g = self.maps.flatten(5).unflatten(4, (heads, -1))  # (B, n, C, S, H, d_out, T)
+        return g.permute(0, 1, 2, 3, 6, 4, 5).flatten(3, 4)
+
+    @property
+    def num_positions(self) -> int:
+        return self.maps.shape[3] * math.prod(self.maps.shape[5:])
+
+    def key(self) -> Hashable:
+        return ("convolution", self.views, self.kernel_size, self.stride, self.dilation)
+
+    def inputs_at(self, points: slice) -> Tensor:
+        signals = self.inputs[:, points]
+        batch, m, count, channels = signals.shape[:4]
+        heads = self.weight.shape[0]
+        patches = unfold(signals.flatten(0, 2), self.kernel_size, self.stride, self.dilation)
+        dims = len(self.kernel_size)
+        patches = patches.unflatten(1, (heads, channels // heads))
+        # (N, H, channels, *out, *kernel) to (N, *out, H, channels, *kernel)
+        patches = patches.permute(0, *range(3, 3 + dims), 1, 2, *range(3 + dims, 3 + 2 * dims))
+        columns = self.weight.shape[-1]
+        out = patches.new_ones(batch, m, count * math.prod(patches.shape[1 : 1 + dims]), heads, self.num_columns)
+        out[..., :columns] = patches.reshape(batch, m, -1, heads, columns)
+        return out
+
+    def jvp(self, tangents: Tensor) -> Tensor:
+        if tangents.shape[0] > 1:
+            return super().jvp(tangents)
+        batch, n, outputs, count = self.maps.shape[:4]
+        heads, d_out, _ = self.weight.shape
+        r = tangents.shape[1]
+        kernels = self._kernels(self.weight.read(tangents)[0])
+        bias = None if self.bias is None else self.bias.read(tangents)[0].transpose(0, 1).flatten()
+        pieces = []
+        for points in split_points(n, batch * r * self.maps[0, 0, 0].numel(), tangents.device):
+            signals = self.inputs[:, points]
+            z = _convolve(signals.flatten(0, 2), kernels, bias, self.stride, self.dilation, heads)
+            z = z.flatten(2).unflatten(1, (heads, r, d_out))  # (N, H, r, d_out, T)
+            z = z.unflatten(0, signals.shape[:3]).permute(0, 1, 4, 2, 3, 5, 6)  # (B, m, r, S, H, d_out, T)
+            g = self.maps[:, points].flatten(3)
+            if outputs == 1:
+                g = g.reshape(*z.shape[:2], *z.shape[3:]).unsqueeze(2)
+                pieces.append((z * g).sum((3, 4, 5, 6)).transpose(1, 2).unsqueeze(-1))
+            else:
+                pieces.append((z.flatten(3) @ g.mT).transpose(1, 2))
+        return torch.cat(pieces, dim=2)
+
+    def _kernels(self, matrix: Tensor) -> Tensor:
+        """(r, H, d_out, columns) to the kernels of one convolution: (H·r·d_out, channels per group, *kernel)."""
+        return matrix.transpose(0, 1).reshape(-1, self._channels_per_head, *self.kernel_size)
+
+    @property
+    def _channels_per_head(self) -> int:
+        return self.inputs.shape[3] // self.weight.shape[0]
+
+    def vjp(self, cotangents: Tensor, out: Tensor) -> None:
+        batch, n = self.maps.shape[:2]
+        if batch > 1:
+            for b in range(batch):
+                self.map(lambda t, b=b: t[b : b + 1]).vjp(cotangents[b : b + 1], out[b : b + 1])
+            return
+        heads, d_out, columns = self.weight.shape
+        r = cotangents.shape[1]
+        weight_total: Tensor | None = None
+        bias_total: Tensor | None = None
+        shape = self.maps.shape[5:]
+        for points in split_points(n, r * self.maps[0, 0, 0].numel(), cotangents.device):
+            maps = self.maps[:, points].flatten(5).unflatten(4, (heads, d_out))
+            h = weigh_outputs(cotangents[:, :, points], maps)[0]  # (r, m, S, H, d_out, T)
+            if self.bias is not None:
+                part = h.sum((1, 2, 5))
+                bias_total = part if bias_total is None else bias_total + part
+            h = h.permute(1, 2, 3, 0, 4, 5).flatten(2, 4).flatten(0, 1).unflatten(-1, shape)
+            part = self._kernel_gradient(self.inputs[0, points].flatten(0, 1), h, r)
+            weight_total = part if weight_total is None else weight_total + part
+        assert weight_total is not None
+        matrix = weight_total.reshape(heads, r, d_out, columns).transpose(0, 1)
+        self.weight.add_to(out, matrix.unsqueeze(0))
+        if self.bias is not None and bias_total is not None:
+            self.bias.add_to(out, bias_total.unsqueeze(0))
+
+    def _kernel_gradient(self, signals: Tensor, h: Tensor, r: int) -> Tensor:
+        heads, d_out, _ = self.weight.shape
+        dims = len(self.kernel_size)
+        empty = signals.new_empty(heads * r * d_out, self._channels_per_head, *self.kernel_size)
+        return torch.ops.aten.convolution_backward(
+            h, signals, empty, None, self.stride, [0] * dims, self.dilation, False, [0] * dims, heads,
+            [False, True, False],
+        )[1]  # fmt: skip
+
+    def merge(self, others: Sequence[MatrixTerm]) -> Term | None:  # type: ignore[override]
+        """Other uses with signals of the same size are more signals."""
+        terms = [self, *others]
+        if any(term.inputs.shape != self.inputs.shape for term in terms):
+            return None
+        new = self.map(lambda t: t)
+        new.inputs = torch.cat([term.inputs for term in terms], dim=2)
+        new.maps = torch.cat([term.maps for term in terms], dim=3)  # type: ignore[attr-defined]
+        return new
+
+
+def unfold(signals: Tensor, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """The patches of (N, channels, *size): a view (N, channels, *output size, *kernel size)."""
+    for dim, (size, step, spacing) in enumerate(zip(kernel_size, stride, dilation, strict=True), start=2):
+        signals = signals.unfold(dim, (size - 1) * spacing + 1, step)[..., ::spacing]
+    return signals
+
+
+def _convolve(
+    signals: Tensor, kernels: Tensor, bias: Tensor | None, stride: Sequence[int], dilation: Sequence[int], groups: int
+) -> Tensor:
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(stride) - 1]
+    return convolve(signals, kernels, bias, stride, 0, dilation, groups)

@@ -1,0 +1,97 @@
+"""Parameters whose per-point gradients are kept as they are: biases, scales, raw parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from .base import Term
+from .view import ParameterView
+
+
+class FeatureTerm(Term):
+    """Jacobian columns stored densely.
+
+    :param views: The parameters, one after the other in the columns.
+    :param features: (B, n, C, p), p the number of elements of all of them.
+    """
+
+    tensors: tuple[str, ...] = ("features",)
+
+    def __init__(self, views: Sequence[ParameterView], features: Tensor):
+        self._views = tuple(views)
+        self.features = features
+
+    @property
+    def views(self) -> tuple[ParameterView, ...]:
+        return self._views
+
+    @property
+    def gradients(self) -> Tensor:
+        return self.features
+
+    @property
+    def sizes(self) -> list[int]:
+        return [math.prod(view.shape) for view in self._views]
+
+    def read(self, tangents: Tensor) -> Tensor:
+        """(..., P) to (..., p)."""
+        return torch.cat([view.read(tangents).flatten(tangents.dim() - 1) for view in self._views], dim=-1)
+
+    def add_to(self, flat: Tensor, columns: Tensor) -> None:
+        for view, part in zip(self._views, columns.split(self.sizes, dim=-1), strict=True):
+            view.add_to(flat, part)
+
+    def column_weights(self, weights: Tensor) -> Tensor:
+        """(L, G) to (L, p)."""
+        parts = [weights[:, view.group, None].expand(-1, math.prod(view.shape)) for view in self._views]
+        return torch.cat(parts, dim=-1)
+
+    def jvp(self, tangents: Tensor) -> Tensor:
+        columns = self.features.flatten(1, 2) @ self.read(tangents).mT  # (B, n·C, r)
+        return columns.mT.unflatten(-1, self.features.shape[1:3])
+
+    def vjp(self, cotangents: Tensor, out: Tensor) -> None:
+        self.add_to(out, cotangents.flatten(2) @ self.features.flatten(1, 2))
+
+    def add_rows(self, out: Tensor) -> None:
+        self.add_to(out, self.features)
+
+    def paired(self, other: Term, weights: Tensor) -> Tensor:
+        assert isinstance(other, FeatureTerm)
+        scaled = self.features * self.column_weights(weights)[:, None, None]
+        return (scaled * other.features).sum(-1)
+
+    def columns(self, max_columns: int, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        flat, scale = self.features.flatten(1, 2), self.column_weights(weights)
+        yield from zip(flat.split(max_columns, dim=-1), scale.split(max_columns, dim=-1), strict=True)
+
+    def block(self, points: slice, weights: Tensor | None = None) -> Tensor:
+        """All columns at some points, output-major: (B, C·m, p)."""
+        block = self.features[:, points].transpose(1, 2).flatten(1, 2)
+        return block if weights is None else block * self.column_weights(weights).unsqueeze(-2)
+
+    def gram_cost(self) -> float:
+        return 2.0 * self.features.shape[2] ** 2 * self.features.shape[3]
+
+    def product_cost(self) -> float:
+        return 2.0 * self.features.shape[2] * self.features.shape[3]
+
+    def merge(self, others: Sequence[FeatureTerm]) -> FeatureTerm:
+        """Other uses of the same parameters add to the gradients."""
+        return FeatureTerm(self._views, reduce(torch.add, [term.features for term in (self, *others)]))
+
+    def relocate(self, shifts: Mapping[str, int]) -> FeatureTerm:
+        return FeatureTerm([view.shift(shifts[view.name]) for view in self._views], self.features)
+
+    @staticmethod
+    def join(terms: Sequence[FeatureTerm]) -> FeatureTerm:
+        """Different parameters' columns beside one another."""
+        if len(terms) == 1:
+            return terms[0]
+        views = [view for term in terms for view in term.views]
+        return FeatureTerm(views, torch.cat([term.features for term in terms], dim=-1))

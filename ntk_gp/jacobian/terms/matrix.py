@@ -1,0 +1,197 @@
+r"""A matrix of parameters that multiplies an input at each position: :math:`z_{t} = W a_{t} + b`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .base import Term, split_points
+from .view import ParameterView
+
+
+class MatrixTerm(Term):
+    r"""Row (i, c) of the Jacobian is :math:`\sum_t g_{ict} \otimes a_{it}`, in each of H independent blocks.
+
+    A bias that was used together with the matrix is its last column, and the inputs' last entry then is 1.
+
+    :param weight: The matrix, (H, d_out, d_in), or None where only the bias is selected.
+    :param bias: The bias, (H, d_out), or None.
+    :param inputs: a, (B, n, T, H, d_in) without the 1.
+    :param gradients: g, (B, n, C, T, H, d_out).
+    """
+
+    tensors: tuple[str, ...] = ("inputs", "gradients")
+
+    def __init__(self, weight: ParameterView, bias: ParameterView | None, inputs: Tensor, gradients: Tensor):
+        self.weight = weight
+        self.bias = bias
+        self.inputs = inputs if bias is None else torch.cat([inputs, torch.ones_like(inputs[..., :1])], dim=-1)
+        self.gradients = gradients
+
+    @property
+    def views(self) -> tuple[ParameterView, ...]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    @property
+    def num_columns(self) -> int:
+        """d_in, and 1 for the bias."""
+        return self.weight.shape[-1] + (self.bias is not None)
+
+    @property
+    def num_positions(self) -> int:
+        return self.gradients.shape[3]
+
+    def inputs_at(self, points: slice) -> Tensor:
+        """a with the bias' 1: (B, m, T, H, columns)."""
+        return self.inputs[:, points]
+
+    def read(self, tangents: Tensor) -> Tensor:
+        """The matrix's part of parameter vectors, bias included: (B or 1, r, H, d_out, columns)."""
+        matrix = self.weight.read(tangents)
+        return matrix if self.bias is None else torch.cat([matrix, self.bias.read(tangents).unsqueeze(-1)], dim=-1)
+
+    def add_to(self, flat: Tensor, matrix: Tensor) -> None:
+        """Adds (..., H, d_out, columns) to parameter vectors (..., P)."""
+        if self.bias is None:
+            self.weight.add_to(flat, matrix)
+        else:
+            self.weight.add_to(flat, matrix[..., :-1])
+            self.bias.add_to(flat, matrix[..., -1])
+
+    def column_weights(self, weights: Tensor) -> Tensor:
+        """(L, G) to one variance per column, (L, columns)."""
+        matrix = weights[:, self.weight.group, None].expand(-1, self.weight.shape[-1])
+        return matrix if self.bias is None else torch.cat([matrix, weights[:, self.bias.group, None]], dim=-1)
+
+    def jvp(self, tangents: Tensor) -> Tensor:
+        matrix = self.read(tangents)
+        batch, n, outputs, positions, heads, d_out = self.gradients.shape
+        r = matrix.shape[1]
+        right = matrix.permute(0, 2, 4, 1, 3).flatten(-2)  # (B or 1, H, columns, r·d_out)
+        pieces = []
+        for points in split_points(n, batch * positions * heads * r * d_out, tangents.device):
+            left = self.inputs_at(points).permute(0, 3, 1, 2, 4)  # (B, H, m, T, columns)
+            z = (left.flatten(2, 3) @ right).unflatten(2, left.shape[2:4]).unflatten(-1, (r, d_out))
+            pieces.append(_contract_outputs(z, self.gradients[:, points]))
+        return torch.cat(pieces, dim=2)
+
+    def vjp(self, cotangents: Tensor, out: Tensor) -> None:
+        batch, n, outputs, positions, heads, d_out = self.gradients.shape
+        r = cotangents.shape[1]
+        total: Tensor | None = None
+        for points in split_points(n, batch * positions * heads * r * d_out, cotangents.device):
+            left = weigh_outputs(cotangents[:, :, points], self.gradients[:, points])  # (B, r, m, T, H, d_out)
+            left = left.permute(0, 4, 1, 5, 2, 3).flatten(4, 5).flatten(2, 3)  # (B, H, r·d_out, m·T)
+            part = left @ self.inputs_at(points).permute(0, 3, 1, 2, 4).flatten(2, 3)
+            total = part if total is None else total + part
+        assert total is not None
+        self.add_to(out, total.unflatten(2, (r, d_out)).transpose(1, 2))
+
+    def gradient_rows(self, points: slice, heads: slice = slice(None), outputs: slice = slice(None)) -> Tensor:
+        """Per-point gradients: (B, m, C, H, d_out, columns), for some of the heads and rows of the matrix."""
+        g = self.gradients[:, points, :, :, heads, outputs]
+        a = self.inputs_at(points)[:, :, :, heads]
+        if self.num_positions == 1:
+            return g[:, :, :, 0].unsqueeze(-1) * a[:, :, 0].unsqueeze(2).unsqueeze(-2)
+        batch, m, count, positions, h, d_out = g.shape
+        left = g.permute(0, 1, 4, 2, 5, 3).reshape(batch * m * h, count * d_out, positions)
+        right = a.permute(0, 1, 3, 2, 4).reshape(batch * m * h, positions, a.shape[-1])
+        rows = torch.bmm(left, right).reshape(batch, m, h, count, d_out, a.shape[-1])
+        return rows.transpose(2, 3)
+
+    def add_rows(self, out: Tensor) -> None:
+        self.add_to(out, self.gradient_rows(slice(None)))
+
+    def paired(self, other: Term, weights: Tensor) -> Tensor:
+        assert isinstance(other, MatrixTerm)
+        scale = self.column_weights(weights)
+        batch, n, outputs, positions, heads, d_out = self.gradients.shape
+        by_positions = positions * (self.num_columns + d_out) <= d_out * self.num_columns
+        per_point = outputs * heads * (positions**2 if by_positions else d_out * self.num_columns)
+        pieces = []
+        for points in split_points(n, batch * per_point, weights.device):
+            if by_positions:
+                left = self.inputs_at(points) * scale[:, None, None, None]
+                a = torch.einsum("bnthi,bnshi->bnhts", left, other.inputs_at(points))
+                g = torch.einsum("bnctho,bncsho->bnchts", self.gradients[:, points], other.gradients[:, points])
+                pieces.append((a.unsqueeze(2) * g).sum((-1, -2, -3)))
+            else:
+                rows = self.gradient_rows(points)
+                other_rows = rows if other is self else other.gradient_rows(points)
+                pieces.append((rows * other_rows * scale[:, None, None, None, None]).sum((-1, -2, -3)))
+        return torch.cat(pieces, dim=1)
+
+    @property
+    def is_factored(self) -> bool:
+        """Whether pairs of positions cost less than per-point gradients."""
+        d_in, d_out = self.weight.shape[-1], self.weight.shape[-2]
+        return self.num_positions**2 * (d_in + d_out) <= d_in * d_out or self.num_positions == 1
+
+    @property
+    def num_products(self) -> int:
+        return self.num_positions * self.gradients.shape[4] if self.is_factored else 0
+
+    def pairs(self) -> Iterator[tuple[int, int]]:
+        heads = self.gradients.shape[4]
+        for k in range(self.num_products):
+            for t in range(self.num_positions):
+                yield k, t * heads + k % heads
+
+    def input_factor(self, k: int, points: slice, weights: Tensor | None = None) -> Tensor:
+        position, head = divmod(k, self.gradients.shape[4])
+        factor = self.inputs_at(points)[:, :, position, head]
+        return factor if weights is None else factor * self.column_weights(weights).unsqueeze(-2)
+
+    def output_factor(self, k: int, points: slice) -> Tensor:
+        position, head = divmod(k, self.gradients.shape[4])
+        return self.gradients[:, points, :, position, head].transpose(1, 2).flatten(1, 2)
+
+    def columns(self, max_columns: int, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        _, _, _, _, heads, d_out = self.gradients.shape
+        per_head = max(1, max_columns // (d_out * self.num_columns))
+        per_row = d_out if per_head > 1 or heads > 1 else max(1, max_columns // self.num_columns)
+        scale = self.column_weights(weights)
+        for h in range(0, heads, per_head):
+            for o in range(0, d_out, per_row):
+                rows = self.gradient_rows(slice(None), slice(h, h + per_head), slice(o, o + per_row))
+                yield rows.flatten(3).flatten(1, 2), scale.repeat(1, rows.shape[3] * rows.shape[4])
+
+    def gram_cost(self) -> float:
+        d_out, columns = self.weight.shape[-2], self.num_columns
+        heads, outputs = self.gradients.shape[4], self.gradients.shape[2]
+        if not self.is_factored:
+            return 2.0 * outputs**2 * heads * d_out * columns
+        return 2.0 * self.num_positions**2 * heads * (columns + outputs**2 * (d_out + 8))
+
+    def product_cost(self) -> float:
+        outputs, positions, heads, d_out = self.gradients.shape[2:]
+        return 2.0 * positions * heads * d_out * (self.num_columns + 2 * outputs)
+
+    def merge(self, others: Sequence[MatrixTerm]) -> MatrixTerm:
+        """Other uses of the same matrix are more positions."""
+        new = copy.copy(self)
+        for name, dim in (("inputs", 2), ("gradients", 3)):
+            setattr(new, name, torch.cat([getattr(term, name) for term in (self, *others)], dim=dim))
+        return new
+
+    def key(self) -> Hashable:
+        return ("matrix", self.views)
+
+
+def _contract_outputs(z: Tensor, gradients: Tensor) -> Tensor:
+    """⟨g, z⟩ over positions, heads and outputs: (B, H, m, T, r, d_out) with (B, m, C, T, H, d_out) to (B, r, m, C)."""
+    if gradients.shape[2] == 1:
+        g = gradients[:, :, 0].permute(0, 3, 1, 2, 4).unsqueeze(4)
+        return (z * g).sum((1, 3, 5)).transpose(1, 2).unsqueeze(-1)
+    return torch.einsum("bhmtro,bmctho->brmc", z, gradients)
+
+
+def weigh_outputs(cotangents: Tensor, gradients: Tensor) -> Tensor:
+    """Σ_c v_c g_c: (B, r, m, C) with (B, m, C, …) to (B, r, m, …)."""
+    if gradients.shape[2] == 1:
+        return cotangents.reshape(*cotangents.shape[:3], *[1] * (gradients.dim() - 3)) * gradients[:, None, :, 0]
+    flat = gradients.flatten(3)
+    return torch.einsum("brmc,bmcz->brmz", cotangents, flat).unflatten(-1, gradients.shape[3:])
