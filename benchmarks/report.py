@@ -17,6 +17,7 @@ import numpy as np
 matplotlib.use("Agg")
 
 RESULTS = Path(__file__).parent / "results"
+QUICK_RESULTS = Path(__file__).parent.parent / "output" / "benchmarks"
 
 
 def write(folder: Path, name: str, results: dict, markdown: str) -> None:
@@ -148,8 +149,12 @@ def _cell(cell: dict, ours: float | None) -> str:
     if cell["median"] is None:
         return "failed" if _is_worth_a_note(cell) else ""
     single = " once" if len(cell["seconds"]) == 1 else ""
-    ratio = f" ({cell['median'] / ours:.2g}×)" if ours and cell["median"] != ours else ""
+    ratio = f" ({_times(cell['median'] / ours)})" if ours and cell["median"] != ours else ""
     return f"{duration(cell['median'])}{ratio}{single}"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.0f}×" if ratio >= 10 else f"{ratio:.2g}×"
 
 
 def _is_worth_a_note(cell: dict) -> bool:

@@ -41,7 +41,7 @@ def _question(name: str):
 def _with_defaults(arguments: argparse.Namespace) -> argparse.Namespace:
     arguments.threads = arguments.threads or ([1] if arguments.quick else [1, 2])
     arguments.repeats = arguments.repeats or (2 if arguments.quick else 5)
-    arguments.output = arguments.output or (report.RESULTS / "quick" if arguments.quick else report.RESULTS)
+    arguments.output = arguments.output or (report.QUICK_RESULTS if arguments.quick else report.RESULTS)
     return arguments
 
 

@@ -33,7 +33,7 @@ class CurvlinopsColumn(TorchColumn):
         network = MathAttention(self.network)
         data = [(self.x, self.x.new_zeros(len(self.x), 1))]
         self.jacobian = JacobianLinearOperator(
-            network, dict(network.named_parameters()), data, check_deterministic=False, num_data=len(self.x)
+            network, list(network.parameters()), data, check_deterministic=False, num_data=len(self.x)
         )
         self.transposed = self.jacobian.adjoint()
 
