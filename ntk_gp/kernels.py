@@ -96,7 +96,12 @@ class NTKKernel(Kernel):
                 raise ValueError("variance_prior and variance_constraint need variance_groups, such as 'layer'.")
             return
         self.register_parameter(
-            "raw_variance", nn.Parameter(torch.zeros(*self.batch_shape, 1, self.network.num_groups))
+            "raw_variance",
+            nn.Parameter(
+                torch.zeros(
+                    *self.batch_shape, 1, self.network.num_groups, dtype=self.network.dtype, device=self.network.device
+                )
+            ),
         )
         self.register_constraint("raw_variance", variance_constraint or Positive())
         if variance_prior is not None:
@@ -108,11 +113,25 @@ class NTKKernel(Kernel):
     def variance(self) -> Tensor:
         if "raw_variance" in self._parameters:
             return self.raw_variance_constraint.transform(self.raw_variance)
-        return torch.ones(*self.batch_shape, 1, 1, device=next(self.network.buffers()).device)
+        return torch.ones(*self.batch_shape, 1, 1, dtype=self.network.dtype, device=self.network.device)
 
     @variance.setter
     def variance(self, value: float | Tensor) -> None:
         _set_variance(self, value)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters and of the network, which `.to()` keeps the same; results have the inputs'."""
+        dtypes = {self.network.dtype, *(parameter.dtype for parameter in self.parameters())}
+        if len(dtypes) > 1:
+            raise RuntimeError(
+                f"The kernel's parameters have multiple dtypes: {dtypes}. Convert the kernel with .to(dtype)."
+            )
+        return dtypes.pop()
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
 
     def linearize(self, network: nn.Module) -> None:
         """Takes a new snapshot, of this network, with the same options, and drops everything computed from the last.
@@ -166,6 +185,8 @@ class NTKKernel(Kernel):
     def expand_batch(self, *sizes: Size | tuple[int, ...] | int) -> NTKKernel:
         """The same kernel with a larger batch shape; shares the network."""
         shape = Size(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)  # type: ignore[arg-type]
+        if shape == self.batch_shape:
+            return self
         return self._with_batch_shape(shape, lambda raw: raw.expand(*shape, *raw.shape[-2:]))
 
     def __getitem__(self, index) -> NTKKernel:
@@ -174,7 +195,7 @@ class NTKKernel(Kernel):
             return self
         index = index if isinstance(index, tuple) else (index,)
         shape = torch.empty(self.batch_shape, device="meta")[index].shape
-        return self._with_batch_shape(shape, lambda raw: raw[(*index, ...)])
+        return self._with_batch_shape(shape, lambda raw: raw[(*index, slice(None), slice(None))])
 
     def _with_batch_shape(self, batch_shape: Size, transform: Callable[[Tensor], Tensor]) -> NTKKernel:
         new = copy.deepcopy(self)  # cheap: the network's tensors are shared

@@ -102,6 +102,16 @@ class FrozenNetwork(nn.Module):
         """G, the number of parameter groups."""
         return len(self.group_names)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the parameters are kept in, at least single precision; computation is in that of the inputs."""
+        return torch.promote_types(self.get_buffer(f"tensors.{self.parameter_names[0]}").dtype, torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the parameters are kept on; computation is on that of the inputs."""
+        return self.get_buffer(f"tensors.{self.parameter_names[0]}").device
+
     def fingerprint(self) -> int:
         """A number that no other state of a snapshot has: new after `.to`, `load_state_dict`, in-place edits."""
         tensors = list(self.tensors.buffers())
