@@ -5,12 +5,20 @@ from __future__ import annotations
 import torch
 from gpytorch import settings as gpytorch_settings
 from gpytorch.models.exact_prediction_strategies import DefaultPredictionStrategy
-from linear_operator.operators import LinearOperator, ZeroLinearOperator
+from linear_operator import to_dense, to_linear_operator
+from linear_operator.operators import (
+    AddedDiagLinearOperator,
+    LinearOperator,
+    MatmulLinearOperator,
+    ZeroLinearOperator,
+)
 from linear_operator.utils.memoize import cached
 from torch import Size, Tensor
 
 from .operators import NTKAddedDiagLinearOperator, NTKLinearOperator
+from .operators._batches import FoldedColumns
 from .operators.ntk_posterior_linear_operator import NTKPosteriorLinearOperator
+from .operators.ntk_sum_linear_operator import NTKSumLinearOperator
 from .solvers import Solver
 
 
@@ -18,9 +26,9 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
     r"""Prediction from weight space, whichever way the solve went.
 
     The cache is :math:`\hat w = \Sigma J^\top (K + D)^{-1} (y - m)`, P numbers: the posterior mean at any input is
-    :math:`f(x) + J(x) \hat w`, one Jacobian-vector product, however many points were learned from. Variances come from the
-    solver's own factor, in function or weight space. What this strategy does not cover (missing observations, caches with a
-    graph, products of kernels) GPyTorch's default does, on the same solvers.
+    :math:`f(x) + J(x) \hat w`, one Jacobian-vector product, however many points were learned from. Variances come from
+    the solver's own factor, in function or weight space. What this strategy does not cover (missing observations,
+    caches with a graph, products of kernels) GPyTorch's default does, on the same solvers.
 
     :param train_inputs: The training inputs, one tensor in a list.
     :param train_prior_dist: The prior at them.
@@ -35,8 +43,11 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
     @property
     @cached(name="train_system")
     def _train_matrix(self) -> LinearOperator:
-        """K + D of the training data."""
-        return self.lik_train_train_covar.evaluate_kernel()
+        """K + D of the training data; exactly solved also where K is a sum or a product that an NTK is part of."""
+        matrix = self.lik_train_train_covar.evaluate_kernel()
+        if type(matrix) is AddedDiagLinearOperator:
+            return NTKSumLinearOperator(matrix._linear_op) + matrix._diag_tensor
+        return matrix
 
     @property
     @cached(name="solver")
@@ -48,13 +59,21 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
     @cached(name="mean_weights")
     def mean_weights(self) -> Tensor:
         """ŵ, (*batch, P) in float64."""
-        residual = (self.train_labels - self.train_prior_dist.loc.reshape(self.train_labels.shape)).detach().double()
+        residual = self.residual
         batch = residual.shape[:-1]
         if self.solver.system.batch > 1:
-            batch = torch.broadcast_shapes(batch, self._train_matrix.batch_shape)
-            residual = residual.expand(*batch, residual.shape[-1])
-        weights = self.solver.mean_weights(residual.reshape(-1, residual.shape[-1]))
-        return weights.reshape(*batch, weights.shape[-1])
+            # Targets may have more batches than the system: they are more right-hand sides for it.
+            columns = FoldedColumns(residual.unsqueeze(-1), self._train_matrix.batch_shape)
+            weights = columns.unfold(self.solver.mean_weights(columns.flat.mT).mT)
+            return weights.squeeze(-1)
+        weights = self.solver.mean_weights(residual.reshape(1, -1, residual.shape[-1]))
+        return weights.reshape(*batch, -1)
+
+    @property
+    def residual(self) -> Tensor:
+        """Targets less prior mean, (*batch, N) in float64."""
+        mean = self.train_prior_dist.loc
+        return (self.train_labels - mean.reshape(*mean.shape[:-1], self.num_train)).detach().double()
 
     def _covers(self, test_test_covar: LinearOperator | Tensor) -> bool:
         return (
@@ -75,6 +94,26 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
         batch_shape = self._train_matrix.batch_shape if self.solver.system.batch > 1 else Size()
         return mean, NTKPosteriorLinearOperator(x, x, solver=self.solver, batch_shape=batch_shape)
 
+    def _mean_cache(self, nan_policy: str) -> Tensor:
+        if nan_policy != "ignore" or gpytorch_settings.detach_test_caches.off():
+            return super()._mean_cache(nan_policy)
+        return self._alpha
+
+    @property
+    @cached(name="alpha")
+    def _alpha(self) -> Tensor:
+        """(K + D)⁻¹ (y - m), (*batch, N)."""
+        residual = self.residual.to(self.train_labels.dtype).unsqueeze(-1)
+        return self._train_matrix.solve(residual).squeeze(-1).detach()
+
+    def exact_predictive_covar(self, test_test_covar, test_train_covar):
+        if gpytorch_settings.fast_pred_var.on() or gpytorch_settings.skip_posterior_variances.on():
+            return super().exact_predictive_covar(test_test_covar, test_train_covar)
+        matrix = self._train_matrix.detach() if gpytorch_settings.detach_test_caches.on() else self._train_matrix
+        cross = to_dense(test_train_covar)
+        explained = MatmulLinearOperator(cross, -matrix.solve(cross.mT))
+        return to_linear_operator(test_test_covar) + explained
+
     def _mean_shift(self, x: Tensor) -> Tensor:
         """J(x) ŵ: (*batch, m, d) to (*batch, m·C)."""
         linearization = self.solver.system.linearization
@@ -92,8 +131,8 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
 def _check_targets(inputs: Tensor, targets: Tensor) -> None:
     if inputs.shape[-2] == 0:
         raise ValueError(
-            f"The training set is empty (inputs of shape {tuple(inputs.shape)}). Give at least one point, or predict in "
-            "gpytorch.settings.prior_mode()."
+            f"The training set is empty (inputs of shape {tuple(inputs.shape)}). Give at least one point, or predict "
+            "in gpytorch.settings.prior_mode()."
         )
     if targets.dtype != inputs.dtype or targets.device != inputs.device:
         raise ValueError(
@@ -103,6 +142,6 @@ def _check_targets(inputs: Tensor, targets: Tensor) -> None:
     if gpytorch_settings.observation_nan_policy.value() == "ignore" and not torch.isfinite(targets).all():
         bad = (~torch.isfinite(targets)).nonzero()[:3].tolist()
         raise ValueError(
-            f"Training targets of shape {tuple(targets.shape)} have NaN or infinite values, first at {bad}. Remove them, "
-            "or set gpytorch.settings.observation_nan_policy('mask')."
+            f"Training targets of shape {tuple(targets.shape)} have NaN or infinite values, first at {bad}. Remove "
+            "them, or set gpytorch.settings.observation_nan_policy('mask')."
         )

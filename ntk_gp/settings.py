@@ -49,9 +49,9 @@ class progress_bar(_feature_flag):
 class solve_tolerance(_value_context):
     """The relative residual ‖(K + D)x − b‖ / ‖b‖ at which an iterative solve stops.
 
-    Only where neither K + D nor its counterpart in weight space fits in the memory budget is a system solved by iteration; the
-    residual is measured in float64. A tolerance set by the user in `gpytorch.settings.cg_tolerance` or `eval_cg_tolerance`
-    comes first.
+    Only where neither K + D nor its counterpart in weight space fits in the memory budget is a system solved by
+    iteration; the residual is measured in float64. A tolerance that the user sets in `gpytorch.settings.cg_tolerance`
+    or `eval_cg_tolerance` comes first.
 
     (Default: 1e-4.)
     """

@@ -11,14 +11,15 @@ from torch import Size, Tensor
 from ..solvers import Solver, Spectrum, System, choose_solver
 from ..solvers.iterative import IterativeSolver
 from ._batches import FoldedColumns, flatten_batch
+from ._checks import check_right_hand_side
 
 
 class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
     r""":math:`\boldsymbol K + \boldsymbol D`: a neural tangent kernel matrix and a diagonal of noise.
 
     Solves and log-determinants are exact, in float64 and by the cheapest way that fits in the memory budget (see
-    :mod:`ntk_gp.solvers`); beyond, they iterate and say so where they do not converge. While the noise and one scale are
-    being fitted, one eigendecomposition serves every step.
+    :mod:`ntk_gp.solvers`); beyond, they iterate and say so where they do not converge. While the noise and one scale
+    are being fitted, one eigendecomposition serves every step.
 
     :param linear_ops: The :class:`NTKLinearOperator` and the :class:`~linear_operator.operators.DiagLinearOperator`.
     """
@@ -55,7 +56,7 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
         return self._solver_memo
 
     def solve(self, right_tensor: Tensor, left_tensor: Tensor | None = None) -> Tensor:
-        _check_right_hand_side(right_tensor)
+        check_right_hand_side(right_tensor)
         if not self._is_positive:
             return super().solve(right_tensor, left_tensor)
         vector = right_tensor.dim() == 1
@@ -73,7 +74,7 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
         self, inv_quad_rhs: Tensor | None = None, logdet: bool | None = False, reduce_inv_quad: bool | None = True
     ) -> tuple[Tensor | None, Tensor | None]:
         if inv_quad_rhs is not None:
-            _check_right_hand_side(inv_quad_rhs)
+            check_right_hand_side(inv_quad_rhs)
         rhs = inv_quad_rhs
         if rhs is None:
             rhs = torch.zeros(*self.shape[:-1], 1, dtype=self.dtype, device=self.device)
@@ -91,7 +92,7 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
         )
 
     def _marginal_terms(self, rhs: Tensor) -> tuple[Tensor, Tensor] | None:
-        """rhsᵀ (K + D)⁻¹ rhs for each column, (*batch, r), and log |K + D|, (*batch); None where neither fits in memory."""
+        """rhsᵀ (K + D)⁻¹ rhs for each column, (*batch, r), and log |K + D|, (*batch); None where no exact way fits."""
         if not self._is_positive:
             return None
         kernel_matrix = self._linear_op
@@ -195,14 +196,3 @@ def _spectrum_fits(system: System) -> bool:
 def _distinct_rows(rows: Tensor) -> Tensor:
     """(*batch, 1, k) to (B, k), where B = 1 if all batches are equal."""
     return flatten_batch(rows)[:, 0]
-
-
-def _check_right_hand_side(rhs: Tensor) -> None:
-    if rhs.shape[-2 if rhs.dim() > 1 else -1] == 0:
-        raise ValueError("There is no training data: expected at least one input with its target.")
-    if not torch.isfinite(rhs).all():
-        count = int((~torch.isfinite(rhs)).sum())
-        raise ValueError(
-            f"{count} of {rhs.numel()} training targets (less the prior mean) are NaN or infinite. Remove them, or set "
-            "gpytorch.settings.observation_nan_policy('mask')."
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from linear_operator.operators import DiagLinearOperator, LinearOperator
+from linear_operator.operators import DiagLinearOperator, LinearOperator, RootLinearOperator, SumLinearOperator
 from linear_operator.utils.getitem import IndexType
 from torch import Size, Tensor
 
@@ -11,6 +11,7 @@ from ..jacobian.base import Jacobian
 from ..jacobian.linearization import Linearization
 from ._batches import FoldedColumns, expand, flatten_batch, select
 from .ntk_added_diag_linear_operator import NTKAddedDiagLinearOperator
+from .ntk_sum_linear_operator import NTKSumLinearOperator
 
 
 class NTKLinearOperator(LinearOperator):
@@ -200,7 +201,10 @@ class NTKLinearOperator(LinearOperator):
     def __add__(self, other: Tensor | LinearOperator | float) -> LinearOperator | Tensor:
         if isinstance(other, DiagLinearOperator):
             return NTKAddedDiagLinearOperator(self, other)  # type: ignore[arg-type]
-        return super().__add__(other)
+        if isinstance(other, RootLinearOperator):  # the base class would form root and inverse root of both
+            return NTKSumLinearOperator(self, other)  # type: ignore[arg-type]
+        added = super().__add__(other)
+        return NTKSumLinearOperator(*added.linear_ops) if type(added) is SumLinearOperator else added
 
 
 def _common_batch_shape(x1: Tensor, x2: Tensor, variances: Tensor) -> Size:

@@ -11,12 +11,14 @@ from torch import Size, Tensor
 from .. import settings
 from ..solvers import Solver
 
+_NO_BATCH = Size()
+
 
 class NTKPosteriorLinearOperator(LinearOperator):
     r"""The posterior covariance between two sets of test inputs, (*batch, m₁·C, m₂·C).
 
-    Its diagonal, the posterior variances, is computed block of points by block and is never negative; other products form the
-    matrix. Differentiable with respect to the inputs.
+    Its diagonal, the posterior variances, is computed block of points by block and is never negative; other products
+    form the matrix. Differentiable with respect to the inputs.
 
     :param x1: (*batch, m₁, d).
     :param x2: (*batch, m₂, d).
@@ -24,7 +26,7 @@ class NTKPosteriorLinearOperator(LinearOperator):
     :param batch_shape: The batch shape of the training data, where the solver has batches of its own.
     """
 
-    def __init__(self, x1: Tensor, x2: Tensor, *, solver: Solver, batch_shape: Size = torch.Size()):
+    def __init__(self, x1: Tensor, x2: Tensor, *, solver: Solver, batch_shape: Size = _NO_BATCH):
         shape = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2])
         same = x1 is x2
         x1 = x1.expand(*shape, *x1.shape[-2:])
@@ -101,7 +103,7 @@ def _keeps(batch_indices: tuple[IndexType, ...]) -> bool:
 
 
 def _one_batch_dimension(x: Tensor, train_batch_shape: Size) -> Tensor:
-    """(*batch, m, d) to (k, B, m, d): k pieces, each with the batches of the training data (any, where those are one)."""
+    """(*batch, m, d) to (k, B, m, d): k pieces, each with the batches of the training data (any, if those are one)."""
     if not train_batch_shape:
         return x.reshape(1, -1, *x.shape[-2:])
     return x.reshape(-1, train_batch_shape.numel(), *x.shape[-2:])

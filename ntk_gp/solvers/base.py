@@ -31,8 +31,8 @@ class Solver(ABC):
         """log |K + D|, (B,)."""
 
     def mean_weights(self, residual: Tensor) -> Tensor:
-        """ŵ = Σ Jᵀ (K + D)⁻¹ residual: (B, N) to (B, P). The posterior mean is f(x) + J(x) ŵ."""
-        return self.system.features(self.solve(residual.unsqueeze(-1))).squeeze(-1)
+        """ŵ = Σ Jᵀ (K + D)⁻¹ r for every row r: (B, r, N) to (B, r, P). The posterior mean is f(x) + J(x) ŵ."""
+        return self.system.features(self.solve(residual.mT)).mT
 
     @abstractmethod
     def covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:

@@ -36,7 +36,7 @@ def solver_class(system: System) -> type[Solver]:
         return min(costs, key=costs.__getitem__)
     if batch > 1:
         raise MemoryError(
-            f"{batch} systems of {rows} rows and {parameters} parameters need more than ntk_gp.settings.memory_budget; raise it, "
-            "or use smaller batches."
+            f"{batch} systems of {rows} rows and {parameters} parameters need more than ntk_gp.settings.memory_budget; "
+            "raise it, or use smaller batches."
         )
     return IterativeSolver

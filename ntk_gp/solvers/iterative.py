@@ -20,7 +20,7 @@ _STOCK_TOLERANCES = (1, 0.01)  # GPyTorch's defaults for training and prediction
 
 
 class IterativeSolver(Solver):
-    """Preconditioned conjugate gradients in float64: one Jacobian product and one of its transpose for each step and column.
+    """Preconditioned conjugate gradients in float64: J and Jᵀ once for each step and column.
 
     :param system: K + D, without batches.
     """
@@ -121,7 +121,7 @@ def conjugate_gradients(system: System, rhs: Tensor, preconditioner: NystromPrec
     scale = preconditioner.scale.mT
     direction: Tensor | None = None
     inner: Tensor | None = None
-    for step in settings.progress(range(steps), "Conjugate gradients"):
+    for _ in settings.progress(range(steps), "Conjugate gradients"):
         if bool((residual.norm(dim=0) <= target * norms).all()):
             residual = rhs[0] - system.matmul(solution.unsqueeze(0))[0]  # recurrences drift: look at the true one
             if bool((residual.norm(dim=0) <= target * norms).all()):
@@ -142,9 +142,10 @@ def conjugate_gradients(system: System, rhs: Tensor, preconditioner: NystromPrec
     worst = float((residual.norm(dim=0) / norms).max())
     if not worst <= target:
         warnings.warn(
-            f"Conjugate gradients stopped after {steps} steps with a relative residual of {worst:.1e}; {target:.1e} was asked "
-            f"for (N = {system.num_rows}). The result is that inexact. Allow more steps (gpytorch.settings.max_cg_iterations), "
-            "more memory for an exact solve (ntk_gp.settings.memory_budget), or more noise.",
+            f"Conjugate gradients stopped after {steps} steps with a relative residual of {worst:.1e}; {target:.1e} "
+            f"was asked for (N = {system.num_rows}). The result is that inexact. Allow more steps "
+            "(gpytorch.settings.max_cg_iterations), more memory for an exact solve (ntk_gp.settings.memory_budget), or "
+            "more noise.",
             NumericalWarning,
             stacklevel=2,
         )

@@ -13,8 +13,9 @@ class Spectrum:
     r"""Eigenvalues and eigenvectors of a kernel matrix K with unit variances, or of :math:`D^{-1/2} K D^{-1/2}`.
 
     K does not change while the noise and the outputscale s are fitted:
-    :math:`r^\top (sK + \sigma^2 I)^{-1} r = \sum_i (q_i^\top r)^2 / (s\lambda_i + \sigma^2)`, and the log-determinant is as short.
-    Where P < N the eigenvectors are those of the P×P matrix :math:`J^\top J`, and what they leave of r has eigenvalue zero.
+    :math:`r^\top (sK + \sigma^2 I)^{-1} r = \sum_i (q_i^\top r)^2 / (s\lambda_i + \sigma^2)`, and the log-determinant
+    is as short. Where P < N, the eigenvectors are those of the P×P matrix :math:`J^\top J`, and what they leave of r
+    has eigenvalue zero.
 
     :param system: The inputs, with unit weights; its noise scales the rows.
     """

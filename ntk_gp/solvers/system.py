@@ -13,11 +13,11 @@ from ..jacobian.linearization import Linearization
 
 
 class System:
-    r""":math:`\boldsymbol A = \boldsymbol J \boldsymbol\Sigma \boldsymbol J^\top + \boldsymbol D`, in float64 whatever the
-    inputs' dtype.
+    r""":math:`\boldsymbol A = \boldsymbol J \boldsymbol\Sigma \boldsymbol J^\top + \boldsymbol D`, in float64 whatever
+    the inputs' dtype.
 
-    The condition number of an NTK matrix with little noise exceeds what float32 resolves (4·10⁵ for a hundred thousandth
-    of the variance), and differences such as a posterior variance lose as many digits again.
+    With little noise, the condition number of an NTK matrix exceeds what float32 resolves, and a difference such as a
+    posterior variance loses as many digits again.
 
     :param linearization: The frozen network with its engines.
     :param x: The training inputs, (B, n, d).

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor
@@ -52,14 +54,15 @@ class WeightSpaceSolver(Solver):
         return (rhs - self.system.jacobian.jvp(weights.mT).mT) / self.system.noise.unsqueeze(-1)
 
     def mean_weights(self, residual: Tensor) -> Tensor:
-        return self.root_variances * self._project(residual.unsqueeze(-1)).squeeze(-1)
+        return self.root_variances.unsqueeze(-2) * self._project(residual.mT).mT
 
     def logdet(self) -> Tensor:
         half = self.cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return 2 * half + self.system.noise.expand(self.system.batch, -1).log().sum(-1)
 
     def logdet_derivatives(self) -> tuple[Tensor, Tensor]:
-        r"""By :math:`\Phi^\top A^{-1} \Phi = I - \Lambda^{-1}` and :math:`A^{-1} = D^{-1} - D^{-1}\Phi\Lambda^{-1}\Phi^\top D^{-1}`."""
+        r"""By :math:`\Phi^\top A^{-1} \Phi = I - \Lambda^{-1}` and
+        :math:`A^{-1} = D^{-1} - D^{-1} \Phi \Lambda^{-1} \Phi^\top D^{-1}`."""
         system, function = self.system, self.system.jacobian.function
         shrinkage = 1 - torch.cholesky_inverse(self.cholesky).diagonal(dim1=-2, dim2=-1)
         by_parameter = shrinkage / system.parameter_variances
@@ -99,7 +102,7 @@ def feature_moment(system: System) -> Tensor:
     jacobian, outputs = system.jacobian, system.jacobian.function.num_outputs
     size, block = system.num_parameters, jacobian.points_per_block()
     edges = torch.linspace(0, size, min(_BLOCK_COLUMNS, size) + 1).long().tolist()
-    columns = [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    columns = [slice(a, b) for a, b in pairwise(edges)]
     scale = system.noise.rsqrt()
     moment = torch.zeros(system.batch, size, size, dtype=torch.float64, device=system.x.device)
     for i in settings.progress(range(0, jacobian.num_points, block), "Accumulating features"):

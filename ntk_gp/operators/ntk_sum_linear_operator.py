@@ -1,0 +1,80 @@
+"""Sums of a neural tangent kernel matrix and other matrices."""
+
+from __future__ import annotations
+
+import torch
+from gpytorch import settings as gpytorch_settings
+from linear_operator.operators import AddedDiagLinearOperator, DiagLinearOperator, LinearOperator, SumLinearOperator
+from linear_operator.utils.cholesky import psd_safe_cholesky
+from linear_operator.utils.memoize import cached
+from torch import Tensor
+
+from .. import settings
+from ._checks import check_right_hand_side
+
+
+class NTKSumLinearOperator(SumLinearOperator):
+    """A neural tangent kernel matrix plus others, such as a Matérn kernel's; with noise, it is solved exactly.
+
+    :param linear_ops: The matrices to add.
+    """
+
+    def _mul_constant(self, other: float | Tensor) -> LinearOperator:
+        return self.__class__(*(operator._mul_constant(other) for operator in self.linear_ops))
+
+    def add_diagonal(self, diag: Tensor) -> LinearOperator:
+        return self + super().add_diagonal(diag)._diag_tensor
+
+    def __add__(self, other: Tensor | LinearOperator | float) -> LinearOperator | Tensor:
+        if isinstance(other, DiagLinearOperator):
+            return NTKSumAddedDiagLinearOperator(self, other)
+        added = super().__add__(other)
+        return self.__class__(*added.linear_ops) if type(added) is SumLinearOperator else added
+
+
+class NTKSumAddedDiagLinearOperator(AddedDiagLinearOperator):
+    """Such a sum plus noise. Solves and log-determinants come from one dense Cholesky factor in float64 as long as that
+    fits in :class:`ntk_gp.settings.memory_budget`; beyond, from GPyTorch's conjugate gradients at this package's
+    tolerance.
+
+    :param linear_ops: The :class:`NTKSumLinearOperator` and the :class:`~linear_operator.operators.DiagLinearOperator`.
+    """
+
+    @property
+    def _is_dense(self) -> bool:
+        elements = 3 * self.batch_shape.numel() * self.shape[-1] ** 2
+        return 8 * elements <= settings.memory_budget.bytes(self.device)
+
+    @cached(name="float64_factor")
+    def _factor(self) -> Tensor:
+        return psd_safe_cholesky(self.to_dense().double())
+
+    def solve(self, right_tensor: Tensor, left_tensor: Tensor | None = None) -> Tensor:
+        check_right_hand_side(right_tensor)
+        if not self._is_dense:
+            with gpytorch_settings.cg_tolerance(settings.solve_tolerance.value()):
+                return super().solve(right_tensor, left_tensor)
+        vector = right_tensor.dim() == 1
+        rhs = right_tensor.unsqueeze(-1) if vector else right_tensor
+        solution = torch.cholesky_solve(rhs.double(), self._factor()).to(self.dtype)
+        solution = solution.squeeze(-1) if vector else solution
+        return solution if left_tensor is None else left_tensor @ solution
+
+    def inv_quad_logdet(
+        self, inv_quad_rhs: Tensor | None = None, logdet: bool | None = False, reduce_inv_quad: bool | None = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if inv_quad_rhs is not None:
+            check_right_hand_side(inv_quad_rhs)
+        if not self._is_dense:
+            with gpytorch_settings.cg_tolerance(settings.solve_tolerance.value()):
+                return super().inv_quad_logdet(inv_quad_rhs, logdet, reduce_inv_quad)
+        factor = self._factor()
+        inv_quad = log_determinant = torch.zeros(self.batch_shape, dtype=self.dtype, device=self.device)
+        if inv_quad_rhs is not None:
+            vector = inv_quad_rhs.dim() == 1
+            rhs = inv_quad_rhs.unsqueeze(-1) if vector else inv_quad_rhs
+            inv_quad = torch.linalg.solve_triangular(factor, rhs.double(), upper=False).square().sum(-2).to(self.dtype)
+            inv_quad = inv_quad.sum(-1) if vector or reduce_inv_quad else inv_quad
+        if logdet:
+            log_determinant = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(self.dtype)
+        return inv_quad, log_determinant

@@ -1,0 +1,149 @@
+"""Functions drawn from the posterior, and the adapted network: each is a vector of weights.
+
+A draw from the posterior over functions is the network's linearisation at a draw from the posterior over weights
+(pathwise conditioning: Wilson, Borovitskiy, Terenin, Mostowsky and Deisenroth, "Efficiently sampling functions from
+Gaussian process posteriors", ICML 2020; exact here, since the prior has finitely many weights).
+"""
+
+from __future__ import annotations
+
+import torch
+from gpytorch import settings as gpytorch_settings
+from gpytorch.kernels import Kernel, ScaleKernel
+from gpytorch.models import ExactGP
+from torch import Tensor, nn
+
+from .jacobian.linearization import Linearization
+from .kernels import NTKKernel
+from .means import NetworkMean
+from .network import FrozenNetwork
+from .prediction import NTKPredictionStrategy
+
+
+class LinearizedFunctions(nn.Module):
+    r"""Functions :math:`m(x) + J(x) w_s` for k weight vectors :math:`w_s`, evaluated anywhere by one Jacobian-vector
+    product each, and differentiable in x.
+
+    :param network: The frozen network whose Jacobian it is.
+    :param weights: (k, P), float64.
+    :param mean_module: The prior mean m.
+    :param active_dims: The columns of the inputs that the network sees.
+    """
+
+    def __init__(
+        self, network: FrozenNetwork, weights: Tensor, mean_module: nn.Module, active_dims: Tensor | None = None
+    ):
+        super().__init__()
+        self.network = network
+        self.mean_module = mean_module
+        self.register_buffer("weights", weights)
+        self.register_buffer("active_dims", active_dims)
+        self._linearization = Linearization(network)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(*batch, n, d) to (k, *batch, n), or (k, *batch, n, C) for all of a network's outputs."""
+        mean = self.mean_module(x)
+        columns = x if self.active_dims is None else x.index_select(-1, self.active_dims)
+        flat = columns.reshape(1, -1, columns.shape[-1])
+        shift = self._linearization.autodiff.linearize(flat).jvp(self.weights.to(x).unsqueeze(0))
+        return mean + shift.reshape(len(self.weights), *mean.shape)
+
+
+class LinearizedNetwork(nn.Module):
+    r"""The adapted network :math:`f(x) + J(x) \hat w`, for serving without GPyTorch.
+
+    Maps (*batch, n, d) to (*batch, n), or (*batch, n, C) for all of a network's outputs, in the dtype and on the
+    device of x. Its `state_dict` holds the network's weights and ŵ.
+
+    :param network: The frozen network.
+    :param displacement: ŵ, (P,).
+    """
+
+    def __init__(self, network: FrozenNetwork, displacement: Tensor):
+        super().__init__()
+        self.network = network
+        self.register_buffer("displacement", displacement)
+        self._linearization = Linearization(network)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.network(x)
+        flat = x.reshape(1, -1, x.shape[-1])
+        shift = self._linearization.autodiff.linearize(flat).jvp(self.displacement.to(x).reshape(1, 1, -1))
+        return mean + shift.reshape(mean.shape)
+
+
+def draw_functions(
+    model: ExactGP, num_functions: int, *, prior: bool = False, generator: torch.Generator | None = None
+) -> LinearizedFunctions:
+    r"""Draws functions from a model's posterior, or from its prior, exactly.
+
+    With :math:`w \sim N(0, \Sigma)` and :math:`\varepsilon \sim N(0, D)`, the weights
+    :math:`w + \Sigma J^\top (K + D)^{-1} (y - m - J w - \varepsilon)` are a draw from their posterior. Costs one
+    solve with `num_functions` columns; memory of num_functions·P.
+
+    :param model: An :class:`~gpytorch.models.ExactGP` in eval mode whose kernel is an
+        :class:`~ntk_gp.kernels.NTKKernel`, scaled or not, without batches.
+    :param num_functions: How many, k.
+    :param prior: Draw from the prior instead.
+    :param generator: The source of randomness. (Default: torch's own, on the CPU.)
+    :return: A module that maps (*batch, n, d) to (k, *batch, n).
+    :raises TypeError: If the kernel is of another kind.
+    """
+    kernel = _ntk_kernel(model.covar_module)
+    strategy = _prediction_strategy(model)
+    system = strategy.solver.system
+    if system.batch > 1:
+        raise ValueError(f"Functions can be drawn from a model without batches, but this one has {system.batch}.")
+    device = system.x.device
+    roots = system.parameter_variances.sqrt()
+    weights = _normal((num_functions, system.num_parameters), generator, device) * roots
+    if not prior:
+        noise = _normal((num_functions, system.num_rows), generator, device) * system.noise.sqrt()
+        residual = strategy.residual.reshape(1, -1) - system.jacobian.jvp(weights.unsqueeze(0))[0] - noise
+        weights = weights + strategy.solver.mean_weights(residual.unsqueeze(0))[0]
+    return LinearizedFunctions(kernel.network, weights, model.mean_module, kernel.active_dims)
+
+
+def adapted_network(model: ExactGP) -> LinearizedNetwork:
+    """The posterior mean of a model as a network of its own, f(x) + J(x) ŵ.
+
+    :param model: An :class:`~gpytorch.models.ExactGP` in eval mode with a :class:`~ntk_gp.means.NetworkMean` and an
+        :class:`~ntk_gp.kernels.NTKKernel` (scaled or not) of the same network, without batches.
+    :raises TypeError: If mean or kernel are of another kind.
+    """
+    kernel = _ntk_kernel(model.covar_module)
+    if not isinstance(model.mean_module, NetworkMean):
+        raise TypeError(f"Expected a NetworkMean as the model's mean, got {type(model.mean_module).__name__}.")
+    weights = _prediction_strategy(model).mean_weights
+    if weights.shape[:-1].numel() > 1:
+        raise ValueError(f"Expected a model without batches, got weights of shape {tuple(weights.shape)}.")
+    if kernel.active_dims is not None:
+        raise ValueError("A kernel with active_dims sees only some inputs: call model(x) instead.")
+    return LinearizedNetwork(kernel.network, weights.reshape(-1))
+
+
+def _ntk_kernel(kernel: Kernel) -> NTKKernel:
+    inner = kernel
+    while isinstance(inner, ScaleKernel):
+        inner = inner.base_kernel
+    if not isinstance(inner, NTKKernel):
+        raise TypeError(f"Expected an NTKKernel, or a ScaleKernel of one, as the model's kernel, got {kernel}.")
+    return inner
+
+
+def _prediction_strategy(model: ExactGP) -> NTKPredictionStrategy:
+    if model.training:
+        raise RuntimeError("The model is in train mode. Call model.eval() (and likelihood.eval()) first.")
+    if model.prediction_strategy is None:
+        first = [inputs[..., :1, :] for inputs in model.train_inputs]
+        with torch.no_grad(), gpytorch_settings.skip_posterior_variances(), gpytorch_settings.debug(False):
+            model(*first)
+    strategy = model.prediction_strategy
+    if not isinstance(strategy, NTKPredictionStrategy):
+        raise TypeError(f"The model predicts by a {type(strategy).__name__}; an NTKPredictionStrategy was expected.")
+    return strategy
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
+    source = torch.device("cpu") if generator is None else generator.device
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device=source).to(device)
