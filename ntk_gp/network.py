@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -104,12 +105,12 @@ class FrozenNetwork(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the parameters are kept in, at least single precision; computation is in that of the inputs."""
+        """The dtype of the parameters as they are kept, single precision at least."""
         return torch.promote_types(self.get_buffer(f"tensors.{self.parameter_names[0]}").dtype, torch.float32)
 
     @property
     def device(self) -> torch.device:
-        """The device that the parameters are kept on; computation is on that of the inputs."""
+        """The device of the parameters as they are kept."""
         return self.get_buffer(f"tensors.{self.parameter_names[0]}").device
 
     def fingerprint(self) -> int:
@@ -325,7 +326,7 @@ class NetworkFunction:
         """(..., P) to one (..., *shape) view per parameter."""
         pieces = flat.split(self.sizes, dim=-1)
         return {
-            name: piece.reshape(*flat.shape[:-1], *tensor.shape)
+            name: piece.reshape((*flat.shape[:-1], *tensor.shape))
             for (name, tensor), piece in zip(self.parameters.items(), pieces, strict=True)
         }
 
@@ -362,6 +363,8 @@ class NetworkFunction:
             stack.enter_context(torch.autocast(self.device.type, enabled=False))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if self._recurrent:
+                stack.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")  # nobody asked for it
                 stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
             if self.device.type == "cuda":
                 stack.enter_context(
@@ -370,7 +373,7 @@ class NetworkFunction:
                     )
                 )
             if input_gradients:
-                stack.enter_context(_ElementaryNormalisation())
+                stack.enter_context(_ElementaryOperations())
             torch.backends.mha.set_fastpath_enabled(False)
             try:
                 yield
@@ -440,12 +443,12 @@ class NetworkFunction:
         return out
 
 
-class _ElementaryNormalisation(TorchFunctionMode):
-    """Layer and instance norm from elementary operations.
+class _ElementaryOperations(TorchFunctionMode):
+    """Some fused operations as compositions of elementary ones, which can be differentiated any number of times.
 
-    The fused ones lose terms, without a word, when their first derivative in forward mode or under vmap is
+    Layer and instance norm lose terms, without a word, when their first derivative in forward mode or under vmap is
     differentiated once more (https://github.com/pytorch/pytorch/issues/196700,
-    https://github.com/pytorch/pytorch/issues/196699).
+    https://github.com/pytorch/pytorch/issues/196699); the others have no such derivative and raise.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -490,7 +493,23 @@ def _instance_norm(
     return out if bias is None else out + bias.view(channels)
 
 
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
+    value, gate = input.chunk(2, dim)
+    return value * gate.sigmoid()
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    return (input + 3.0).clamp(0.0, 6.0) / 6.0
+
+
+def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
+    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, dim=-1)
+
+
 _ELEMENTARY: dict[Callable, Callable] = {
+    nn.functional.glu: _glu,
+    nn.functional.hardsigmoid: _hardsigmoid,
+    torch.cdist: _cdist,
     nn.functional.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     nn.functional.instance_norm: _instance_norm,

@@ -22,7 +22,12 @@ def _jacobian(network: nn.Module, x: Tensor, parameters: list[Tensor]) -> Tensor
     for point in x.reshape(-1, x.shape[-1]):
         for output in network(point.unsqueeze(0)).reshape(-1):
             gradients = torch.autograd.grad(
-                output, parameters, retain_graph=True, create_graph=True, allow_unused=True, materialize_grads=True
+                output,
+                parameters,
+                retain_graph=True,
+                create_graph=x.requires_grad,
+                allow_unused=True,
+                materialize_grads=True,
             )
             rows.append(torch.cat([gradient.reshape(-1) for gradient in gradients]))
     return torch.stack(rows).reshape(*x.shape[:-2], -1, rows[0].shape[0])

@@ -1,7 +1,8 @@
 """The reference engine: `torch.func` derivatives of the network as it stands, for any network.
 
-J u is forward-mode differentiation; where an operator of the network has none (attention, LSTM, weight norm), it is the
-transpose of the transpose: Jᵀv is linear in v, and reverse-mode differentiation of it gives J u.
+J u is forward-mode differentiation; where an operator of the network has none (weight norm, grid sampling), it is the
+transpose of the transpose: Jᵀv is linear in v, and reverse-mode differentiation of it gives J u. Where an operator
+can be differentiated just once (distances, embedding bags), it is formed from the rows of J, some points at a time.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class AutodiffEngine(JacobianEngine):
         key = (x.shape[-1], function.dtype, function.device, *function.parameters)
         if key not in self._modes and x.numel():
             self._modes[key] = _Modes.probe(function, normal_tensor(x.detach()).reshape(-1, x.shape[-1])[:2])
-        return AutodiffJacobian(function, normal_tensor(x), self._modes.get(key, _Modes(True, True)))
+        return AutodiffJacobian(function, normal_tensor(x), self._modes.get(key, _Modes()))
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_modes": {}}
@@ -79,6 +80,10 @@ class AutodiffJacobian(Jacobian):
 
     def _jvp_points(self, x: Tensor, tangents: Tensor) -> Tensor:
         """(m, d) points and (r, P) tangents to (r, m·C)."""
+        if not (self.modes.forward or self.modes.twice):
+            points = AutodiffJacobian(self.function, x.unsqueeze(0), self.modes)
+            blocks = _row_blocks(points, points.points_per_block())
+            return torch.cat([tangents @ rows[0].mT for _, rows in blocks], dim=-1)
         pieces = []
         with self._computation(x):
             for chunk in x.split(self._points_per_pass(), dim=0):
@@ -168,9 +173,7 @@ class AutodiffJacobian(Jacobian):
     def _map_columns(self, apply: Callable[[Tensor], Tensor], columns: Tensor, chunk: Tensor) -> Tensor:
         """`apply` to each of the r columns: together where they are small, one by one where not."""
         together = _VMAP_BYTES // max(1, chunk.shape[0] * self.function.bytes_per_point)
-        if self.modes.vmap and together > 1 and columns.shape[0] > 1:
-            return vmap(apply, chunk_size=together)(columns)
-        return torch.stack([apply(column) for column in columns])
+        return _each(apply, columns, together if self.modes.vmap else 1)
 
     def _points_per_pass(self) -> int:
         budget = settings.memory_budget.bytes(self.x.device)
@@ -192,24 +195,43 @@ class _Modes:
     """What the transforms of `torch.func` can do with a network.
 
     :param forward: Whether forward-mode differentiation works, and agrees with reverse mode.
+    :param twice: Whether reverse-mode differentiation can be differentiated itself, and agrees.
     :param vmap: Whether the per-point rows can be computed for many points at once, and are the same.
     """
 
-    def __init__(self, forward: bool, vmap: bool):
+    def __init__(self, forward: bool = True, twice: bool = True, vmap: bool = True):
         self.forward = forward
+        self.twice = twice
         self.vmap = vmap
 
     @classmethod
     def probe(cls, function: NetworkFunction, x: Tensor) -> _Modes:
-        """Tries both on a point or two against the slow and sure way."""
+        """Tries them on a point or two against the slow and sure way."""
         with function.tracing(), torch.no_grad(), _quiet_batching_rules():
             one = _rows_at_one_point(function, loop=True)
             reference = torch.stack([one(point) for point in x.unsqueeze(-2)])
-            flat = reference.reshape(-1, function.num_parameters)
-            tangent = torch.linspace(-1, 1, function.num_parameters, dtype=x.dtype, device=x.device)
-            forward = _agrees(lambda: _pushforward(function, x, True)(tangent), flat @ tangent)
-            batched = _agrees(lambda: vmap(_rows_at_one_point(function, loop=False))(x.unsqueeze(-2)), reference)
-        return cls(forward, batched)
+            rows = reference.reshape(-1, function.num_parameters)
+            tangents, cotangents = (_two_vectors(size, x) for size in reversed(rows.shape))
+
+            def pushes(forward_mode: bool, together: int) -> bool:
+                return _agrees(
+                    lambda: _each(_pushforward(function, x, forward_mode), tangents, together), tangents @ rows.mT
+                )
+
+            forward = pushes(forward_mode=True, together=1)
+            twice = forward or pushes(forward_mode=False, together=1)
+            batched = (
+                _agrees(lambda: vmap(_rows_at_one_point(function, loop=False))(x.unsqueeze(-2)), reference)
+                and _agrees(lambda: _each(_pullback(function, x), cotangents, together=2), cotangents @ rows)
+                and (not twice or pushes(forward, together=2))
+            )
+        return cls(forward, twice, batched)
+
+
+def _two_vectors(size: int, like: Tensor) -> Tensor:
+    """Two vectors, (2, size), that are no multiples of each other."""
+    ramp = torch.linspace(-1, 1, size, dtype=like.dtype, device=like.device)
+    return torch.stack([ramp, (3 * ramp).cos()])
 
 
 def _agrees(compute: Callable[[], Tensor], expected: Tensor) -> bool:
@@ -256,6 +278,13 @@ def _row_blocks(jacobian: Jacobian, size: int) -> Iterator[tuple[int, Tensor]]:
     """The rows of J at `size` points at a time, with the number of the first point."""
     for start in range(0, jacobian.num_points, size):
         yield start, jacobian[slice(start, start + size)].rows()
+
+
+def _each(apply: Callable[[Tensor], Tensor], vectors: Tensor, together: int) -> Tensor:
+    """`apply` to each row of `vectors`, so many at a time."""
+    if together > 1 and vectors.shape[0] > 1:
+        return vmap(apply, chunk_size=together)(vectors)
+    return torch.stack([apply(vector) for vector in vectors])
 
 
 @contextmanager
