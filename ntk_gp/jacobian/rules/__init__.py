@@ -1,7 +1,7 @@
 """How functions use their parameters: one small rule per kind of layer, and the way to register one's own."""
 
 from ..terms import ConvolutionTerm, FeatureTerm, MatrixTerm, OneHotTerm, ParameterView, Term
-from . import activation, attention, bilinear, convolution, elementwise, embedding, linear, normalisation
+from . import activation, attention, bilinear, convolution, elementwise, embedding, linear, normalisation  # noqa: F401
 from .registry import UnsupportedUse, Use, find_decomposition, find_rule, register_decomposition, register_rule
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch.nn.functional as F
@@ -32,7 +33,13 @@ def convolution(dims: int) -> Rule:
         padded = F.pad(signals.flatten(0, 1), _padding(padding, kernel_size, spacing)).unflatten(0, signals.shape[:2])
         matrix = _flat(weight.unflatten(0, (groups, -1)), 2)
         term = ConvolutionTerm(
-            matrix, _grouped(bias, groups), padded.unsqueeze(0), maps.unsqueeze(0), kernel_size, _each(stride, dims), spacing
+            matrix,
+            _grouped(bias, groups),
+            padded.unsqueeze(0),
+            maps.unsqueeze(0),
+            kernel_size,
+            _each(stride, dims),
+            spacing,
         )
         if not term.is_factored:
             return [term]
@@ -92,7 +99,7 @@ def _output_patches(
     dims = len(kernel_size)
     patches = unfold(F.pad(maps.flatten(0, 2), margins), kernel_size, stride, dilation)
     patches = patches.unflatten(1, (groups, -1)).permute(0, *range(3, 3 + dims), 1, 2, *range(3 + dims, 3 + 2 * dims))
-    return patches.flatten(3 + dims - 1).flatten(1, dims).unflatten(0, maps.shape[:3]).flatten(2, 3).unflatten(-1, (groups, -1))
+    return patches.reshape(*maps.shape[:2], -1, groups, math.prod(patches.shape[2 + dims :]))
 
 
 def _signals(use: Use, input: Tensor, dims: int) -> tuple[Tensor, Tensor]:

@@ -21,13 +21,13 @@ class Use:
     """One call with a parameter in it, as a rule sees it.
 
     Tensors are point-first: whatever place the n inputs had in the call's tensors, they are the first dimension of
-    `gradients` and of the tensor arguments. Where a dimension of the call ran over points and positions together (such as
-    windows of an image), it is split in two.
+    `gradients` and of the tensor arguments. Where a dimension of the call ran over points and positions together
+    (such as windows of an image), it is split in two.
 
     :param gradients: g, the derivatives of each of the C outputs with respect to the call's result: (n, C, *rest).
     :param point_dim: Which dimension of the call's result the points were.
     :param ndim: How many dimensions the call's result had.
-    :param split: Whether that dimension was split, so that `rest` has one dimension more than the result had besides it.
+    :param split: Whether that dimension was split, so that `rest` has one dimension more than the result's others.
     """
 
     gradients: Tensor
@@ -52,7 +52,7 @@ class Use:
         inputs: Tensor,  # (n, *positions, d_in)
         gradients: Tensor | None = None,  # (n, C, *positions, d_out)
     ) -> list[Term]:
-        """The terms of z = W a + b at every position; `weight` (d_out, d_in), `bias` (d_out,), where they are selected."""
+        """The terms of z = W a + b at every position; `weight` (d_out, d_in), `bias` (d_out,) if selected."""
         g = self.gradients if gradients is None else gradients
         g = g.reshape(*g.shape[:2], -1, 1, g.shape[-1])
         if not isinstance(weight, ParameterView):
@@ -71,7 +71,9 @@ class Use:
             return []
         columns = gradients.reshape(*gradients.shape[:2], -1)
         if columns.shape[-1] != parameter.numel():
-            raise UnsupportedUse(f"gradients of shape {tuple(gradients.shape)} for a parameter of shape {parameter.shape}")
+            raise UnsupportedUse(
+                f"gradients of shape {tuple(gradients.shape)} for a parameter of shape {parameter.shape}"
+            )
         return [FeatureTerm([parameter], columns.unsqueeze(0))]
 
     def sum_to(self, parameter: ParameterView | Any, values: Tensor) -> Tensor:
@@ -129,12 +131,12 @@ def register_rule(
 
     :param function: The function that layers call, e.g. `torch.nn.functional.linear`. Other Python functions must hand
         their calls to `torch.overrides` (`torch.overrides.wrap_torch_function` does that).
-    :param rule: `rule(use, *args, **kwargs)` with the function's own arguments after a :class:`Use`; it returns terms. In
-        place of a selected parameter it gets a :class:`ParameterView`. It may raise :class:`UnsupportedUse`.
+    :param rule: `rule(use, *args, **kwargs)` with the function's own arguments after a :class:`Use`; it returns terms.
+        In place of a selected parameter it gets a :class:`ParameterView`. It may raise :class:`UnsupportedUse`.
     :param parameters: The names of the arguments that may be parameters.
     :param elementwise: The function's tensors broadcast: the rule gets them expanded to the result's shape.
 
-    A rule that is wrong is found out: the engine compares each parameter's gradients with autograd's before it uses them.
+    A rule that is wrong is found out: the engine compares each parameter's gradients with autograd's first.
     """
     _RULES[function] = RegisteredRule(rule, tuple(parameters), elementwise)
 

@@ -1,9 +1,9 @@
 """Recording a network's uses of its parameters: what each was multiplied with, and the gradients at its result.
 
-One forward pass runs under a mode that sees every function call. A call with a selected parameter in it, for which there is
-a rule, is made with that parameter *detached*, and a zero perturbation is added to its result: one backward pass for each
-output then gives the gradients at every use. Whatever still depends on a parameter afterwards is a use that no rule has
-seen, and shows in the graph that autograd has recorded: that parameter is left to autodiff.
+One forward pass runs under a mode that sees every function call. A call with a selected parameter in it, for which
+there is a rule, is made with that parameter *detached*, and a zero perturbation is added to its result: one backward
+pass for each output then gives the gradients at every use. Whatever still depends on a parameter afterwards is a use
+that no rule has seen, and shows in the graph that autograd has recorded: that parameter is left to autodiff.
 """
 
 from __future__ import annotations
@@ -92,8 +92,7 @@ class Recording:
                 pass
             else:
                 return [
-                    p.new_zeros(outputs, *p.shape) if g is None else g
-                    for g, p in zip(rows, perturbations, strict=True)
+                    p.new_zeros(outputs, *p.shape) if g is None else g for g, p in zip(rows, perturbations, strict=True)
                 ]
         passes = [pull(row.expand(n, outputs), False) for row in identity]
         return [
@@ -186,7 +185,7 @@ def _kept(value: Any, copy: bool) -> Any:
 
 
 def _is_plain_view(value: Tensor) -> bool:
-    """Whether autograd knows the tensor as a view of its base, not as the result of a function with its own derivative."""
+    """Whether autograd takes the tensor for a view of its base, not for the result of a custom function."""
     node = value.grad_fn
     while node is not None:
         if isinstance(node, torch.autograd.function.BackwardCFunction) or len(node.next_functions) > 1:
@@ -243,7 +242,9 @@ def _place(shape: torch.Size, other: torch.Size, n: int, m: int) -> Place | None
     return changed[0], shape[changed[0]] != n
 
 
-def use_terms(use: RecordedUse, gradients: Tensor, n: int, place: Place | None, layout: Mapping[str, Place | None]) -> list[Term]:
+def use_terms(
+    use: RecordedUse, gradients: Tensor, n: int, place: Place | None, layout: Mapping[str, Place | None]
+) -> list[Term]:
     """The terms of one use at n points, (1, n, …) each. Raises UnsupportedUse where its rule has no formula."""
     if place is None:
         raise UnsupportedUse("the result does not depend on the points one by one")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-
 from dataclasses import dataclass
 from typing import Protocol
 from weakref import WeakKeyDictionary
@@ -73,7 +72,11 @@ class StructuredEngine(JacobianEngine):
         self._plans: WeakKeyDictionary[NetworkFunction, Plan] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_plans": WeakKeyDictionary()}
+        return {**self.__dict__, "_plans": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._plans = WeakKeyDictionary()
 
     def linearize(self, x: Tensor) -> StructuredJacobian | ChunkedJacobian:
         """The Jacobian at `x` (B, n, d). It is not differentiable with respect to `x`."""
@@ -192,12 +195,12 @@ def _wrong(function: NetworkFunction, rows: Tensor, terms: list[Term], names: se
     actual = rows.new_zeros(1, 1, function.num_parameters)
     for term in terms:
         term.vjp(v[None, None], actual)
-    pieces = function.split(actual[0, 0])
+    pieces = function.split(actual[0])
     tolerance = torch.finfo(rows.dtype).eps ** 0.5
     wrong = {}
     for (name, leaf), reference in zip(leaves.items(), expected, strict=True):
         reference = torch.zeros_like(leaf) if reference is None else reference
-        error = torch.linalg.vector_norm(pieces[name] - reference)
+        error = torch.linalg.vector_norm(pieces[name][0] - reference)
         if name in names and not error <= tolerance * torch.linalg.vector_norm(reference):
             wrong[name] = "its gradients by the recorded uses differ from autograd's"
     return wrong
@@ -220,4 +223,6 @@ def _dense(term: Term) -> Term:
     rows = term.gradient_rows(slice(None))  # (B, n, C, H, d_out, columns)
     if term.bias is None:
         return FeatureTerm([term.weight], rows.flatten(3))
-    return FeatureTerm([term.weight, term.bias], torch.cat([rows[..., :-1].flatten(3), rows[..., -1].flatten(3)], dim=-1))
+    return FeatureTerm(
+        [term.weight, term.bias], torch.cat([rows[..., :-1].flatten(3), rows[..., -1].flatten(3)], dim=-1)
+    )

@@ -26,7 +26,7 @@ _BLOCK_ROWS = 512
 
 @dataclass
 class _Pass:
-    """One sweep over some terms: `weights` (L, G), L = 1 or B, scale the left factors; `coefficients` (W,) the result."""
+    """One sweep over some terms: `weights` (1 or B, G) scale the left factors, `coefficients` (W,) the result."""
 
     weights: Tensor
     coefficients: Tensor | None
@@ -58,6 +58,8 @@ class Gram:
         out = self.weights.new_empty(self.num_results, self.n, C, self.m, C)
         if self.tiled:
             for rows, columns, tile in self.tiles():
+                if self.symmetric and rows == columns:
+                    tile = tile.triu() + tile.triu(1).mT  # to the last bit
                 tile = tile.unflatten(1, (C, -1)).unflatten(3, (C, -1))
                 out[:, rows, :, columns] = tile.permute(0, 2, 1, 4, 3)
                 if self.symmetric and not self.streamed and rows != columns:
@@ -182,7 +184,7 @@ def _left_factors(terms: Sequence[Term], sweep: _Pass, rows: slice) -> dict[int,
 
 
 def _multiply_add(total: Tensor | None, a: Tensor, g: Tensor, outputs: int) -> Tensor:
-    """total + a ∘ g, with a (L, m, m') the same for all pairs of outputs and g (B, C·m, C·m'); in place where it can be."""
+    """total + a ∘ g, a (1 or B, m, m') being the same for all pairs of outputs and g (B, C·m, C·m'); in place."""
     if outputs > 1:
         shape = (outputs, a.shape[-2], outputs, a.shape[-1])
         blocks = g.unflatten(1, shape[:2]).unflatten(3, shape[2:])

@@ -108,7 +108,7 @@ class StructuredJacobian(Jacobian):
         """Whether the two consist of the same terms."""
         if (self.rest is None) != (other.rest is None):
             return False
-        if self.rest is not None and other.rest is not None:
+        if self.rest is not None and other.rest is not None:  # noqa: SIM102
             if list(self.rest.function.parameters) != list(other.rest.function.parameters):
                 return False
         return [term.key() for term in self.terms] == [term.key() for term in other.terms]
@@ -162,10 +162,12 @@ class StructuredJacobian(Jacobian):
             return super().kernel_matmul(other, rhs, weights)
         r = rhs.shape[-1]
         pairs = self.num_points * other.num_points / (2 if other is self else 1)
+        columns = r * (self.num_points + other.num_points)
         by_tile = [
-            i for i, term in enumerate(self.terms)
-            if is_tiled(term) and pairs * term.gram_cost() < r * (self.num_points + other.num_points) * term.product_cost()
-        ]  # fmt: skip
+            i
+            for i, term in enumerate(self.terms)
+            if is_tiled(term) and pairs * term.gram_cost() < columns * term.product_cost()
+        ]
         with torch.no_grad():
             total = self._tiled_matmul(other, rhs, weights, by_tile) if by_tile else None
             if len(by_tile) < len(self.terms) or self.rest is not None or total is None:

@@ -116,8 +116,16 @@ class Term(ABC):
             setattr(new, name, torch.cat([getattr(term, name) for term in (self, *others)], dim=1))
         return new
 
+    def relocate(self: Self, shifts: Mapping[str, int]) -> Self:
+        """The same term in a parameter vector where each parameter has moved by so many elements."""
+        new = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, ParameterView):
+                setattr(new, name, value.shift(shifts[value.name]))
+        return new
+
     def merge(self, others: Sequence[Self]) -> Term | None:
-        """This term and others of the same key (other uses of the same parameter) as one, or None if that takes more."""
+        """This term and others of the same key (uses of the same parameters) as one, or None where they cannot be."""
         return None
 
     @property

@@ -52,9 +52,7 @@ class CombinedTerm(Term):
 
     def columns(self, max_columns: int, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         rows, scale = self._dense(weights)
-        yield from zip(
-            rows.flatten(1, 2).split(max_columns, dim=-1), scale.split(max_columns, dim=-1), strict=True
-        )
+        yield from zip(rows.flatten(1, 2).split(max_columns, dim=-1), scale.split(max_columns, dim=-1), strict=True)
 
     def _dense(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of J without the columns of other parameters, (B, n, C, p), and each column's variance, (L, p)."""

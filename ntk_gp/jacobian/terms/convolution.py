@@ -74,7 +74,7 @@ class ConvolutionTerm(MatrixTerm):
     def jvp(self, tangents: Tensor) -> Tensor:
         if tangents.shape[0] > 1:
             return super().jvp(tangents)
-        batch, n, outputs, count = self.maps.shape[:4]
+        batch, n, outputs = self.maps.shape[:3]
         heads, d_out, _ = self.weight.shape
         r = tangents.shape[1]
         kernels = self._kernels(self.weight.read(tangents)[0])

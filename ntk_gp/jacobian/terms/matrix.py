@@ -68,7 +68,7 @@ class MatrixTerm(Term):
 
     def jvp(self, tangents: Tensor) -> Tensor:
         matrix = self.read(tangents)
-        batch, n, outputs, positions, heads, d_out = self.gradients.shape
+        batch, n, _, positions, heads, d_out = self.gradients.shape
         r = matrix.shape[1]
         right = matrix.permute(0, 2, 4, 1, 3).flatten(-2)  # (B or 1, H, columns, r·d_out)
         pieces = []
@@ -79,7 +79,7 @@ class MatrixTerm(Term):
         return torch.cat(pieces, dim=2)
 
     def vjp(self, cotangents: Tensor, out: Tensor) -> None:
-        batch, n, outputs, positions, heads, d_out = self.gradients.shape
+        batch, n, _, positions, heads, d_out = self.gradients.shape
         r = cotangents.shape[1]
         total: Tensor | None = None
         for points in split_points(n, batch * positions * heads * r * d_out, cotangents.device):

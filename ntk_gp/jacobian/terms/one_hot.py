@@ -34,8 +34,7 @@ class OneHotTerm(Term):
 
     def jvp(self, tangents: Tensor) -> Tensor:
         table = self.weight.read(tangents)  # (B or 1, r, V, d)
-        batch, r = self.indices.shape[0], table.shape[1]
-        shape = self.indices.shape[1:]
+        batch, *shape = self.indices.shape
         picked = torch.stack(
             [table[b % table.shape[0]][:, self.indices[b].flatten()].unflatten(1, shape) for b in range(batch)]
         )  # (B, r, n, T, d)

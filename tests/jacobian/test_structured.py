@@ -1,0 +1,264 @@
+"""The structured engine against explicit Jacobians, computed one point at a time by `torch.func.jacrev`, in float64."""
+
+import copy
+import logging
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import jacrev
+
+from ntk_gp import settings
+from ntk_gp.jacobian.autodiff import AutodiffEngine
+from ntk_gp.jacobian.structured import ChunkedJacobian, StructuredEngine, StructuredJacobian
+from ntk_gp.network import FrozenNetwork
+from tests.networks import ADVERSARIAL, CASES, Case, mlp
+
+EVERY = [pytest.param(case, id=case.name) for case in (*CASES, *ADVERSARIAL)]
+SOME = [
+    case
+    for case in CASES
+    if case.name in ("mlp", "mlp_groups", "cnn", "resnet", "transformer", "embedding_lstm", "language")
+]
+SOME_CASES = [pytest.param(case, id=case.name) for case in SOME]
+
+
+def explicit(network: FrozenNetwork, x: Tensor) -> Tensor:
+    """J at x (B, n, d), (B, n·C, P): each point by itself, by reverse mode."""
+    network.check(x)
+    function = network.function(x.dtype, x.device)
+    rows = []
+    with function.tracing():
+        for point in x.reshape(-1, 1, x.shape[-1]):
+            pieces = jacrev(lambda parameters, point=point: function(parameters, point)[0])(function.parameters)
+            rows.append(function.flatten(pieces))
+    return torch.cat(rows).reshape(x.shape[0], -1, function.num_parameters)
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+    assert actual.shape == expected.shape
+    assert float((actual - expected).norm()) <= tolerance * float(expected.norm()) + 1e-300
+
+
+def weights_for(network: FrozenNetwork, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return 0.5 + torch.rand(count, network.num_groups, generator=generator, dtype=torch.float64)
+
+
+def weighted(J1: Tensor, J2: Tensor, network: FrozenNetwork, x: Tensor, weights: Tensor) -> Tensor:
+    function = network.function(x.dtype, x.device)
+    return (J1 * function.expand_weights(weights).unsqueeze(-2)) @ J2.mT
+
+
+@pytest.mark.parametrize("case", EVERY)
+def test_every_operation_equals_the_explicit_jacobians(case: Case):
+    network = case.frozen()
+    close = partial(assert_close, tolerance=case.tolerance)
+    x, other = case.inputs(5), case.inputs(4, seed=7)
+    engine = StructuredEngine(network)
+    J, K = explicit(network, x), explicit(network, other)
+    jacobian, jacobian2 = engine.linearize(x), engine.linearize(other)
+    generator = torch.Generator().manual_seed(2)
+    u = torch.randn(1, 3, J.shape[-1], generator=generator, dtype=torch.float64)
+    v = torch.randn(1, 3, J.shape[-2], generator=generator, dtype=torch.float64)
+    weights = weights_for(network, 1)
+    close(jacobian.rows(), J)
+    close(jacobian.jvp(u), u @ J.mT)
+    close(jacobian.vjp(v), v @ J)
+    close(jacobian.gram(jacobian, weights), weighted(J, J, network, x, weights))
+    close(jacobian2.gram(jacobian, weights), weighted(K, J, network, x, weights))
+    close(jacobian.diagonal(weights), weighted(J, J, network, x, weights).diagonal(dim1=-2, dim2=-1))
+    close(jacobian2.kernel_matmul(jacobian, v.mT, weights), weighted(K, J, network, x, weights) @ v.mT)
+    many = v.repeat(1, 200, 1).mT  # so many columns that the cost model takes the other way
+    close(jacobian.kernel_matmul(jacobian, many, weights), weighted(J, J, network, x, weights) @ many)
+    close(
+        jacobian[:4].paired(jacobian2, weights),
+        weighted(J[:, : K.shape[1]], K, network, x, weights).diagonal(dim1=-2, dim2=-1),
+    )
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in (*CASES, *ADVERSARIAL) if c.autodiff is not None])
+def test_rules_serve_what_they_know_and_nothing_else(case: Case):
+    jacobian = StructuredEngine(case.frozen()).linearize(case.inputs(5))
+    left = tuple(entry["parameter"] for entry in jacobian.report() if entry["served_by"] == "autodiff")
+    assert set(left) == set(case.autodiff)
+
+
+@pytest.mark.parametrize("case", SOME_CASES)
+@pytest.mark.parametrize("batches, count", [(2, 1), (2, 2), (1, 3)])
+def test_batches_and_weightings(case: Case, batches: int, count: int):
+    network = case.frozen()
+    x, other = case.inputs(4, batches), case.inputs(3, batches, seed=7)
+    J, K = explicit(network, x), explicit(network, other)
+    engine = StructuredEngine(network)
+    jacobian, jacobian2 = engine.linearize(x), engine.linearize(other)
+    weights = weights_for(network, count)
+    v = torch.randn(max(batches, 1), 2, J.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert_close(jacobian.gram(jacobian, weights), weighted(J, J, network, x, weights))
+    assert_close(jacobian2.gram(jacobian, weights), weighted(K, J, network, x, weights))
+    assert_close(jacobian.diagonal(weights), weighted(J, J, network, x, weights).diagonal(dim1=-2, dim2=-1))
+    assert_close(jacobian2.kernel_matmul(jacobian, v.mT, weights), weighted(K, J, network, x, weights) @ v.mT)
+    assert_close(jacobian2.kernel_matmul(jacobian, v[:1].mT, weights), weighted(K, J, network, x, weights) @ v[:1].mT)
+    many = v.repeat(1, 200, 1).mT
+    assert_close(jacobian.kernel_matmul(jacobian, many, weights), weighted(J, J, network, x, weights) @ many)
+    assert_close(jacobian.vjp(v), v @ J)
+    u = torch.randn(batches, 2, J.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert_close(jacobian.jvp(u), u @ J.mT)
+    single = engine.linearize(x[:1])
+    assert_close(single.gram(jacobian, weights), weighted(J[:1], J, network, x, weights))
+
+
+@pytest.mark.parametrize("case", SOME_CASES)
+def test_many_points_take_several_tiles(case: Case):
+    network = case.frozen()
+    x, other = case.inputs(300), case.inputs(270, seed=5)
+    engine = StructuredEngine(network)
+    jacobian, jacobian2 = engine.linearize(x), engine.linearize(other)
+    J, K = jacobian.rows(), jacobian2.rows()
+    weights = weights_for(network, 1)
+    symmetric = jacobian.gram(jacobian, weights)
+    assert_close(symmetric, weighted(J, J, network, x, weights))
+    assert torch.equal(symmetric, symmetric.mT)
+    assert_close(jacobian.gram(jacobian2, weights), weighted(J, K, network, x, weights))
+    rhs = torch.randn(1, J.shape[1], 600, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert_close(jacobian.kernel_matmul(jacobian, rhs, weights), weighted(J, J, network, x, weights) @ rhs)
+
+
+@pytest.mark.parametrize("case", SOME_CASES)
+def test_points_are_selected_without_the_network(case: Case, monkeypatch):
+    if case.autodiff:
+        pytest.skip("autodiff evaluates the network")
+    network = case.frozen()
+    x = case.inputs(6, 2)
+    jacobian = StructuredEngine(network).linearize(x)
+    J = jacobian.rows()
+    outputs = jacobian.function.num_outputs
+    monkeypatch.setattr(type(jacobian.function), "__call__", lambda *_: pytest.fail("the network was evaluated"))
+    index = torch.tensor([4, 0, 4])
+    assert_close(jacobian[index].rows(), J.unflatten(1, (-1, outputs))[:, index].flatten(1, 2))
+    assert_close(jacobian[1:3].rows(), J.unflatten(1, (-1, outputs))[:, 1:3].flatten(1, 2))
+    weights = weights_for(network, 1)
+    assert_close(jacobian[index].gram(jacobian, weights), weighted(jacobian[index].rows(), J, network, x, weights))
+
+
+@pytest.mark.parametrize("case", SOME_CASES)
+def test_no_points(case: Case):
+    network = case.frozen()
+    engine = StructuredEngine(network)
+    empty, jacobian = engine.linearize(case.inputs(0)), engine.linearize(case.inputs(3))
+    weights = weights_for(network, 1)
+    P, N = jacobian.function.num_parameters, jacobian.num_rows
+    assert empty.gram(jacobian, weights).shape == (1, 0, N)
+    assert jacobian.gram(empty, weights).shape == (1, N, 0)
+    assert empty.diagonal(weights).shape == (1, 0)
+    assert empty.rows().shape == (1, 0, P)
+    assert torch.equal(empty.vjp(torch.zeros(1, 2, 0, dtype=torch.float64)), torch.zeros(1, 2, P, dtype=torch.float64))
+    assert torch.equal(
+        jacobian.kernel_matmul(empty, torch.zeros(1, 0, 2, dtype=torch.float64), weights),
+        torch.zeros(1, N, 2, dtype=torch.float64),
+    )
+
+
+@pytest.mark.parametrize("case", SOME_CASES)
+def test_over_the_budget_the_numbers_are_the_same(case: Case):
+    network = case.frozen()
+    x, other = case.inputs(7), case.inputs(5, seed=3)
+    engine = StructuredEngine(network)
+    held, held2 = engine.linearize(x), engine.linearize(other)
+    weights = weights_for(network, 1)
+    with settings.memory_budget(9 * held.nbytes // held.num_points + 9):
+        chunked, chunked2 = engine.linearize(x), engine.linearize(other)
+        assert isinstance(chunked, ChunkedJacobian) and chunked.nbytes == 0
+        rhs = torch.randn(1, held.num_rows, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        u = torch.randn(1, 2, held.function.num_parameters, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+        assert_close(chunked.gram(chunked, weights), held.gram(held, weights))
+        assert_close(chunked2.gram(chunked, weights), held2.gram(held, weights))
+        assert_close(held2.gram(chunked, weights), held2.gram(held, weights))
+        assert_close(chunked.gram(held2, weights), held.gram(held2, weights))
+        assert_close(chunked.diagonal(weights), held.diagonal(weights))
+        assert_close(chunked.rows(), held.rows())
+        assert_close(chunked.jvp(u), held.jvp(u))
+        assert_close(chunked.vjp(rhs.mT), held.vjp(rhs.mT))
+        assert_close(chunked2.kernel_matmul(chunked, rhs, weights), held2.kernel_matmul(held, rhs, weights))
+        assert_close(chunked[torch.tensor([5, 1])].rows(), held[torch.tensor([5, 1])].rows())
+        assert [e["served_by"] for e in chunked.report()] == [e["served_by"] for e in held.report()]
+
+
+def test_another_path_at_other_inputs_is_never_silently_wrong():
+    case = next(case for case in ADVERSARIAL if case.name == "data_dependent")
+    network = case.frozen()
+    engine = StructuredEngine(network)
+    low, high = case.inputs(6).clamp(max=0.5), case.inputs(6, seed=1).abs() + 1.5
+    for x in (low, high, torch.cat([low, high], dim=1)):
+        assert_close(engine.linearize(x).rows(), explicit(network, x))
+    weights = weights_for(network, 1)
+    one, two = engine.linearize(low), engine.linearize(high)
+    J1, J2 = explicit(network, low), explicit(network, high)
+    assert_close(one.gram(two, weights), weighted(J1, J2, network, low, weights))
+    assert_close(two.gram(one, weights), weighted(J2, J1, network, low, weights))
+    rhs = torch.ones(1, J1.shape[1], 1, dtype=torch.float64)
+    assert_close(two.kernel_matmul(one, rhs, weights), weighted(J2, J1, network, low, weights) @ rhs)
+    assert_close(two.paired(one, weights), weighted(J2, J1, network, low, weights).diagonal(dim1=-2, dim2=-1))
+
+
+def test_products_can_be_differentiated():
+    case = CASES[0]
+    network = case.frozen()
+    jacobian = StructuredEngine(network).linearize(case.inputs(4))
+    weights = weights_for(network, 1).requires_grad_()
+    rhs = torch.randn(1, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda r, w: jacobian.kernel_matmul(jacobian, r, w), (rhs, weights))
+    assert torch.autograd.gradcheck(jacobian.vjp, (rhs.mT.detach().requires_grad_(),))
+
+
+def test_mixed_with_the_autodiff_engine():
+    case = CASES[0]
+    network = case.frozen()
+    x, other = case.inputs(4), case.inputs(3, seed=1)
+    ours, theirs = StructuredEngine(network).linearize(x), AutodiffEngine(network).linearize(other)
+    weights = weights_for(network, 1)
+    expected = weighted(explicit(network, x), explicit(network, other), network, x, weights)
+    assert_close(ours.gram(theirs, weights), expected)
+    assert_close(theirs.gram(ours, weights), expected.mT)
+
+
+def test_the_random_state_the_network_and_the_modes_are_left_alone():
+    network = FrozenNetwork(mlp(3, 4, 1))
+    engine = StructuredEngine(network)
+    state = torch.random.get_rng_state()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with torch.inference_mode():
+        jacobian = engine.linearize(torch.ones(1, 3, 3))
+        jacobian.gram(jacobian, torch.ones(1, 1))
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+    assert all(not tensor.requires_grad and tensor.grad is None for tensor in network.buffers())
+
+
+def test_what_is_left_to_autodiff_is_logged(caplog):
+    case = next(case for case in CASES if case.name == "shared_with_unknown")
+    with caplog.at_level(logging.DEBUG, logger="ntk_gp"):
+        StructuredEngine(case.frozen()).linearize(case.inputs(3))
+    assert "linear.weight is left to autodiff" in caplog.text
+
+
+def test_engines_can_be_copied_and_pickled():
+    network = FrozenNetwork(mlp(3, 4, 1))
+    engine = StructuredEngine(network)
+    x = torch.ones(1, 2, 3)
+    expected = engine.linearize(x).rows()
+    assert torch.equal(copy.deepcopy(engine).linearize(x).rows(), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(engine)).linearize(x).rows(), expected)
+
+
+def test_float32_stays_float32():
+    network = FrozenNetwork(mlp(3, 30, 30, 1))
+    x = torch.randn(1, 20, 3, generator=torch.Generator().manual_seed(0))
+    jacobian = StructuredEngine(network).linearize(x)
+    assert isinstance(jacobian, StructuredJacobian)
+    gram = jacobian.gram(jacobian, torch.ones(1, 1))
+    assert gram.dtype == torch.float32
+    exact = explicit(network, x.double())
+    assert_close(gram.double(), exact @ exact.mT, 1e-6)
