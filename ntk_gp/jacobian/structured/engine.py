@@ -168,7 +168,8 @@ class StructuredEngine(JacobianEngine):
         if residual and served:
             # Recorded again without them: what is recorded must be what later captures record.
             plan = self._try_plan(function, rows, served)
-            plan.residual |= residual
+            reasons = plan.residual | residual
+            plan.residual = {name: reasons[name] for name in names if name in reasons}
             return plan
         joined = {name: " + ".join(dict.fromkeys(rules)) for name, rules in labels.items() if name in served}
         bytes_per_point = sum(term.nbytes for term in terms) // len(rows)

@@ -45,6 +45,8 @@ class StructuredJacobian(Jacobian):
         return StructuredJacobian(self.function, self.x[:, points], terms, rest, self.labels)
 
     def jvp(self, tangents: Tensor) -> Tensor:
+        if len(self.x) == 1 and len(tangents) > 1:  # one batch of points: all vectors go through one product
+            return self.jvp(tangents.flatten(0, 1).unsqueeze(0))[0].unflatten(0, tangents.shape[:2])
         batch = max(self.x.shape[0], tangents.shape[0])
         shape = (batch, tangents.shape[1], self.num_points, self.function.num_outputs)
         out = _sum(term.jvp(tangents) for term in self.terms) if tangents.shape[1] else None
@@ -53,6 +55,8 @@ class StructuredJacobian(Jacobian):
         return out if self.rest is None else out + self.rest.jvp(self._take_rest(tangents))
 
     def vjp(self, cotangents: Tensor) -> Tensor:
+        if len(self.x) == 1 and len(cotangents) > 1:
+            return self.vjp(cotangents.flatten(0, 1).unsqueeze(0))[0].unflatten(0, cotangents.shape[:2])
         batch = max(self.x.shape[0], cotangents.shape[0])
         out = cotangents.new_zeros(batch, cotangents.shape[1], self.function.num_parameters)
         if self.num_rows and cotangents.shape[1]:
