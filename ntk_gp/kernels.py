@@ -13,7 +13,7 @@ from gpytorch.priors import Prior
 from torch import Size, Tensor, nn
 
 from .jacobian.linearization import Linearization
-from .network import FrozenNetwork, ParameterSelection
+from .network import FrozenNetwork, ParameterSelection, check_finite
 from .operators import JacobianLinearOperator, NTKLinearOperator
 from .prediction import NTKPredictionStrategy
 
@@ -51,6 +51,8 @@ class NTKKernel(Kernel):
         `"parameter"`, or a function from a parameter's name to its group's.
     :param variance_prior: Prior over these variances.
     :param variance_constraint: Constraint on these variances. (Default: :class:`~gpytorch.constraints.Positive`.)
+    :param engine: `"auto"` and `"structured"` use the recorded uses of each parameter, and autodiff for those that no rule
+        covers (:meth:`engine_report` tells); `"autodiff"` uses `torch.func` throughout.
     :param batch_shape: The batch shape of the kernel.
     :param active_dims: The columns of the inputs that the network sees.
 
@@ -79,6 +81,7 @@ class NTKKernel(Kernel):
         variance_groups: str | Callable[[str], str] | None = None,
         variance_prior: Prior | None = None,
         variance_constraint: Interval | None = None,
+        engine: str = "auto",
         batch_shape: Size | None = None,
         active_dims: tuple[int, ...] | None = None,
         **kwargs,
@@ -91,7 +94,8 @@ class NTKKernel(Kernel):
             output=output,
             group_by=_group_function(variance_groups),
         )
-        self._linearization = Linearization(self.network)
+        self._engine = engine
+        self._linearization = Linearization(self.network, engine)
         if variance_groups is None:
             if variance_prior is not None or variance_constraint is not None:
                 raise ValueError("variance_prior and variance_constraint need variance_groups, such as 'layer'.")
@@ -140,13 +144,25 @@ class NTKKernel(Kernel):
         A model's prediction caches are its own: call `model.train()` and `model.eval()` after this.
         """
         self.network = self.network.renewed(network)
-        self._linearization = Linearization(self.network)
+        self._linearization = Linearization(self.network, self._engine)
 
     def jacobian(self, x: Tensor) -> JacobianLinearOperator:
         """J(x) as a lazy matrix, (*batch, n·C, P), without the prior variances; columns in the order of
         `kernel.network.parameter_names`, each parameter flattened."""
         self._check_inputs(x)
         return JacobianLinearOperator(x, linearization=self._linearization)
+
+    def engine_report(self, x: Tensor) -> list[dict[str, object]]:
+        """Tells for each parameter how its part of the Jacobian at x is served, and what that costs.
+
+        :param x: Inputs, (n, d).
+        :return: One dictionary for each parameter: its name (`parameter`), the rules that serve it or `"autodiff"`
+            (`served_by`), the `bytes` of its factors at these inputs, and the flops for one entry of a Gram matrix
+            (`gram_flops`).
+        """
+        self._check_inputs(x)
+        jacobian = self._linearization.jacobian(x.detach().reshape(1, -1, x.shape[-1]))
+        return jacobian.report()
 
     def forward(
         self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **params
@@ -167,14 +183,9 @@ class NTKKernel(Kernel):
                     f"The two sets of inputs differ: {first.dtype} on {first.device}, and {x.dtype} on {x.device}. "
                     "Convert one with .to() to the dtype and device of the other."
                 )
+            if x is not first or x is inputs[-1]:
+                check_finite(x)
             self.network.check(x)
-        for x in inputs[:1] if len(inputs) == 1 or inputs[0] is inputs[1] else inputs:
-            if not torch.isfinite(x).all():
-                bad = (~torch.isfinite(x)).any(-1).nonzero()[:3].tolist()
-                raise ValueError(
-                    f"Inputs of shape {tuple(x.shape)} have NaN or infinite features, first in rows {bad}. Remove or "
-                    "impute them."
-                )
 
     def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
         """C with `output="all"`, else 1."""
@@ -185,7 +196,7 @@ class NTKKernel(Kernel):
 
     def expand_batch(self, *sizes: Size | tuple[int, ...] | int) -> NTKKernel:
         """The same kernel with a larger batch shape; shares the network."""
-        shape = Size(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)  # type: ignore[arg-type]
+        shape = Size(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)
         if shape == self.batch_shape:
             return self
         return self._with_batch_shape(shape, lambda raw: raw.expand(*shape, *raw.shape[-2:]))
@@ -219,8 +230,8 @@ def _composite_prediction_strategy(
     return strategy(train_inputs, train_prior_dist, train_labels, likelihood)
 
 
-AdditiveKernel.prediction_strategy = _composite_prediction_strategy  # type: ignore[method-assign]
-ProductKernel.prediction_strategy = _composite_prediction_strategy  # type: ignore[method-assign]
+AdditiveKernel.prediction_strategy = _composite_prediction_strategy
+ProductKernel.prediction_strategy = _composite_prediction_strategy
 
 
 def _group_function(variance_groups: str | Callable[[str], str] | None) -> Callable[[str], str] | None:

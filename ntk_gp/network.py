@@ -28,6 +28,12 @@ ALL_OUTPUTS = "all"
 
 _T = TypeVar("_T", bound=Tensor)
 
+_MIXES_ROWS = (
+    "A row's output changes with the other rows of the batch, so the network is not a function of one input. Expected a "
+    "network that treats rows independently in eval mode: give batch normalisation running statistics "
+    "(track_running_stats=True), or freeze whatever mixes rows."
+)
+
 _serial_numbers = itertools.count(1)
 
 
@@ -146,6 +152,7 @@ class FrozenNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """f(x) at the frozen weights: (*batch, n, d) to (*batch, n), or (*batch, n, C) with `output="all"`."""
+        check_finite(x)
         self.check(x)
         function = self.function(x.dtype, x.device)
         flat = x.reshape(-1, x.shape[-1])
@@ -211,11 +218,7 @@ class FrozenNetwork(nn.Module):
                 "training=self.training."
             )
         if not torch.allclose(together, apart, rtol=0.0, atol=tolerance):
-            raise ValueError(
-                "A row's output changes with the other rows of the batch, so the network is not a function of one "
-                "input. Expected a network that treats rows independently in eval mode: give batch normalisation "
-                "running statistics (track_running_stats=True), or freeze whatever mixes rows."
-            )
+            raise ValueError(_MIXES_ROWS)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_functions": {}, "_checked": set(), "_seen": [], "_serial": 0}
@@ -536,6 +539,16 @@ class _SavedBytes:
         return tensor
 
 
+def check_finite(x: Tensor) -> None:
+    """Raises where the inputs are NaN or infinite."""
+    finite = torch.isfinite(x)
+    if not finite.all():
+        bad = (~finite).any(-1).nonzero()[:3].tolist()
+        raise ValueError(
+            f"Inputs of shape {tuple(x.shape)} have NaN or infinite features, first in rows {bad}. Remove or impute them."
+        )
+
+
 def normal_tensor(x: Tensor) -> Tensor:
     """`x`, as a tensor that autograd can record even if it was made under `torch.inference_mode`."""
     if not x.is_inference():
@@ -684,9 +697,13 @@ def _convert_skeleton(skeleton: nn.Module, dtype: torch.dtype, device: torch.dev
 
 
 def _evaluate_together_and_apart(function: NetworkFunction, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The outputs for all rows, for all once more, and for the first by itself and then the rest."""
     with function.tracing(), torch.no_grad():
         together, again = function(function.parameters, rows), function(function.parameters, rows)
-        apart = torch.cat([function(function.parameters, rows[:1]), function(function.parameters, rows[1:])])
+        try:
+            apart = torch.cat([function(function.parameters, rows[:1]), function(function.parameters, rows[1:])])
+        except Exception as error:
+            raise ValueError(f"{_MIXES_ROWS} (A row by itself raised: {error})") from error
     return together, again, apart
 
 

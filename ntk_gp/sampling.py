@@ -30,6 +30,9 @@ class LinearizedFunctions(nn.Module):
     :param active_dims: The columns of the inputs that the network sees.
     """
 
+    weights: Tensor
+    active_dims: Tensor | None
+
     def __init__(
         self, network: FrozenNetwork, weights: Tensor, mean_module: nn.Module, active_dims: Tensor | None = None
     ):
@@ -58,6 +61,8 @@ class LinearizedNetwork(nn.Module):
     :param network: The frozen network.
     :param displacement: ŵ, (P,).
     """
+
+    displacement: Tensor
 
     def __init__(self, network: FrozenNetwork, displacement: Tensor):
         super().__init__()

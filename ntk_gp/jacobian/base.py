@@ -82,6 +82,13 @@ class Jacobian(ABC):
         budget = settings.memory_budget.bytes(self.x.device)
         return max(1, min(self.num_points, budget // (8 * max(1, self.x.shape[0] * row_bytes))))
 
+    def report(self) -> list[dict[str, object]]:
+        """For each parameter: how it is served, the bytes of its factors, and flops per entry of a Gram matrix."""
+        return [
+            {"parameter": name, "served_by": "autodiff", "bytes": 0, "gram_flops": 2.0 * tensor.numel()}
+            for name, tensor in self.function.parameters.items()
+        ]
+
     def gram_cost(self, other: Jacobian) -> float:
         """About how many flops :meth:`gram` takes."""
         symmetric = 1 if other is self else 2

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from .. import settings
 from ..network import FrozenNetwork, normal_tensor
 from .autodiff import AutodiffEngine
 from .base import Jacobian, JacobianEngine
+from .products import JacobianProduct, TransposedJacobianProduct
+from .structured import StructuredEngine
 
 
 class Linearization:
@@ -24,18 +28,25 @@ class Linearization:
     the network has changed since.
 
     :param network: The frozen network.
-    :param engine: The engine for inputs that need no gradient.
+    :param engine: `"structured"`, for matrix products from the recorded uses of each parameter, with autodiff for what no
+        rule covers; `"autodiff"`, for `torch.func` throughout; or `"auto"`, which is the first. Inputs that require
+        gradients are always served by autodiff.
     """
 
-    def __init__(self, network: FrozenNetwork, engine: JacobianEngine | None = None):
+    def __init__(self, network: FrozenNetwork, engine: str = "auto"):
+        if engine not in ("auto", "structured", "autodiff"):
+            raise ValueError(f"engine must be 'auto', 'structured' or 'autodiff', got {engine!r}.")
         self.network = network
         self.autodiff = AutodiffEngine(network)
-        self.engine = self.autodiff if engine is None else engine
-        self._cache = _Cache()
+        self.engine: JacobianEngine = self.autodiff
+        if engine != "autodiff":
+            self.engine = StructuredEngine(network, self.autodiff)
+        self.clear()
 
     def clear(self) -> None:
         """Drops everything that was kept."""
         self._cache = _Cache()
+        self._pairs: WeakKeyDictionary[Jacobian, WeakKeyDictionary[Jacobian, _Pair]] = WeakKeyDictionary()
 
     def keep(self, kind: str, tensors: tuple[Tensor, ...], compute: Callable[..., Any]) -> Any:
         """The result of `compute` for tensors with these contents, from the last time or computed now.
@@ -57,8 +68,10 @@ class Linearization:
 
     def gram(self, jacobian1: Jacobian, jacobian2: Jacobian, weights: Tensor) -> Tensor:
         """J₁ Σ_w J₂ᵀ, (B or W, N₁, N₂), differentiable with respect to the weights (W, G) and the inputs."""
-        if jacobian1.x.requires_grad or jacobian2.x.requires_grad:
+        if jacobian1.x.requires_grad:
             return jacobian1.gram(jacobian2, weights)
+        if jacobian2.x.requires_grad:
+            return jacobian2.gram(jacobian1, weights).mT
         if self.keeps_gram(jacobian1, jacobian2):
             gram = self._kept_gram(jacobian1, jacobian2)
             if self.network.num_groups == 1:
@@ -85,13 +98,31 @@ class Linearization:
         The matrix is stored when the columns multiplied so far have cost as much as forming it would (so never more
         than twice the cheaper way), and only if it fits in the cache.
         """
-        if jacobian1.x.requires_grad or jacobian2.x.requires_grad or not self.keeps_gram(jacobian1, jacobian2):
+        if jacobian1.x.requires_grad or jacobian2.x.requires_grad:
+            return self._differentiable_matmul(jacobian1, jacobian2, rhs, weights)
+        if not self.keeps_gram(jacobian1, jacobian2):
             return jacobian1.kernel_matmul(jacobian2, rhs, weights)
-        spent = self._cache.get("spent", self._state, (jacobian1.x, jacobian2.x), lambda *_: _Counter())
-        spent.flops += rhs.shape[-1] * jacobian1.product_cost(jacobian2)
-        if spent.flops < jacobian1.gram_cost(jacobian2):
+        pair = self._pair(jacobian1, jacobian2)
+        pair.flops += rhs.shape[-1] * jacobian1.product_cost(jacobian2)
+        if pair.flops < jacobian1.gram_cost(jacobian2):
             return jacobian1.kernel_matmul(jacobian2, rhs, weights)
         return self.gram(jacobian1, jacobian2, weights) @ rhs
+
+    @staticmethod
+    def _differentiable_matmul(jacobian1: Jacobian, jacobian2: Jacobian, rhs: Tensor, weights: Tensor) -> Tensor:
+        if jacobian2.x.requires_grad:
+            sums = jacobian2.vjp(rhs.mT)
+        else:
+            sums = TransposedJacobianProduct.apply(rhs.mT, jacobian2)
+        tangents = sums * jacobian1.function.expand_weights(weights).unsqueeze(-2)
+        if jacobian1.x.requires_grad:
+            return jacobian1.jvp(tangents).mT
+        return JacobianProduct.apply(tangents, jacobian1).mT
+
+    def _pair(self, jacobian1: Jacobian, jacobian2: Jacobian) -> _Pair:
+        """What is known of these two; found without looking at the inputs, as the iterations of a solve need it."""
+        partners = self._pairs.setdefault(jacobian1, WeakKeyDictionary())
+        return partners.setdefault(jacobian2, _Pair())
 
     def keeps_gram(self, jacobian1: Jacobian, jacobian2: Jacobian) -> bool:
         """Whether the Gram matrix of these inputs (one for each group of parameters) may be stored."""
@@ -106,19 +137,27 @@ class Linearization:
             with torch.no_grad():
                 return jacobian1.gram(jacobian2, eye)
 
-        if jacobian1 is not jacobian2 and torch.equal(jacobian1.x, jacobian2.x):
-            jacobian2 = jacobian1
-        return self._cache.get("gram", self._state, (jacobian1.x, jacobian2.x), compute)
+        pair = self._pair(jacobian1, jacobian2)
+        gram = None if pair.gram is None else pair.gram()
+        if gram is None:
+            gram = self._cache.get("gram", self._state, (jacobian1.x, jacobian2.x), compute)
+            pair.gram = weakref.ref(gram)
+        return gram
 
     def _state(self) -> Hashable:
         return (self.network.fingerprint(), type(self.engine))
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_cache": _Cache()}
+        return {**self.__dict__, "_cache": _Cache(), "_pairs": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.clear()
 
     def __deepcopy__(self, memo: dict) -> Linearization:
-        new = copy.copy(self)
+        new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
+        new.clear()
         new.network = copy.deepcopy(self.network, memo)
         new.autodiff = copy.deepcopy(self.autodiff, memo)
         new.engine = copy.deepcopy(self.engine, memo)
@@ -133,8 +172,11 @@ def _one_hot(weights: Tensor, group: int) -> Tensor:
     return one
 
 
-class _Counter:
+class _Pair:
+    """The flops that products of two Jacobians have cost so far, and their Gram matrix while the cache holds it."""
+
     flops = 0.0
+    gram: weakref.ref[Tensor] | None = None
 
 
 class _Cache:

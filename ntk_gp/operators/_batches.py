@@ -37,7 +37,7 @@ def expand(x: Tensor, batch_shape: Size | list[int]) -> Tensor:
 
 def select(x: Tensor, batch_indices: tuple[IndexType, ...], points: IndexType = slice(None)) -> Tensor:
     """Some batches of (*batch, n, d), and some points in each."""
-    return x[(*batch_indices, slice(None), slice(None))][..., points, :]  # type: ignore[index]
+    return x[(*batch_indices, slice(None), slice(None))][..., points, :]
 
 
 class FoldedColumns:

@@ -63,7 +63,7 @@ class JacobianLinearOperator(LinearOperator):
         x = select(self.x, batch_indices, index)
         return self.__class__(x, linearization=self.linearization, transposed=self.transposed)
 
-    def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:  # type: ignore[override]
+    def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
         row_index, col_index, *batch_indices = torch.broadcast_tensors(row_index, col_index, *batch_indices)
         if self.transposed:
             row_index, col_index = col_index, row_index

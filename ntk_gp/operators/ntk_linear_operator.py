@@ -117,7 +117,7 @@ class NTKLinearOperator(LinearOperator):
         x1, x2 = select(self.x1, batch_indices, rows), select(self.x2, batch_indices, columns)
         return self._like(x1, x2, select(self.variances, batch_indices))
 
-    def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:  # type: ignore[override]
+    def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
         row_index, col_index, *batch_indices = torch.broadcast_tensors(row_index, col_index, *batch_indices)
         if row_index.numel() == 0:
             return self.x1.new_zeros(row_index.shape)
@@ -196,13 +196,13 @@ class NTKLinearOperator(LinearOperator):
 
     def add_diagonal(self, diag: Tensor) -> LinearOperator:
         added = super().add_diagonal(diag)
-        return self + added._diag_tensor  # type: ignore[attr-defined]
+        return self + added._diag_tensor
 
     def __add__(self, other: Tensor | LinearOperator | float) -> LinearOperator | Tensor:
         if isinstance(other, DiagLinearOperator):
-            return NTKAddedDiagLinearOperator(self, other)  # type: ignore[arg-type]
+            return NTKAddedDiagLinearOperator(self, other)
         if isinstance(other, RootLinearOperator):  # the base class would form root and inverse root of both
-            return NTKSumLinearOperator(self, other)  # type: ignore[arg-type]
+            return NTKSumLinearOperator(self, other)
         added = super().__add__(other)
         return NTKSumLinearOperator(*added.linear_ops) if type(added) is SumLinearOperator else added
 

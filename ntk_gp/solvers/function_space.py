@@ -7,8 +7,9 @@ from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor
 
 from ..jacobian.base import Jacobian
+from ..jacobian.products import JacobianProduct
 from .base import Solver
-from .system import JacobianProduct, System
+from .system import System
 
 
 class FunctionSpaceSolver(Solver):

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .. import settings
 from ..jacobian.base import Jacobian
+from ..jacobian.products import JacobianProduct
 from .base import Solver
-from .system import JacobianProduct, System
+from .system import System
 
 _LANDMARKS = 2000
 _STOCK_TOLERANCES = (1, 0.01)  # GPyTorch's defaults for training and prediction: far too loose for an NTK
@@ -119,8 +120,7 @@ def conjugate_gradients(system: System, rhs: Tensor, preconditioner: NystromPrec
     norms = residual.norm(dim=0).clamp_min(torch.finfo(rhs.dtype).tiny)
     steps = gpytorch_settings.max_cg_iterations.value()
     scale = preconditioner.scale.mT
-    direction: Tensor | None = None
-    inner: Tensor | None = None
+    direction = inner = None
     for _ in settings.progress(range(steps), "Conjugate gradients"):
         if bool((residual.norm(dim=0) <= target * norms).all()):
             residual = rhs[0] - system.matmul(solution.unsqueeze(0))[0]  # recurrences drift: look at the true one

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .system import System, TransposedJacobianProduct
+from ..jacobian.products import TransposedJacobianProduct
+from .system import System
 from .weight_space import feature_moment
 
 

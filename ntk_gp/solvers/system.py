@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from .. import settings
@@ -85,31 +84,3 @@ class System:
     @property
     def may_be_solved_exactly(self) -> bool:
         return bool((self.noise > 0).all() and (self.weights >= 0).all())
-
-
-class JacobianProduct(torch.autograd.Function):
-    """J u for a Jacobian at fixed inputs, differentiable with respect to the rows u: (B or 1, r, P) to (B, r, N)."""
-
-    @staticmethod
-    def forward(ctx, tangents: Tensor, jacobian: Jacobian) -> Tensor:
-        ctx.jacobian, ctx.batch = jacobian, tangents.shape[0]
-        return jacobian.jvp(tangents)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        tangents = ctx.jacobian.vjp(grad)
-        return tangents if ctx.batch == tangents.shape[0] else tangents.sum(0, keepdim=True), None
-
-
-class TransposedJacobianProduct(torch.autograd.Function):
-    """Jᵀ v for a Jacobian at fixed inputs, differentiable with respect to the rows v: (B or 1, r, N) to (B, r, P)."""
-
-    @staticmethod
-    def forward(ctx, cotangents: Tensor, jacobian: Jacobian) -> Tensor:
-        ctx.jacobian, ctx.batch = jacobian, cotangents.shape[0]
-        return jacobian.vjp(cotangents)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        cotangents = ctx.jacobian.jvp(grad)
-        return cotangents if ctx.batch == cotangents.shape[0] else cotangents.sum(0, keepdim=True), None
