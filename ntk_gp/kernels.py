@@ -51,8 +51,8 @@ class NTKKernel(Kernel):
         `"parameter"`, or a function from a parameter's name to its group's.
     :param variance_prior: Prior over these variances.
     :param variance_constraint: Constraint on these variances. (Default: :class:`~gpytorch.constraints.Positive`.)
-    :param engine: `"auto"` and `"structured"` use the recorded uses of each parameter, and autodiff for those that no rule
-        covers (:meth:`engine_report` tells); `"autodiff"` uses `torch.func` throughout.
+    :param engine: `"auto"` and `"structured"` use the recorded uses of each parameter, and autodiff for those that no
+        rule covers (:meth:`engine_report` tells); `"autodiff"` uses `torch.func` throughout.
     :param batch_shape: The batch shape of the kernel.
     :param active_dims: The columns of the inputs that the network sees.
 
@@ -175,16 +175,15 @@ class NTKKernel(Kernel):
         kernel_matrix = NTKLinearOperator(x1, x2, variance, linearization=self._linearization)
         return kernel_matrix._diagonal() if diag else kernel_matrix
 
-    def _check_inputs(self, *inputs: Tensor) -> None:
-        first = inputs[0]
-        for x in inputs:
-            if (x.dtype, x.device) != (first.dtype, first.device):
-                raise ValueError(
-                    f"The two sets of inputs differ: {first.dtype} on {first.device}, and {x.dtype} on {x.device}. "
-                    "Convert one with .to() to the dtype and device of the other."
-                )
-            if x is not first or x is inputs[-1]:
-                check_finite(x)
+    def _check_inputs(self, x1: Tensor, x2: Tensor | None = None) -> None:
+        x2 = x1 if x2 is None else x2
+        if (x1.dtype, x1.device) != (x2.dtype, x2.device):
+            raise ValueError(
+                f"The two sets of inputs differ: {x1.dtype} on {x1.device}, and {x2.dtype} on {x2.device}. "
+                "Convert one with .to() to the dtype and device of the other."
+            )
+        for x in (x1,) if x2 is x1 else (x1, x2):
+            check_finite(x)
             self.network.check(x)
 
     def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
@@ -196,7 +195,7 @@ class NTKKernel(Kernel):
 
     def expand_batch(self, *sizes: Size | tuple[int, ...] | int) -> NTKKernel:
         """The same kernel with a larger batch shape; shares the network."""
-        shape = Size(sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes)
+        shape = Size([n for size in sizes for n in ([size] if isinstance(size, int) else size)])
         if shape == self.batch_shape:
             return self
         return self._with_batch_shape(shape, lambda raw: raw.expand(*shape, *raw.shape[-2:]))

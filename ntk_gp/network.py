@@ -29,8 +29,8 @@ ALL_OUTPUTS = "all"
 _T = TypeVar("_T", bound=Tensor)
 
 _MIXES_ROWS = (
-    "A row's output changes with the other rows of the batch, so the network is not a function of one input. Expected a "
-    "network that treats rows independently in eval mode: give batch normalisation running statistics "
+    "A row's output changes with the other rows of the batch, so the network is not a function of one input. Expected "
+    "a network that treats rows independently in eval mode: give batch normalisation running statistics "
     "(track_running_stats=True), or freeze whatever mixes rows."
 )
 
@@ -182,6 +182,7 @@ class FrozenNetwork(nn.Module):
         if key in self._checked:
             return
         self._check_width(x)
+        check_finite(x)
         function = self.function(x.dtype, x.device)
         with torch.inference_mode(False), _preserved_random_state(x.device):
             rows = normal_tensor(x.detach()).reshape(-1, x.shape[-1])[:4].clone()
@@ -545,7 +546,8 @@ def check_finite(x: Tensor) -> None:
     if not finite.all():
         bad = (~finite).any(-1).nonzero()[:3].tolist()
         raise ValueError(
-            f"Inputs of shape {tuple(x.shape)} have NaN or infinite features, first in rows {bad}. Remove or impute them."
+            f"Inputs of shape {tuple(x.shape)} have NaN or infinite features, first in rows {bad}. Remove or impute "
+            "them."
         )
 
 
