@@ -231,7 +231,8 @@ class FrozenNetwork(nn.Module):
         """
         new = copy.copy(self)
         memo[id(self)] = new
-        new.__dict__.update(_modules=dict(self._modules), _functions=dict(self._functions), _checked=set(self._checked))
+        known = {"_functions": dict(self._functions), "_checked": set(self._checked), "_seen": list(self._seen)}
+        new.__dict__.update(known, _modules=dict(self._modules), _serial=self._serial)
         new.tensors = self.tensors.shared_copy()
         return new
 

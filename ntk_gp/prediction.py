@@ -19,7 +19,7 @@ from .operators import NTKAddedDiagLinearOperator, NTKLinearOperator
 from .operators._batches import FoldedColumns
 from .operators.ntk_posterior_linear_operator import NTKPosteriorLinearOperator
 from .operators.ntk_sum_linear_operator import NTKSumLinearOperator
-from .solvers import Solver
+from .solvers import LanczosVariance, Solver
 
 
 class NTKPredictionStrategy(DefaultPredictionStrategy):
@@ -56,6 +56,12 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
         return self._train_matrix.solver
 
     @property
+    @cached(name="fast_variance")
+    def fast_variance(self) -> LanczosVariance:
+        """The low-rank factor that serves variances when `gpytorch.settings.fast_pred_var` is on, built once."""
+        return LanczosVariance(self.solver.system)
+
+    @property
     @cached(name="mean_weights")
     def mean_weights(self) -> Tensor:
         """ŵ, (*batch, P) in float64."""
@@ -87,12 +93,22 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
     def exact_prediction(self, test_mean, test_test_covar, test_train_covar):
         if not self._covers(test_test_covar):
             return super().exact_prediction(test_mean, test_test_covar, test_train_covar)
+        self._check_network(test_test_covar)
         x = test_test_covar.x1
         mean = test_mean + self._mean_shift(x).reshape(*x.shape[:-2], -1)
         if gpytorch_settings.skip_posterior_variances.on():
             return mean, ZeroLinearOperator(*test_test_covar.shape)
         batch_shape = self._train_matrix.batch_shape if self.solver.system.batch > 1 else Size()
-        return mean, NTKPosteriorLinearOperator(x, x, solver=self.solver, batch_shape=batch_shape)
+        fast = gpytorch_settings.fast_pred_var.on() and self.solver.system.batch == 1
+        source = self.fast_variance if fast else self.solver
+        return mean, NTKPosteriorLinearOperator(x, x, source=source, batch_shape=batch_shape)
+
+    def _check_network(self, test_test_covar: NTKLinearOperator) -> None:
+        if test_test_covar.linearization.network.fingerprint() != self.solver.system.state:
+            raise RuntimeError(
+                "The kernel's network has changed since the model's predictions were prepared. Call model.train() and "
+                "model.eval() to prepare them anew."
+            )
 
     def _mean_cache(self, nan_policy: str) -> Tensor:
         if nan_policy != "ignore" or gpytorch_settings.detach_test_caches.off():
@@ -105,6 +121,15 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
         """(K + D)⁻¹ (y - m), (*batch, N)."""
         residual = self.residual.to(self.train_labels.dtype).unsqueeze(-1)
         return self._train_matrix.solve(residual).squeeze(-1).detach()
+
+    def get_fantasy_strategy(self, inputs, targets, full_inputs, full_targets, full_output, **kwargs):
+        """The strategy with more data. Its solver starts from this one's, see :func:`ntk_gp.solvers.choose_solver`."""
+        if gpytorch_settings.observation_nan_policy.value() != "ignore":
+            return super().get_fantasy_strategy(inputs, targets, full_inputs, full_targets, full_output, **kwargs)
+        likelihood = self.likelihood.get_fantasy_likelihood(**kwargs)
+        if isinstance(self._train_matrix, NTKAddedDiagLinearOperator):
+            self.solver  # noqa: B018 -- built now, if it was not, to be extended
+        return self.__class__(full_inputs, full_output, full_targets, likelihood)
 
     def exact_predictive_covar(self, test_test_covar, test_train_covar):
         if gpytorch_settings.fast_pred_var.on() or gpytorch_settings.skip_posterior_variances.on():

@@ -59,6 +59,15 @@ class solve_tolerance(_value_context):
     _global_value: float = 1e-4
 
 
+class love_tolerance(_value_context):
+    """How far variances may still fall, as a part of themselves, where `gpytorch.settings.fast_pred_var` stops.
+
+    (Default: 1e-3.)
+    """
+
+    _global_value: float = 1e-3
+
+
 def progress(steps: Sequence[int], description: str) -> Iterable[int]:
     """The steps, behind a progress bar where one was asked for and there is more than one step."""
     if progress_bar.off() or len(steps) < 2:

@@ -7,7 +7,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ class Linearization:
     def clear(self) -> None:
         """Drops everything that was kept."""
         self._cache = _Cache()
+        self.solvers: WeakSet = WeakSet()  # that are in use somewhere, to start others from
         self._pairs: WeakKeyDictionary[Jacobian, WeakKeyDictionary[Jacobian, _Pair]] = WeakKeyDictionary()
 
     def keep(self, kind: str, tensors: tuple[Tensor, ...], compute: Callable[..., Any]) -> Any:
@@ -148,7 +149,7 @@ class Linearization:
         return (self.network.fingerprint(), type(self.engine))
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_cache": _Cache(), "_pairs": None}
+        return {**self.__dict__, "_cache": _Cache(), "_pairs": None, "solvers": None}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)

@@ -9,7 +9,7 @@ from linear_operator.utils.memoize import cached
 from torch import Size, Tensor
 
 from .. import settings
-from ..solvers import Solver
+from ..solvers import LanczosVariance, Solver
 
 _NO_BATCH = Size()
 
@@ -22,30 +22,30 @@ class NTKPosteriorLinearOperator(LinearOperator):
 
     :param x1: (*batch, m₁, d).
     :param x2: (*batch, m₂, d).
-    :param solver: The solver that was built from the training data.
+    :param source: What was built from the training data: a solver, or a low-rank factor.
     :param batch_shape: The batch shape of the training data, where the solver has batches of its own.
     """
 
-    def __init__(self, x1: Tensor, x2: Tensor, *, solver: Solver, batch_shape: Size = _NO_BATCH):
+    def __init__(self, x1: Tensor, x2: Tensor, *, source: Solver | LanczosVariance, batch_shape: Size = _NO_BATCH):
         shape = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2])
         same = x1 is x2
         x1 = x1.expand(*shape, *x1.shape[-2:])
         x2 = x1 if same else x2.expand(*shape, *x2.shape[-2:])
-        super().__init__(x1, x2, solver=solver, batch_shape=batch_shape)
+        super().__init__(x1, x2, source=source, batch_shape=batch_shape)
         self.x1 = x1
         self.x2 = x2
-        self.solver = solver
+        self.source = source
         self.train_batch_shape = batch_shape
 
     @property
     def _outputs(self) -> int:
-        return self.solver.system.jacobian.function.num_outputs
+        return self.source.system.jacobian.function.num_outputs
 
     def _size(self) -> Size:
         return Size([*self.x1.shape[:-2], self.x1.shape[-2] * self._outputs, self.x2.shape[-2] * self._outputs])
 
     def _like(self, x1: Tensor, x2: Tensor) -> NTKPosteriorLinearOperator:
-        return self.__class__(x1, x2, solver=self.solver, batch_shape=self.train_batch_shape)
+        return self.__class__(x1, x2, source=self.source, batch_shape=self.train_batch_shape)
 
     def _transpose_nonbatch(self) -> NTKPosteriorLinearOperator:
         return self._like(self.x2, self.x1)
@@ -67,15 +67,15 @@ class NTKPosteriorLinearOperator(LinearOperator):
 
     def _variances(self, x: Tensor) -> Tensor:
         """(B, m, d) to (B, m·C)."""
-        system = self.solver.system
-        size = max(1, self.solver.points_per_block(self._outputs) // max(1, x.shape[0] // system.batch))
+        system = self.source.system
+        size = max(1, self.source.points_per_block(self._outputs) // max(1, x.shape[0] // system.batch))
         starts = settings.progress(range(0, x.shape[1], size), "Posterior variances")
-        blocks = [self.solver.variance(system.jacobian_at(x[:, i : i + size])) for i in starts]
+        blocks = [self.source.variance(system.jacobian_at(x[:, i : i + size])) for i in starts]
         return torch.cat(blocks, dim=-1) if blocks else x.new_zeros(x.shape[0], 0)
 
     @cached
     def to_dense(self) -> Tensor:
-        system = self.solver.system
+        system = self.source.system
         same = self._is_square_of_one_set
         pieces = []
         for x1, x2 in zip(
@@ -85,7 +85,7 @@ class NTKPosteriorLinearOperator(LinearOperator):
         ):
             jacobian1 = system.jacobian_at(x1)
             jacobian2 = jacobian1 if same else system.jacobian_at(x2)
-            pieces.append(self.solver.covariance(jacobian1, jacobian2))
+            pieces.append(self.source.covariance(jacobian1, jacobian2))
         return torch.stack(pieces).reshape(self.shape).to(self.dtype)
 
     def _matmul(self, rhs: Tensor) -> Tensor:

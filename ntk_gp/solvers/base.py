@@ -46,6 +46,10 @@ class Solver(ABC):
     def logdet_derivatives(self) -> tuple[Tensor, Tensor]:
         """Of the log-determinant with respect to each group's variance, (B, G), and to each row's noise, (B, N)."""
 
+    def extended(self, system: System) -> Solver | None:
+        """The solver of a system that begins with this one's rows, made from this one; None if nothing is saved."""
+        return None
+
     @property
     def nbytes(self) -> int:
         """Bytes held."""

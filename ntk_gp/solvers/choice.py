@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from gpytorch import settings as gpytorch_settings
+
 from .base import Solver
 from .function_space import FunctionSpaceSolver
 from .iterative import IterativeSolver
 from .system import System
 from .weight_space import WeightSpaceSolver
+
+# The defaults of GPyTorch, and of BoTorch, which sets its own when it is imported: not a choice of the user's.
+_STOCK_CHOLESKY_SIZES = (800, 4096)
 
 
 def choose_solver(system: System) -> Solver:
@@ -19,13 +24,28 @@ def choose_solver(system: System) -> Solver:
     weight space    N P² (rows of J, and their products)   2 P²
     iteration       4 N P for each step and column         N · landmarks
     ==============  =====================================  ======================
+
+    A solver for the first rows of the same system is extended instead, where one is in use: new data costs what it
+    adds. A `gpytorch.settings.max_cholesky_size` that the user has set decides between factorisation and iteration.
     """
-    return solver_class(system)(system)
+    solver = _extended(system) or solver_class(system)(system)
+    system.linearization.solvers.add(solver)
+    return solver
+
+
+def _extended(system: System) -> Solver | None:
+    for known in list(system.linearization.solvers):
+        if isinstance(known, Solver) and system.starts_with(known.system):
+            return known.extended(system)
+    return None
 
 
 def solver_class(system: System) -> type[Solver]:
-    """The kind of solver, by costs and memory."""
+    """The kind of solver, by costs and memory; what the user has set in GPyTorch comes first."""
     rows, parameters, batch = system.num_rows, system.num_parameters, system.batch
+    limit = gpytorch_settings.max_cholesky_size.value()
+    if limit not in _STOCK_CHOLESKY_SIZES and min(rows, parameters) > limit and batch == 1:
+        return IterativeSolver
     costs: dict[type[Solver], float] = {}
     if system.fits(2.0 * batch * rows**2):
         jacobian = system.jacobian

@@ -29,6 +29,14 @@ class System:
         self.x = x.detach().double()
         self.weights = weights.detach().double()
         self.noise = noise.detach().double()
+        self.state = linearization.network.fingerprint()
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name not in ("jacobian", "state")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.state = self.linearization.network.fingerprint()
 
     @cached_property
     def jacobian(self) -> Jacobian:
@@ -59,6 +67,24 @@ class System:
         """J at test inputs (B, m, d), in float64; differentiable where they require gradients."""
         return self.linearization.jacobian(x.double(), keep=False)
 
+    def starts_with(self, other: System) -> bool:
+        """Whether the first rows of this system are the whole of another, of the same linearization."""
+        old, new = other.x.shape[1], self.x.shape[1]
+        return (
+            old < new
+            and other.state == self.state
+            and other.x.shape[2] == self.x.shape[2]
+            and other.batch in (1, self.batch)
+            and _same(other.weights, self.weights)
+            and _same(other.x, self.x[:, :old])
+            and _same(other.noise, self.noise[:, : other.noise.shape[1]])
+        )
+
+    def rows_after(self, other: System) -> tuple[Jacobian, Tensor]:
+        """The Jacobian and the noise of the rows that this system has beyond another that it starts with."""
+        x = self.x[:, other.x.shape[1] :]
+        return self.linearization.jacobian(x, keep=False), self.noise[:, other.noise.shape[1] :]
+
     def matmul(self, rhs: Tensor) -> Tensor:
         """A rhs, (B, N, r), from Jacobian products."""
         product = self.linearization.kernel_matmul(self.jacobian, self.jacobian, rhs, self.weights)
@@ -84,3 +110,10 @@ class System:
     @property
     def may_be_solved_exactly(self) -> bool:
         return bool((self.noise > 0).all() and (self.weights >= 0).all())
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal, up to batches that are one."""
+    if a.shape[1:] != b.shape[1:] or (a.shape[0] != b.shape[0] and a.shape[0] != 1):
+        return False
+    return bool((a == b).all())

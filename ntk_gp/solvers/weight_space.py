@@ -24,17 +24,25 @@ class WeightSpaceSolver(Solver):
     The posterior covariance is :math:`\Phi_* \Lambda^{-1} \Phi_*^\top`, a square: no difference of large numbers in it.
 
     :param system: K + D.
+    :param precision: Λ, where it is known already.
     """
 
-    def __init__(self, system: System):
+    def __init__(self, system: System, precision: Tensor | None = None):
         super().__init__(system)
         self.root_variances = system.parameter_variances.sqrt()
-        self.cholesky = psd_safe_cholesky(self._precision())
+        if precision is None:
+            precision = feature_moment(system)
+            precision.diagonal(dim1=-2, dim2=-1).add_(1.0)
+        self.cholesky = psd_safe_cholesky(precision)
 
-    def _precision(self) -> Tensor:
-        precision = feature_moment(self.system)
-        precision.diagonal(dim1=-2, dim2=-1).add_(1.0)
-        return precision
+    def extended(self, system: System) -> WeightSpaceSolver | None:
+        """Adds m rows to the precision: a rank-m update, and a new factor."""
+        if not system.fits(2.0 * system.batch * system.num_parameters**2):
+            return None
+        added, noise = system.rows_after(self.system)
+        features = self._whiten(added.rows())
+        precision = self.cholesky @ self.cholesky.mT + features.mT @ (features / noise.unsqueeze(-1))
+        return WeightSpaceSolver(system, precision)
 
     def _whiten(self, rows: Tensor) -> Tensor:
         return rows * self.root_variances.unsqueeze(-2)
