@@ -29,7 +29,8 @@ class LanczosVariance:
 
     Projections explain less than the whole: the variance is never below the exact one, and falls to it with t. Steps
     are added until the variances at some of the training points change by less than
-    :class:`ntk_gp.settings.love_tolerance`; a `gpytorch.settings.max_root_decomposition_size` that the user has set is the rank instead.
+    :class:`ntk_gp.settings.love_tolerance`. A `gpytorch.settings.max_root_decomposition_size` that the user has set is
+    the rank instead.
 
     :param system: K + D, without batches.
     """
@@ -113,8 +114,8 @@ def _inverse_root(system: System) -> Tensor:
     if not fixed and change > settings.love_tolerance.value():
         warnings.warn(
             f"fast_pred_var stopped at rank {len(diagonal)}, where variances still change by {change:.1e} of "
-            f"themselves; {settings.love_tolerance.value():.1e} was asked for. They are too large by about that. Switch "
-            "fast_pred_var off for exact variances, or give ntk_gp.settings.memory_budget more.",
+            f"themselves; {settings.love_tolerance.value():.1e} was asked for. They are too large by about that. "
+            "Switch fast_pred_var off for exact variances, or give ntk_gp.settings.memory_budget more.",
             NumericalWarning,
             stacklevel=2,
         )
