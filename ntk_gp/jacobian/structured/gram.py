@@ -22,6 +22,8 @@ _TILE_ROWS = {"cpu": 256, "cuda": 4096}
 _TILE_FEATURES = 1024
 # Rows of the blocks in which a symmetric Gram matrix's triangle is formed by columns.
 _BLOCK_ROWS = 512
+# Per-point gradients formed at once: enough that one pass over the Gram matrix is cheap beside the product.
+_MAX_COLUMNS = 1 << 16
 
 
 @dataclass
@@ -138,7 +140,7 @@ class Gram:
         if not self.streamed:
             return
         item = self.weights.element_size() * self.batch * self.outputs * (2 * self.n + self.m)
-        max_columns = max(1, min(8192, settings.memory_budget.bytes(self.weights.device) // (8 * max(1, item))))
+        max_columns = max(1, min(_MAX_COLUMNS, settings.memory_budget.bytes(self.weights.device) // (8 * max(1, item))))
         for sweep in self._passes(self.streamed):
             for i in sweep.terms:
                 left = self.left[i].columns(max_columns, sweep.weights)

@@ -71,6 +71,22 @@ class ConvolutionTerm(MatrixTerm):
         out[..., :columns] = patches.reshape(batch, m, -1, heads, columns)
         return out
 
+    def gradient_rows(self, points: slice, heads: slice = slice(None), outputs: slice = slice(None)) -> Tensor:
+        # With the positions last, as the signals lie in memory, patches are copied in long runs.
+        signals, dims = self.inputs[:, points], len(self.kernel_size)
+        patches = unfold(signals.flatten(0, 2), self.kernel_size, self.stride, self.dilation)
+        patches = patches.unflatten(1, (self.weight.shape[0], -1))[:, heads]
+        patches = patches.permute(0, 1, 2, *range(3 + dims, 3 + 2 * dims), *range(3, 3 + dims))
+        h, columns = patches.shape[1], self.weight.shape[-1]
+        right = patches.new_ones(len(patches), h, self.num_columns, math.prod(self.maps.shape[5:]))
+        right[:, :, :columns].unflatten(2, patches.shape[2 : 3 + dims]).unflatten(-1, self.maps.shape[5:]).copy_(patches)
+        g = self.maps[:, points].flatten(5).unflatten(4, (self.weight.shape[0], -1))[:, :, :, :, heads, outputs]
+        batch, m, count, signal_count, _, d_out, _ = g.shape
+        left = g.permute(0, 1, 3, 4, 2, 5, 6).reshape(len(patches) * h, count * d_out, -1)
+        rows = torch.bmm(left, right.flatten(0, 1).mT)
+        rows = rows.reshape(batch, m, signal_count, h, count, d_out, self.num_columns)
+        return (rows[:, :, 0] if signal_count == 1 else rows.sum(2)).transpose(2, 3)
+
     def jvp(self, tangents: Tensor) -> Tensor:
         if tangents.shape[0] > 1:
             return super().jvp(tangents)
