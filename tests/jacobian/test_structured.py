@@ -3,17 +3,15 @@
 import copy
 import logging
 import pickle
-from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
-from torch.func import jacrev
 
 from ntk_gp import settings
 from ntk_gp.jacobian.autodiff import AutodiffEngine
 from ntk_gp.jacobian.structured import ChunkedJacobian, StructuredEngine, StructuredJacobian
 from ntk_gp.network import FrozenNetwork
+from tests.jacobian.explicit import assert_close, check_every_operation, explicit, weighted, weights_for
 from tests.networks import ADVERSARIAL, CASES, Case, mlp
 
 EVERY = [pytest.param(case, id=case.name) for case in (*CASES, *ADVERSARIAL)]
@@ -25,58 +23,9 @@ SOME = [
 SOME_CASES = [pytest.param(case, id=case.name) for case in SOME]
 
 
-def explicit(network: FrozenNetwork, x: Tensor) -> Tensor:
-    """J at x (B, n, d), (B, n·C, P): each point by itself, by reverse mode."""
-    network.check(x)
-    function = network.function(x.dtype, x.device)
-    rows = []
-    with function.tracing():
-        for point in x.reshape(-1, 1, x.shape[-1]):
-            pieces = jacrev(lambda parameters, point=point: function(parameters, point)[0])(function.parameters)
-            rows.append(function.flatten(pieces))
-    return torch.cat(rows).reshape(x.shape[0], -1, function.num_parameters)
-
-
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
-    assert actual.shape == expected.shape
-    assert float((actual - expected).norm()) <= tolerance * float(expected.norm()) + 1e-300
-
-
-def weights_for(network: FrozenNetwork, count: int) -> Tensor:
-    generator = torch.Generator().manual_seed(3)
-    return 0.5 + torch.rand(count, network.num_groups, generator=generator, dtype=torch.float64)
-
-
-def weighted(J1: Tensor, J2: Tensor, network: FrozenNetwork, x: Tensor, weights: Tensor) -> Tensor:
-    function = network.function(x.dtype, x.device)
-    return (J1 * function.expand_weights(weights).unsqueeze(-2)) @ J2.mT
-
-
 @pytest.mark.parametrize("case", EVERY)
 def test_every_operation_equals_the_explicit_jacobians(case: Case):
-    network = case.frozen()
-    close = partial(assert_close, tolerance=case.tolerance)
-    x, other = case.inputs(5), case.inputs(4, seed=7)
-    engine = StructuredEngine(network)
-    J, K = explicit(network, x), explicit(network, other)
-    jacobian, jacobian2 = engine.linearize(x), engine.linearize(other)
-    generator = torch.Generator().manual_seed(2)
-    u = torch.randn(1, 3, J.shape[-1], generator=generator, dtype=torch.float64)
-    v = torch.randn(1, 3, J.shape[-2], generator=generator, dtype=torch.float64)
-    weights = weights_for(network, 1)
-    close(jacobian.rows(), J)
-    close(jacobian.jvp(u), u @ J.mT)
-    close(jacobian.vjp(v), v @ J)
-    close(jacobian.gram(jacobian, weights), weighted(J, J, network, x, weights))
-    close(jacobian2.gram(jacobian, weights), weighted(K, J, network, x, weights))
-    close(jacobian.diagonal(weights), weighted(J, J, network, x, weights).diagonal(dim1=-2, dim2=-1))
-    close(jacobian2.kernel_matmul(jacobian, v.mT, weights), weighted(K, J, network, x, weights) @ v.mT)
-    many = v.repeat(1, 200, 1).mT  # so many columns that the cost model takes the other way
-    close(jacobian.kernel_matmul(jacobian, many, weights), weighted(J, J, network, x, weights) @ many)
-    close(
-        jacobian[:4].paired(jacobian2, weights),
-        weighted(J[:, : K.shape[1]], K, network, x, weights).diagonal(dim1=-2, dim2=-1),
-    )
+    check_every_operation(case.frozen(), case.inputs(5), case.inputs(4, seed=7), case.tolerance)
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in (*CASES, *ADVERSARIAL) if c.autodiff is not None])

@@ -79,7 +79,9 @@ class ConvolutionTerm(MatrixTerm):
         patches = patches.permute(0, 1, 2, *range(3 + dims, 3 + 2 * dims), *range(3, 3 + dims))
         h, columns = patches.shape[1], self.weight.shape[-1]
         right = patches.new_ones(len(patches), h, self.num_columns, math.prod(self.maps.shape[5:]))
-        right[:, :, :columns].unflatten(2, patches.shape[2 : 3 + dims]).unflatten(-1, self.maps.shape[5:]).copy_(patches)
+        right[:, :, :columns].unflatten(2, patches.shape[2 : 3 + dims]).unflatten(-1, self.maps.shape[5:]).copy_(
+            patches
+        )
         g = self.maps[:, points].flatten(5).unflatten(4, (self.weight.shape[0], -1))[:, :, :, :, heads, outputs]
         batch, m, count, signal_count, _, d_out, _ = g.shape
         left = g.permute(0, 1, 3, 4, 2, 5, 6).reshape(len(patches) * h, count * d_out, -1)
