@@ -167,11 +167,11 @@ class NTKKernel(Kernel):
     def forward(
         self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **params
     ) -> NTKLinearOperator | Tensor:
-        self._check_inputs(x1, x2)
         variance = self.variance.to(x1.device, x1.dtype)
         if last_dim_is_batch:
             x1, x2 = (x.transpose(-1, -2).unsqueeze(-1) for x in (x1, x2))
             variance = variance.unsqueeze(-3)
+        self._check_inputs(x1, x2)
         kernel_matrix = NTKLinearOperator(x1, x2, variance, linearization=self._linearization)
         return kernel_matrix._diagonal() if diag else kernel_matrix
 

@@ -281,7 +281,7 @@ class NetworkFunction:
     def __call__(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """f(w, x): (n, d) to (n, C). Call it inside :meth:`tracing`."""
         out = self._call(parameters, x).reshape(x.shape[0], -1)
-        return out[:, self.output : self.output + 1] if isinstance(self.output, int) else out
+        return out[:, self.output].unsqueeze(-1) if isinstance(self.output, int) else out
 
     def _call(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
         tensors = {
@@ -365,7 +365,7 @@ class NetworkFunction:
         fastpath = torch.backends.mha.get_fastpath_enabled()
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.autocast(self.device.type, enabled=False))
+            stack.enter_context(full_precision(self.device))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if self._recurrent:
                 stack.enter_context(warnings.catch_warnings())
@@ -401,8 +401,6 @@ class NetworkFunction:
                 f"but one was expected. Choose it with output=k, or take all of them with output='{ALL_OUTPUTS}' "
                 "(and a multitask model)."
             )
-        if isinstance(self.output, int):
-            self.output %= size  # indices count from the end too
         if not out.requires_grad:
             raise ValueError(
                 f"The network's output (dtype {out.dtype}) does not depend differentiably on any of the selected "
@@ -550,6 +548,11 @@ def check_finite(x: Tensor) -> None:
             f"Inputs of shape {tuple(x.shape)} have NaN or infinite features, first in rows {bad}. Remove or impute "
             "them."
         )
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """A context outside the user's autocast, which would round the factors of products to half precision."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def normal_tensor(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -13,11 +14,22 @@ import torch
 from torch import Tensor
 
 from .. import settings
-from ..network import FrozenNetwork, normal_tensor
+from ..network import FrozenNetwork, full_precision, normal_tensor
 from .autodiff import AutodiffEngine
 from .base import Jacobian, JacobianEngine
 from .products import JacobianProduct, TransposedJacobianProduct
 from .structured import StructuredEngine
+
+
+def _in_full_precision(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Of a method whose first argument is a Jacobian: the user's autocast does not reach in."""
+
+    @functools.wraps(method)
+    def wrapped(self: Linearization, jacobian: Jacobian, *args: Any) -> Tensor:
+        with full_precision(jacobian.x.device):
+            return method(self, jacobian, *args)
+
+    return wrapped
 
 
 class Linearization:
@@ -28,8 +40,8 @@ class Linearization:
     the network has changed since.
 
     :param network: The frozen network.
-    :param engine: `"structured"`, for matrix products from the recorded uses of each parameter, with autodiff for what no
-        rule covers; `"autodiff"`, for `torch.func` throughout; or `"auto"`, which is the first. Inputs that require
+    :param engine: `"structured"`, for matrix products from the recorded uses of each parameter, with autodiff for what
+        no rule covers; `"autodiff"`, for `torch.func` throughout; or `"auto"`, which is the first. Inputs that require
         gradients are always served by autodiff.
     """
 
@@ -67,6 +79,7 @@ class Linearization:
             return self.engine.linearize(x)
         return self._cache.get("jacobian", self._state, (x,), self.engine.linearize)
 
+    @_in_full_precision
     def gram(self, jacobian1: Jacobian, jacobian2: Jacobian, weights: Tensor) -> Tensor:
         """J₁ Σ_w J₂ᵀ, (B or W, N₁, N₂), differentiable with respect to the weights (W, G) and the inputs."""
         if jacobian1.x.requires_grad:
@@ -80,6 +93,7 @@ class Linearization:
             return torch.einsum("wg,gnm->wnm", weights, gram)
         return _Gram.apply(weights, jacobian1, jacobian2)
 
+    @_in_full_precision
     def diagonal(self, jacobian1: Jacobian, jacobian2: Jacobian, weights: Tensor) -> Tensor:
         """The diagonal of J₁ Σ_w J₂ᵀ, (B or W, N), differentiable with respect to the weights."""
         total: Tensor | None = None
@@ -93,6 +107,7 @@ class Linearization:
         assert total is not None
         return total
 
+    @_in_full_precision
     def kernel_matmul(self, jacobian1: Jacobian, jacobian2: Jacobian, rhs: Tensor, weights: Tensor) -> Tensor:
         """(J₁ Σ_w J₂ᵀ) rhs for rhs (B or 1, N₂, r): by the engine, or by the stored Gram matrix once that has paid.
 

@@ -1,4 +1,4 @@
-"""Products with a Jacobian at fixed inputs, as differentiable functions of the vectors; engines need not record graphs."""
+"""Products with a Jacobian at fixed inputs, as differentiable functions of the vectors, for engines without graphs."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ def flatten_batch(x: Tensor) -> Tensor:
     their batches apart, since each has a gradient of its own.
     """
     batch_dims = x.dim() - 2
-    flat = x.reshape(-1, *x.shape[-2:])
+    flat = x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
     if x.requires_grad or flat.shape[0] <= 1:
         return flat
     expanded = all(stride == 0 or size == 1 for stride, size in zip(x.stride()[:batch_dims], x.shape, strict=False))

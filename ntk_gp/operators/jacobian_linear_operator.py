@@ -9,6 +9,7 @@ from torch import Size, Tensor
 
 from ..jacobian.base import Jacobian
 from ..jacobian.linearization import Linearization
+from ..network import full_precision
 from ._batches import FoldedColumns, expand, flatten_batch, select
 
 
@@ -54,7 +55,8 @@ class JacobianLinearOperator(LinearOperator):
         columns = FoldedColumns(rhs, self.batch_shape)
         jacobian = self._jacobian
         product = jacobian.vjp if self.transposed else jacobian.jvp
-        return columns.unfold(product(columns.flat.mT).mT)
+        with full_precision(rhs.device):
+            return columns.unfold(product(columns.flat.mT).mT)
 
     def _getitem(self, row_index: IndexType, col_index: IndexType, *batch_indices: IndexType) -> LinearOperator:
         index, other = (col_index, row_index) if self.transposed else (row_index, col_index)
@@ -85,7 +87,8 @@ class JacobianLinearOperator(LinearOperator):
         return torch.cat(pieces).reshape(row_index.shape) if pieces else self.x.new_zeros(row_index.shape)
 
     def to_dense(self) -> Tensor:
-        dense = self._jacobian.rows()
+        with full_precision(self.x.device):
+            dense = self._jacobian.rows()
         dense = dense.expand(self.batch_shape.numel(), *dense.shape[-2:]).reshape(*self.batch_shape, *dense.shape[-2:])
         return dense.mT if self.transposed else dense
 

@@ -9,7 +9,6 @@ from linear_operator.operators import AddedDiagLinearOperator, ConstantDiagLinea
 from torch import Size, Tensor
 
 from ..solvers import Solver, Spectrum, System, choose_solver
-from ..solvers.iterative import IterativeSolver
 from ._batches import FoldedColumns, flatten_batch
 from ._checks import check_right_hand_side
 
@@ -92,7 +91,7 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
         )
 
     def _marginal_terms(self, rhs: Tensor) -> tuple[Tensor, Tensor] | None:
-        """rhsᵀ (K + D)⁻¹ rhs for each column, (*batch, r), and log |K + D|, (*batch); None where no exact way fits."""
+        """rhsᵀ (K + D)⁻¹ rhs for each column, (*batch, r), and log |K + D|, (*batch); None if not K + D > 0."""
         if not self._is_positive:
             return None
         kernel_matrix = self._linear_op
@@ -105,10 +104,7 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
         if fitted and weights.shape[-1] == 1 and (constant or not noise.requires_grad) and _spectrum_fits(system):
             inv_quad, logdet = self._spectrum_terms(system, rhs, weights, noise, constant)
         else:
-            solver = self.solver
-            if isinstance(solver, IterativeSolver):
-                return None
-            inv_quad, logdet = _MarginalTerms.apply(weights, noise, rhs, solver)
+            inv_quad, logdet = _MarginalTerms.apply(weights, noise, rhs, self.solver)
         return inv_quad.reshape(*out_shape, -1), logdet.reshape(out_shape)
 
     def _flat_arguments(self, rhs: Tensor) -> tuple[Size, Tensor, Tensor, Tensor]:

@@ -81,6 +81,11 @@ class NTKLinearOperator(LinearOperator):
     def _expand_batch(self, batch_shape: Size | list[int]) -> NTKLinearOperator:
         return self._like(*(expand(tensor, batch_shape) for tensor in (self.x1, self.x2, self.variances)))
 
+    def mul(self, other: float | Tensor | LinearOperator) -> LinearOperator:
+        if isinstance(other, Tensor) and other.shape[-2:] == (1, 1):  # with more batches than this has, too
+            return self._mul_constant(other.squeeze((-2, -1)))
+        return super().mul(other)
+
     def _mul_constant(self, other: float | Tensor) -> NTKLinearOperator:
         other = torch.as_tensor(other, dtype=self.variances.dtype, device=self.variances.device)
         return self._like(self.x1, self.x2, self.variances * other[..., None, None])
@@ -176,7 +181,7 @@ class NTKLinearOperator(LinearOperator):
 
     def _inputs_derivative(self, left_vecs: Tensor, right_vecs: Tensor) -> Tensor:
         """The derivative with respect to X₁ alone, block of points by block: its memory is that of one block."""
-        x1 = self.x1.detach().reshape(-1, *self.x1.shape[-2:])
+        x1 = self.x1.detach().reshape(self.batch_shape.numel(), *self.x1.shape[-2:])
         left, right = (FoldedColumns(vecs, self.batch_shape).flat for vecs in _same_batches(left_vecs, right_vecs))
         with torch.no_grad():
             jacobian2 = self.linearization.jacobian(flatten_batch(self.x2.detach()))
