@@ -39,15 +39,15 @@ def multi_head_attention(
     if bias_k is not None or bias_v is not None:
         return NotImplemented
     size = embed_dim_to_check
-    if use_separate_proj_weight:
-        weights = (q_proj_weight, k_proj_weight, v_proj_weight)
-        biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
-        q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
-    elif query is key and key is value:
+    if not use_separate_proj_weight and query is key and key is value:
+        assert in_proj_weight is not None
         q, k, v = F.linear(query, in_proj_weight, in_proj_bias).chunk(3, dim=-1)
     else:
-        biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
-        weights = in_proj_weight.chunk(3)
+        biases: tuple = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
+        weights: Any = (q_proj_weight, k_proj_weight, v_proj_weight)
+        if not use_separate_proj_weight:
+            assert in_proj_weight is not None
+            weights = in_proj_weight.chunk(3)
         q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
     eye = torch.eye(size, dtype=q.dtype, device=q.device)
     attended, attention = F.multi_head_attention_forward(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -31,18 +31,24 @@ def multiply(use: Use, input: Operand, other: Operand) -> Iterable[Term]:
         raise UnsupportedUse("a product of two parameters")
     parameter, factor = (input, other) if isinstance(input, ParameterView) else (other, input)
     factor = factor.unsqueeze(1) if isinstance(factor, Tensor) else factor
-    return use.features(parameter, use.sum_to(parameter, use.gradients * factor))
+    return use.features(parameter, use.sum_to(parameter, use.gradients * factor))  # type: ignore[operator]
 
 
 def expand(use: Use, input: ParameterView, *sizes: Any) -> Iterable[Term]:
     return use.features(input, use.sum_to(input, use.gradients))
 
 
-for _function in (torch.add, torch.Tensor.add, torch.Tensor.add_):
-    register_rule(_function, add, parameters=("input", "other"), elementwise=True)
-for _function in (torch.sub, torch.subtract, torch.Tensor.sub, torch.Tensor.subtract):
-    register_rule(_function, subtract, parameters=("input", "other"), elementwise=True)
-for _function in (torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.multiply):
-    register_rule(_function, multiply, parameters=("input", "other"), elementwise=True)
-for _function in (torch.Tensor.expand, torch.Tensor.expand_as, torch.Tensor.repeat, torch.broadcast_to):
+_ADDITIONS: tuple[Callable, ...] = (torch.add, torch.Tensor.add, torch.Tensor.add_)
+_SUBTRACTIONS: tuple[Callable, ...] = (torch.sub, torch.subtract, torch.Tensor.sub, torch.Tensor.subtract)
+_PRODUCTS: tuple[Callable, ...] = (torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.multiply)
+_EXPANSIONS: tuple[Callable, ...] = (
+    torch.Tensor.expand,
+    torch.Tensor.expand_as,
+    torch.Tensor.repeat,
+    torch.broadcast_to,
+)
+for _rule, _functions in ((add, _ADDITIONS), (subtract, _SUBTRACTIONS), (multiply, _PRODUCTS)):
+    for _function in _functions:
+        register_rule(_function, _rule, parameters=("input", "other"), elementwise=True)
+for _function in _EXPANSIONS:
     register_rule(_function, expand, parameters=("input",))

@@ -31,11 +31,11 @@ def addmm(
 
 def matmul(use: Use, input: Tensor | ParameterView, other: Tensor | ParameterView) -> Iterable[Term]:
     """z = a W, z = W a, or both batched; the raw parameter is on either side."""
-    if isinstance(input, ParameterView) and isinstance(other, ParameterView):
-        raise UnsupportedUse("a product of two parameters")
-    if isinstance(other, ParameterView):
+    if isinstance(input, Tensor) and isinstance(other, ParameterView):
         return _times_parameter(use, input, other)
-    return _parameter_times(use, input, other)
+    if isinstance(input, ParameterView) and isinstance(other, Tensor):
+        return _parameter_times(use, input, other)
+    raise UnsupportedUse("a product of two parameters")
 
 
 def _times_parameter(use: Use, input: Tensor, other: ParameterView) -> Iterable[Term]:

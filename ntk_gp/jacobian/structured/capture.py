@@ -96,8 +96,8 @@ class Recording:
                 ]
         passes = [pull(row.expand(n, outputs), False) for row in identity]
         return [
-            torch.stack([torch.zeros_like(p) if g[i] is None else g[i] for g in passes])
-            for i, p in enumerate(perturbations)
+            torch.stack([torch.zeros_like(p) if g is None else g for g in column])
+            for p, column in zip(perturbations, zip(*passes, strict=True), strict=True)
         ]
 
 
@@ -144,8 +144,8 @@ class _Recorder(TorchFunctionMode):
         bound = None if rule is None else rule.bind(args, kwargs)
         if rule is None or bound is None:
             return function(*args, **kwargs)
-        views = {name: self.view(bound.arguments.get(name)) for name in rule.parameters}
-        views = {name: view for name, view in views.items() if view is not None}
+        found = {name: self.view(bound.arguments.get(name)) for name in rule.parameters}
+        views = {name: view for name, view in found.items() if view is not None}
         if not views:
             return function(*args, **kwargs)
         return self._use(function, rule, bound, views)
@@ -173,7 +173,7 @@ class _Recorder(TorchFunctionMode):
         name, group, start, parameter = self.leaves[id(leaf)]
         if value.dtype != parameter.dtype or value.is_conj() or value.is_neg() or not _is_plain_view(value):
             return None
-        offset = start + value.storage_offset() - parameter.storage_offset()
+        offset = start + int(value.storage_offset()) - int(parameter.storage_offset())
         view = ParameterView(name, group, offset, tuple(value.shape), tuple(value.stride()))
         return None if view.overlaps_itself else view
 

@@ -35,6 +35,7 @@ class Term(ABC):
     """
 
     tensors: tuple[str, ...] = ()
+    gradients: Tensor  # (B, n, C, …)
 
     @property
     @abstractmethod
@@ -124,7 +125,7 @@ class Term(ABC):
                 setattr(new, name, value.shift(shifts[value.name]))
         return new
 
-    def merge(self, others: Sequence[Self]) -> Term | None:
+    def merge(self, others: Sequence[Term]) -> Term | None:
         """This term and others of the same key (uses of the same parameters) as one, or None where they cannot be."""
         return None
 

@@ -24,7 +24,7 @@ class CombinedTerm(Term):
         return tuple(dict.fromkeys(view for term in self.uses for view in term.views))
 
     @property
-    def gradients(self) -> Tensor:
+    def gradients(self) -> Tensor:  # type: ignore[override]
         return self.uses[0].gradients
 
     def key(self) -> Hashable:

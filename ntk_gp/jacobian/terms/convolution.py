@@ -123,7 +123,8 @@ class ConvolutionTerm(MatrixTerm):
         batch, n = self.maps.shape[:2]
         if batch > 1:
             for b in range(batch):
-                self.map(lambda t, b=b: t[b : b + 1]).vjp(cotangents[b : b + 1], out[b : b + 1])
+                one = slice(b, b + 1)
+                self.map(lambda tensor, one=one: tensor[one]).vjp(cotangents[one], out[one])  # type: ignore[misc]
             return
         heads, d_out, columns = self.weight.shape
         r = cotangents.shape[1]
@@ -154,14 +155,14 @@ class ConvolutionTerm(MatrixTerm):
             [False, True, False],
         )[1]  # fmt: skip
 
-    def merge(self, others: Sequence[MatrixTerm]) -> Term | None:  # type: ignore[override]
+    def merge(self, others: Sequence[Term]) -> Term | None:  # type: ignore[override]
         """Other uses with signals of the same size are more signals."""
-        terms = [self, *others]
+        terms = [self, *(term for term in others if isinstance(term, ConvolutionTerm))]
         if any(term.inputs.shape != self.inputs.shape for term in terms):
             return None
         new = self.map(lambda t: t)
         new.inputs = torch.cat([term.inputs for term in terms], dim=2)
-        new.maps = torch.cat([term.maps for term in terms], dim=3)  # type: ignore[attr-defined]
+        new.maps = torch.cat([term.maps for term in terms], dim=3)
         return new
 
 

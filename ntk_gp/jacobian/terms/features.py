@@ -31,7 +31,7 @@ class FeatureTerm(Term):
         return self._views
 
     @property
-    def gradients(self) -> Tensor:
+    def gradients(self) -> Tensor:  # type: ignore[override]
         return self.features
 
     @property
@@ -81,9 +81,9 @@ class FeatureTerm(Term):
     def product_cost(self) -> float:
         return 2.0 * self.features.shape[2] * self.features.shape[3]
 
-    def merge(self, others: Sequence[FeatureTerm]) -> FeatureTerm:
+    def merge(self, others: Sequence[Term]) -> FeatureTerm:
         """Other uses of the same parameters add to the gradients."""
-        return FeatureTerm(self._views, reduce(torch.add, [term.features for term in (self, *others)]))
+        return FeatureTerm(self._views, reduce(torch.add, [term.gradients for term in (self, *others)]))
 
     def relocate(self, shifts: Mapping[str, int]) -> FeatureTerm:
         return FeatureTerm([view.shift(shifts[view.name]) for view in self._views], self.features)

@@ -170,7 +170,7 @@ class MatrixTerm(Term):
         outputs, positions, heads, d_out = self.gradients.shape[2:]
         return 2.0 * positions * heads * d_out * (self.num_columns + 2 * outputs)
 
-    def merge(self, others: Sequence[MatrixTerm]) -> MatrixTerm:
+    def merge(self, others: Sequence[Term]) -> MatrixTerm:
         """Other uses of the same matrix are more positions."""
         new = copy.copy(self)
         for name, dim in (("inputs", 2), ("gradients", 3)):

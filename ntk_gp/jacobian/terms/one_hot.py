@@ -108,7 +108,7 @@ class OneHotTerm(Term):
         outputs, positions, d = self.gradients.shape[2:]
         return 4.0 * positions * d * (1 + outputs)
 
-    def merge(self, others: Sequence[OneHotTerm]) -> OneHotTerm:
+    def merge(self, others: Sequence[Term]) -> OneHotTerm:
         """Other uses of the same embedding are more positions."""
         new = copy.copy(self)
         for name, dim in (("indices", 2), ("gradients", 3)):
