@@ -193,7 +193,7 @@ class StructuredJacobian(Jacobian):
         pairs = self.x.shape[0] * self.num_points * other.num_points * (0.5 if other is self else 1.0)
         rest = 0.0
         if self.rest is not None:
-            rest = self.rest.gram_cost(self.rest if other is self else getattr(other, "rest", other))
+            rest = self.rest.gram_cost(self.rest if other is self else getattr(other, "rest", None) or other)
         return pairs * own + rest
 
     def product_cost(self, other: Jacobian) -> float:
