@@ -12,6 +12,10 @@ from ..solvers import Solver, Spectrum, System, choose_solver
 from ._batches import FoldedColumns, flatten_batch
 from ._checks import check_right_hand_side
 
+# Up to this size one eigendecomposition takes seconds, and the first step of fitting may as well do it.
+_ALWAYS_DECOMPOSED = 4000
+_STEPS_BEFORE_DECOMPOSING = 10
+
 
 class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
     r""":math:`\boldsymbol K + \boldsymbol D`: a neural tangent kernel matrix and a diagonal of noise.
@@ -101,11 +105,20 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
         out_shape, rhs, weights, noise = self._flat_arguments(rhs)
         fitted = torch.is_grad_enabled() and (weights.requires_grad or noise.requires_grad)
         constant = isinstance(self._diag_tensor, ConstantDiagLinearOperator)
-        if fitted and weights.shape[-1] == 1 and (constant or not noise.requires_grad) and _spectrum_fits(system):
+        one_scale = weights.shape[-1] == 1 and (constant or not noise.requires_grad)
+        if fitted and one_scale and _spectrum_fits(system) and self._spectrum_pays(system):
             inv_quad, logdet = self._spectrum_terms(system, rhs, weights, noise, constant)
         else:
             inv_quad, logdet = _MarginalTerms.apply(weights, noise, rhs, self.solver)
         return inv_quad.reshape(*out_shape, -1), logdet.reshape(out_shape)
+
+    def _spectrum_pays(self, system: System) -> bool:
+        """Whether to decompose K now: that costs as much as some ten steps without, so a large K waits for them."""
+        if min(system.num_rows, system.num_parameters) <= _ALWAYS_DECOMPOSED:
+            return True
+        counter = system.linearization.keep("fitting steps", (system.x,), lambda _: _Counter())
+        counter.count += 1
+        return counter.count > _STEPS_BEFORE_DECOMPOSING
 
     def _flat_arguments(self, rhs: Tensor) -> tuple[Size, Tensor, Tensor, Tensor]:
         """Everything in float64 with one batch dimension: the batch shape, rhs, weights and noise."""
@@ -130,6 +143,10 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
         half = torch.linalg.solve_triangular(factor, rhs.double(), upper=False)
         logdet = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return half.square().sum(-2), logdet
+
+
+class _Counter:
+    count = 0
 
 
 class _Solve(torch.autograd.Function):

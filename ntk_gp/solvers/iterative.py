@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+from dataclasses import dataclass
 
 import torch
 from gpytorch import settings as gpytorch_settings
@@ -14,36 +16,100 @@ from .. import settings
 from ..jacobian.base import Jacobian
 from ..jacobian.products import JacobianProduct
 from .base import Solver
+from .function_space import FunctionSpaceSolver
 from .system import System
 
-_LANDMARKS = 2000
+logger = logging.getLogger("ntk_gp")
+
+# An NTK's eigenvalues fall fast: with so many landmarks a handful of steps is left (benchmarks/questions/solvers.py).
+_LANDMARKS = 1000
 _STOCK_TOLERANCES = (1, 0.01)  # GPyTorch's defaults for training and prediction: far too loose for an NTK
 
 
+@dataclass(frozen=True)
+class SolveReport:
+    """How an iterative solve ended.
+
+    :param steps: Steps taken.
+    :param residual: The largest relative residual ‖b − A x̂‖ / ‖b‖ of any column, measured in float64.
+    :param error: An estimate of the largest relative error ‖x − x̂‖ / ‖x‖ in the norm of A, by the preconditioner.
+    :param tolerance: The residual asked for.
+    """
+
+    steps: int
+    residual: float
+    error: float
+    tolerance: float
+
+    @property
+    def converged(self) -> bool:
+        return self.residual <= self.tolerance
+
+
 class IterativeSolver(Solver):
-    """Preconditioned conjugate gradients in float64: J and Jᵀ once for each step and column.
+    """Preconditioned conjugate gradients in float64, all columns at once: J and Jᵀ once for each step and column.
 
     :param system: K + D, without batches.
+
+    :ivar SolveReport report: How the last solve ended.
     """
+
+    report: SolveReport | None = None
 
     def __init__(self, system: System):
         super().__init__(system)
         self.preconditioner = NystromPreconditioner(system)
 
     def solve(self, rhs: Tensor) -> Tensor:
-        return conjugate_gradients(self.system, rhs, self.preconditioner)
+        solution, self.report = conjugate_gradients(self.system, rhs[0], self.preconditioner)
+        logger.debug("Conjugate gradients: %s", self.report)
+        if self.report.converged:
+            return solution.unsqueeze(0)
+        if self.system.fits(2.0 * self.system.num_rows**2):
+            return FunctionSpaceSolver(self.system).solve(rhs)
+        warnings.warn(
+            f"Conjugate gradients stopped after {self.report.steps} steps with a relative residual of "
+            f"{self.report.residual:.1e} (and an error of about {self.report.error:.1e}); {self.report.tolerance:.1e} "
+            f"was asked for (N = {self.system.num_rows}). The result is that inexact. Allow more steps "
+            "(gpytorch.settings.max_cg_iterations), more memory for an exact solve (ntk_gp.settings.memory_budget), or "
+            "more noise.",
+            NumericalWarning,
+            stacklevel=2,
+        )
+        return solution.unsqueeze(0)
 
     def logdet(self) -> Tensor:
-        raise NotImplementedError("Log-determinants of systems this large are estimated by GPyTorch.")
+        return self.preconditioner.logdet() + _trace_of_log(self.system, self.preconditioner)
+
+    def logdet_derivatives(self) -> tuple[Tensor, Tensor]:
+        """Estimated at random vectors, as a difference from the preconditioner's, whose derivatives are known."""
+        system, preconditioner = self.system, self.preconditioner
+        probes = _probes(system)
+        solved = self.solve(probes.unsqueeze(0))[0]
+        known = preconditioner.scale.mT * preconditioner(preconditioner.scale.mT * probes)
+        inverse_diagonal = preconditioner.inverse_diagonal() + (probes * (solved - known)).mean(-1)
+        if system.weights.shape[1] == 1:  # s tr(A⁻¹K) = N − tr(A⁻¹D)
+            by_weight = (system.num_rows - (inverse_diagonal * system.noise[0]).sum()) / system.weights[0, 0]
+            return by_weight.reshape(1, 1), inverse_diagonal.unsqueeze(0)
+        function = system.jacobian.function
+        products = (system.jacobian.vjp(probes.mT.unsqueeze(0)) * system.jacobian.vjp(solved.mT.unsqueeze(0))).mean(-2)
+        by_group = torch.zeros_like(system.weights)
+        for piece, group in zip(products.split(function.sizes, dim=-1), function.group_indices, strict=True):
+            by_group[:, group] += piece.sum(-1)
+        return by_group, inverse_diagonal.unsqueeze(0)
+
+    @property
+    def nbytes(self) -> int:
+        return self.preconditioner.basis.nbytes
 
     def half_size(self) -> int:
         return self.system.num_rows
 
-    def logdet_derivatives(self) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("Log-determinants of systems this large are estimated by GPyTorch.")
-
     def _cross(self, jacobian: Jacobian) -> Tensor:
+        """K(X, x), (1, N, M)."""
         system = self.system
+        if not jacobian.x.requires_grad:
+            return system.jacobian.gram(jacobian, system.weights)
         tangents = jacobian.rows() * system.parameter_variances.unsqueeze(-2)
         return JacobianProduct.apply(tangents, system.jacobian).mT
 
@@ -59,23 +125,25 @@ class IterativeSolver(Solver):
 
 
 class _Solve(torch.autograd.Function):
-    """A⁻¹ b, differentiable with respect to b."""
+    """A⁻¹ b, differentiable with respect to b (B, N, r)."""
 
     @staticmethod
     def forward(ctx, rhs: Tensor, solver: IterativeSolver) -> Tensor:
         ctx.solver = solver
-        return solver.solve(rhs)
+        columns = rhs.transpose(0, 1).reshape(1, rhs.shape[1], -1)
+        solution = solver.solve(columns)
+        return solution.reshape(rhs.shape[1], rhs.shape[0], rhs.shape[2]).transpose(0, 1)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.solver.solve(grad), None
+        return _Solve.apply(grad, ctx.solver), None
 
 
 class NystromPreconditioner:
     r"""K replaced by what m training points explain of it, :math:`K_{Xm} K_{mm}^{-1} K_{mX} = U \hat\Lambda U^\top`.
 
     In the whitened system :math:`D^{-1/2} K D^{-1/2} + I`. What is not in the span of U is scaled as the smallest
-    eigenvalue there (Frangella, Tropp and Udell, "Randomized Nyström preconditioning", 2023, equation 1.3).
+    eigenvalue there (Frangella, Tropp and Udell, "Randomized Nyström preconditioning", SIAM J. Matrix Anal. Appl. 2023).
 
     :param system: K + D, without batches.
     """
@@ -87,6 +155,7 @@ class NystromPreconditioner:
         generator = torch.Generator().manual_seed(0)
         landmarks = torch.randperm(jacobian.num_points, generator=generator)[:rank].sort().values
         chosen = jacobian[landmarks.to(system.x.device)]
+        self.noise = system.noise[0]
         self.scale = system.noise.rsqrt()
         cross = jacobian.gram(chosen, system.weights)[0].mul_(self.scale.mT)
         core = psd_safe_cholesky(chosen.gram(chosen, system.weights)[0])
@@ -94,11 +163,23 @@ class NystromPreconditioner:
         values, vectors = torch.linalg.eigh(factor.mT @ factor)
         values = values.clamp_min(values[-1] * 1e-14)
         self.basis = factor @ (vectors * values.rsqrt())
-        self.shrink = (values[0] + 1) / (values + 1) - 1
+        self.factors = (values[0] + 1) / (values + 1)  # what M⁻¹ multiplies the directions U by
 
     def __call__(self, rhs: Tensor) -> Tensor:
         """M⁻¹ rhs for a whitened rhs (N, r)."""
-        return rhs + self.basis @ (self.shrink.unsqueeze(-1) * (self.basis.mT @ rhs))
+        return rhs + self.basis @ ((self.factors - 1).unsqueeze(-1) * (self.basis.mT @ rhs))
+
+    def root(self, rhs: Tensor) -> Tensor:
+        """M^{-1/2} rhs."""
+        return rhs + self.basis @ ((self.factors.sqrt() - 1).unsqueeze(-1) * (self.basis.mT @ rhs))
+
+    def logdet(self) -> Tensor:
+        """log |D^{1/2} M D^{1/2}|."""
+        return self.noise.log().sum() - self.factors.log().sum()
+
+    def inverse_diagonal(self) -> Tensor:
+        """The diagonal of D^{-1/2} M⁻¹ D^{-1/2}."""
+        return (1 + self.basis.square() @ (self.factors - 1)) / self.noise
 
 
 def tolerance() -> float:
@@ -107,30 +188,30 @@ def tolerance() -> float:
     return settings.solve_tolerance.value() if value in _STOCK_TOLERANCES else value
 
 
-def conjugate_gradients(system: System, rhs: Tensor, preconditioner: NystromPreconditioner) -> Tensor:
-    """(K + D)⁻¹ rhs for rhs (1, N, r), each column until its own true residual is small; warns where it is not.
+def conjugate_gradients(
+    system: System, rhs: Tensor, preconditioner: NystromPreconditioner
+) -> tuple[Tensor, SolveReport]:
+    """(K + D)⁻¹ rhs for rhs (N, r), until every column's own residual is small, and how that went.
 
     :param system: K + D, without batches.
     :param rhs: Right-hand sides.
     :param preconditioner: Approximates the whitened system.
     """
-    target = tolerance()
-    solution = torch.zeros_like(rhs[0])
-    residual = rhs[0].clone()
-    norms = residual.norm(dim=0).clamp_min(torch.finfo(rhs.dtype).tiny)
-    steps = gpytorch_settings.max_cg_iterations.value()
-    scale = preconditioner.scale.mT
-    direction = inner = None
-    for _ in settings.progress(range(steps), "Conjugate gradients"):
-        if bool((residual.norm(dim=0) <= target * norms).all()):
-            residual = rhs[0] - system.matmul(solution.unsqueeze(0))[0]  # recurrences drift: look at the true one
-            if bool((residual.norm(dim=0) <= target * norms).all()):
+    target, scale = tolerance(), preconditioner.scale.mT
+    solution = torch.zeros_like(rhs)
+    residual = rhs.clone()
+    bounds = target * rhs.norm(dim=0).clamp_min(torch.finfo(rhs.dtype).tiny)
+    direction, inner, steps = torch.zeros_like(rhs), torch.zeros_like(rhs[0]), 0
+    limit = gpytorch_settings.max_cg_iterations.value()
+    for steps in settings.progress(range(limit), "Conjugate gradients"):  # noqa: B007
+        if bool((residual.norm(dim=0) <= bounds).all()):
+            residual = _residual(system, rhs, solution)  # recurrences drift: look at the true one
+            if bool((residual.norm(dim=0) <= bounds).all()):
                 break
-            direction = inner = None
-        correction = preconditioner(scale * residual)
-        new_inner = (scale * residual * correction).sum(0)
-        correction = scale * correction
-        direction = correction if direction is None else correction + (new_inner / inner) * direction
+            inner = torch.zeros_like(inner)  # start over from here
+        correction = scale * preconditioner(scale * residual)
+        new_inner = (residual * correction).sum(0)
+        direction = correction + torch.where(inner > 0, new_inner / inner.where(inner > 0, 1.0), 0.0) * direction
         inner = new_inner
         image = system.matmul(direction.unsqueeze(0))[0]
         curvature = (direction * image).sum(0)
@@ -138,15 +219,48 @@ def conjugate_gradients(system: System, rhs: Tensor, preconditioner: NystromPrec
         solution += length * direction
         residual -= length * image
     else:
-        residual = rhs[0] - system.matmul(solution.unsqueeze(0))[0]
-    worst = float((residual.norm(dim=0) / norms).max())
-    if not worst <= target:
-        warnings.warn(
-            f"Conjugate gradients stopped after {steps} steps with a relative residual of {worst:.1e}; {target:.1e} "
-            f"was asked for (N = {system.num_rows}). The result is that inexact. Allow more steps "
-            "(gpytorch.settings.max_cg_iterations), more memory for an exact solve (ntk_gp.settings.memory_budget), or "
-            "more noise.",
-            NumericalWarning,
-            stacklevel=2,
-        )
-    return solution.unsqueeze(0)
+        steps, residual = limit, _residual(system, rhs, solution)
+    relative = float((residual.norm(dim=0) / bounds).max()) * target
+    energy = (residual * (scale * preconditioner(scale * residual))).sum(0).clamp_min(0.0)
+    error = float((energy / (rhs * solution).sum(0).abs().clamp_min(torch.finfo(rhs.dtype).tiny)).max()) ** 0.5
+    return solution, SolveReport(steps, relative, error, target)
+
+
+def _residual(system: System, rhs: Tensor, solution: Tensor) -> Tensor:
+    return rhs - system.matmul(solution.unsqueeze(0))[0]
+
+
+def _probes(system: System) -> Tensor:
+    """Random signs, (N, probes)."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (system.num_rows, gpytorch_settings.num_trace_samples.value())
+    return torch.randint(0, 2, shape, generator=generator).mul(2).sub(1).to(system.x)
+
+
+def _trace_of_log(system: System, preconditioner: NystromPreconditioner) -> Tensor:
+    """tr log (M^{-1/2} D^{-1/2} A D^{-1/2} M^{-1/2}), (1,), by stochastic Lanczos quadrature.
+
+    Ubaru, Chen and Saad, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature", SIAM J. Matrix Anal. Appl.
+    2017. The matrix is close to a multiple of the identity, so that few steps and few random vectors do.
+    """
+    scale = preconditioner.scale.mT
+    vector = _probes(system) / system.num_rows**0.5
+    previous = torch.zeros_like(vector)
+    diagonal: list[Tensor] = []
+    off_diagonal: list[Tensor] = [torch.zeros_like(vector[0])]
+    for _ in range(min(gpytorch_settings.max_lanczos_quadrature_iterations.value(), system.num_rows)):
+        image = scale * preconditioner.root(vector)
+        image = preconditioner.root(scale * system.matmul(image.unsqueeze(0))[0])
+        diagonal.append((vector * image).sum(0))
+        image = image - diagonal[-1] * vector - off_diagonal[-1] * previous
+        off_diagonal.append(image.norm(dim=0))
+        if bool((off_diagonal[-1] <= 1e-8 * diagonal[-1]).all()):
+            break
+        previous, vector = vector, image / off_diagonal[-1].clamp_min(torch.finfo(image.dtype).tiny)
+    beside = torch.stack(off_diagonal[1 : len(diagonal)], dim=-1) if len(diagonal) > 1 else diagonal[0].new_zeros(0)
+    matrix = torch.diag_embed(torch.stack(diagonal, dim=-1))
+    if len(diagonal) > 1:
+        matrix = matrix + torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
+    values, vectors = torch.linalg.eigh(matrix)
+    logs = values.clamp_min(torch.finfo(values.dtype).tiny).log()
+    return system.num_rows * (vectors[:, 0].square() * logs).sum(-1).mean().reshape(1)
