@@ -92,10 +92,5 @@ def _cholesky_in_place(system: System) -> Tensor:
     del matrix
     if not info.any():
         return factor
-    if not torch.isfinite(diagonal).all():
-        bad = (~torch.isfinite(diagonal)).nonzero()[:3, -1].tolist()
-        raise ValueError(
-            f"The network's Jacobian is NaN or infinite at some training inputs (first in rows {bad}). Check the "
-            "network's weights and the scale of the inputs."
-        )
+    system.check_finite(diagonal)
     return psd_safe_cholesky(system.dense())  # with GPyTorch's jitter, and its warning

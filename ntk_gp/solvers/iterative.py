@@ -143,7 +143,8 @@ class NystromPreconditioner:
     r"""K replaced by what m training points explain of it, :math:`K_{Xm} K_{mm}^{-1} K_{mX} = U \hat\Lambda U^\top`.
 
     In the whitened system :math:`D^{-1/2} K D^{-1/2} + I`. What is not in the span of U is scaled as the smallest
-    eigenvalue there (Frangella, Tropp and Udell, "Randomized Nyström preconditioning", SIAM J. Matrix Anal. Appl. 2023).
+    eigenvalue there (Frangella, Tropp and Udell, "Randomized Nyström preconditioning", SIAM J. Matrix Anal. Appl.
+    2023).
 
     :param system: K + D, without batches.
     """

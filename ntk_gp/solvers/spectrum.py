@@ -34,11 +34,14 @@ class Spectrum:
     def _decompose_gram(self) -> None:
         system = self.system
         gram = system.linearization.gram(system.jacobian, system.jacobian, system.weights)
+        system.check_finite(gram.diagonal(dim1=-2, dim2=-1))
         values, self._vectors = torch.linalg.eigh(self.scale.unsqueeze(-1) * gram * self.scale.unsqueeze(-2))
         self.values = values.clamp_min(0.0)
 
     def _decompose_features(self) -> None:
-        values, vectors = torch.linalg.eigh(feature_moment(self.system))
+        moment = feature_moment(self.system)
+        self.system.check_finite(moment.diagonal(dim1=-2, dim2=-1))
+        values, vectors = torch.linalg.eigh(moment)
         # Directions that rounding alone fills belong to the null space.
         floor = values[..., -1:].clamp_min(0.0) * values.shape[-1] * torch.finfo(values.dtype).eps
         seen = values > floor

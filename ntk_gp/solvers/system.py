@@ -87,8 +87,16 @@ class System:
 
     def matmul(self, rhs: Tensor) -> Tensor:
         """A rhs, (B, N, r), from Jacobian products."""
-        product = self.linearization.kernel_matmul(self.jacobian, self.jacobian, rhs, self.weights)
-        return product + self.noise.unsqueeze(-1) * rhs
+        return self._kernel_matmul(rhs) + self.noise.unsqueeze(-1) * rhs
+
+    def _kernel_matmul(self, rhs: Tensor) -> Tensor:
+        batch, rows, columns = rhs.shape
+        if batch == max(self.x.shape[0], self.weights.shape[0]):
+            return self.linearization.kernel_matmul(self.jacobian, self.jacobian, rhs, self.weights)
+        # One K for noises of several batches: they are more columns for it.
+        flat = rhs.movedim(0, 1).reshape(1, rows, -1)
+        product = self.linearization.kernel_matmul(self.jacobian, self.jacobian, flat, self.weights)
+        return product.reshape(rows, batch, columns).movedim(0, 1)
 
     def dense(self) -> Tensor:
         """A, (B, N, N), in memory of its own."""
@@ -107,9 +115,17 @@ class System:
         """Whether so many float64 numbers are within the memory budget."""
         return 8 * elements <= settings.memory_budget.bytes(self.x.device)
 
-    @property
-    def may_be_solved_exactly(self) -> bool:
-        return bool((self.noise > 0).all() and (self.weights >= 0).all())
+    def check_finite(self, computed: Tensor) -> None:
+        """Raises where what was computed from the Jacobian is NaN or infinite, naming the inputs that made it so."""
+        if torch.isfinite(computed).all():
+            return
+        finite = torch.isfinite(self.jacobian.diagonal(self.weights))
+        bad = (~finite).any(0).nonzero().squeeze(-1) // self.jacobian.function.num_outputs
+        points = bad.unique()[:3].tolist()
+        raise ValueError(
+            f"The network's Jacobian is NaN or infinite at some training inputs, of shape {tuple(self.x.shape)}: first "
+            f"in rows {points}. Check the network's weights and the scale of the inputs."
+        )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -32,6 +32,7 @@ class WeightSpaceSolver(Solver):
         self.root_variances = system.parameter_variances.sqrt()
         if precision is None:
             precision = feature_moment(system)
+            system.check_finite(precision.diagonal(dim1=-2, dim2=-1))
             precision.diagonal(dim1=-2, dim2=-1).add_(1.0)
         self.cholesky = psd_safe_cholesky(precision)
 
