@@ -3,9 +3,13 @@
 import copy
 import logging
 import pickle
+import weakref
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ntk_gp import settings
 from ntk_gp.jacobian.autodiff import AutodiffEngine
@@ -118,7 +122,7 @@ def test_over_the_budget_the_numbers_are_the_same(case: Case):
     engine = StructuredEngine(network)
     held, held2 = engine.linearize(x), engine.linearize(other)
     weights = weights_for(network, 1)
-    with settings.memory_budget(9 * held.nbytes // held.num_points + 9):
+    with settings.memory_budget(12 * engine.plan(held.function, x).bytes_per_point):
         chunked, chunked2 = engine.linearize(x), engine.linearize(other)
         assert isinstance(chunked, ChunkedJacobian) and chunked.nbytes == 0
         rhs = torch.randn(1, held.num_rows, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -134,6 +138,58 @@ def test_over_the_budget_the_numbers_are_the_same(case: Case):
         assert_close(chunked2.kernel_matmul(chunked, rhs, weights), held2.kernel_matmul(held, rhs, weights))
         assert_close(chunked[torch.tensor([5, 1])].rows(), held[torch.tensor([5, 1])].rows())
         assert [e["served_by"] for e in chunked.report()] == [e["served_by"] for e in held.report()]
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of all tensors that exist at once among those made under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.live:
+                storage = tensor.untyped_storage()
+                self.live[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return out
+
+
+@pytest.mark.parametrize("operation", ["linearize", "jvp", "vjp", "diagonal", "gram", "kernel_matmul"])
+@pytest.mark.parametrize("name", ["wide", "images"])
+def test_the_peak_stays_under_the_budget(name: str, operation: str):
+    if name == "wide":
+        network, n = FrozenNetwork(mlp(5, 128, 128, 1)), 1200
+    else:
+        layers = nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(800, 1)
+        network, n = FrozenNetwork(nn.Sequential(*layers), input_shape=(2, 12, 12)), 150
+    engine = StructuredEngine(network)
+    width = 5 if name == "wide" else 288
+    x = torch.randn(1, n, width, generator=torch.Generator().manual_seed(0))
+    weights, columns = torch.ones(1, 1), torch.ones(1, n, 2)
+    held = engine.linearize(x)
+    tangents = torch.ones(1, 2, held.function.num_parameters)
+    budget = held.nbytes  # the factors alone would fill it
+    operations = {
+        "linearize": lambda jacobian: engine.linearize(x).x,
+        "jvp": lambda jacobian: jacobian.jvp(tangents),
+        "vjp": lambda jacobian: jacobian.vjp(columns.mT),
+        "diagonal": lambda jacobian: jacobian.diagonal(weights),
+        "gram": lambda jacobian: jacobian.gram(jacobian, weights),
+        "kernel_matmul": lambda jacobian: jacobian.kernel_matmul(jacobian, columns, weights),
+    }
+    expected = operations[operation](held)
+    with settings.memory_budget(budget):
+        jacobian = engine.linearize(x)
+        assert isinstance(jacobian, ChunkedJacobian)
+        with PeakMemory() as memory:
+            result = operations[operation](jacobian)
+    assert memory.peak - result.nbytes <= budget
+    assert_close(result, expected, 1e-5)
 
 
 def test_another_path_at_other_inputs_is_never_silently_wrong():

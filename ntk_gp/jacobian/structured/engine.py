@@ -27,7 +27,11 @@ _VERIFIED_POINTS = 8
 # Relative difference from autograd that may be rounding: some networks compute a part of themselves in float32.
 _TOLERANCE = 1e-5
 # Autograd's intermediate results and gradients take up to about this many times the memory of the factors kept.
-_CAPTURE_OVERHEAD = 6
+_CAPTURE_OVERHEAD = 8
+# Factors are held if they take this share of the memory budget: they are put together from chunks, so exist twice.
+_HELD_SHARE = 3
+# Otherwise the chunks are smaller: one may still be held while the next is captured.
+_CHUNK_SHARE = 8
 # A matrix whose per-point gradients are hardly wider than its two factors is kept as them: one product in place of two.
 _DENSE_MARGIN = 16
 
@@ -88,9 +92,9 @@ class StructuredEngine(JacobianEngine):
         if x.shape[0] * x.shape[1] == 0:
             return StructuredJacobian(function, x, [], self.residual.linearize_function(function, x), {})
         plan = self.plan(function, x)
-        size = self._points_at_once(plan, x)
-        if size < x.shape[1]:
-            return ChunkedJacobian(function, x, self, size)
+        at_once = settings.memory_budget.bytes(x.device) // max(1, plan.bytes_per_point * x.shape[0])
+        if at_once // _HELD_SHARE < x.shape[1]:
+            return ChunkedJacobian(function, x, self, max(1, at_once // _CHUNK_SHARE))
         return self.capture(function, plan, x)
 
     def plan(self, function: NetworkFunction, x: Tensor) -> Plan:
@@ -98,12 +102,6 @@ class StructuredEngine(JacobianEngine):
         if function not in self._plans:
             self._plans[function] = self._make_plan(function, x)
         return self._plans[function]
-
-    @staticmethod
-    def _points_at_once(plan: Plan, x: Tensor) -> int:
-        """How many points' factors may be held: twice them, for they are put together from chunks."""
-        budget = settings.memory_budget.bytes(x.device)
-        return max(1, budget // (3 * max(1, plan.bytes_per_point) * x.shape[0]))
 
     def capture(self, function: NetworkFunction, plan: Plan, x: Tensor) -> StructuredJacobian:
         """The factors at x (B, n, d), captured chunk by chunk."""

@@ -19,6 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ... import settings
 from .view import ParameterView
 
 Self = TypeVar("Self", bound="Term")
@@ -136,6 +137,7 @@ class Term(ABC):
 
 def split_points(n: int, elements_per_point: int, device: torch.device) -> Iterator[slice]:
     """Slices of points whose intermediate results fit in cache."""
-    size = max(16, _CACHE_ELEMENTS.get(device.type, 1 << 26) // max(1, elements_per_point))
+    elements = min(_CACHE_ELEMENTS.get(device.type, 1 << 26), settings.memory_budget.bytes(device) // 64)
+    size = max(1, elements // max(1, elements_per_point))
     for start in range(0, n, size):
         yield slice(start, min(n, start + size))
