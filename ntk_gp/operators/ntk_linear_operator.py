@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from linear_operator.operators import DiagLinearOperator, LinearOperator, RootLinearOperator, SumLinearOperator
-from linear_operator.utils.getitem import IndexType
+from linear_operator.utils.getitem import IndexType, _is_noop_index, _noop_index
 from torch import Size, Tensor
 
 from ..jacobian.base import Jacobian
@@ -114,13 +114,13 @@ class NTKLinearOperator(LinearOperator):
         return diagonal.expand(self.batch_shape.numel(), -1).reshape(self.shape[:-1])
 
     def _getitem(self, row_index: IndexType, col_index: IndexType, *batch_indices: IndexType) -> LinearOperator:
-        outputs = self._outputs
-        rows = _points_of_rows(row_index, self.shape[-2], outputs)
-        columns = _points_of_rows(col_index, self.shape[-1], outputs)
-        if rows is None or columns is None:
-            return super()._getitem(row_index, col_index, *batch_indices)
+        rows, row_rest = _points_of_rows(row_index, self.shape[-2], self._outputs)
+        columns, col_rest = _points_of_rows(col_index, self.shape[-1], self._outputs)
         x1, x2 = select(self.x1, batch_indices, rows), select(self.x2, batch_indices, columns)
-        return self._like(x1, x2, select(self.variances, batch_indices))
+        points = self._like(x1, x2, select(self.variances, batch_indices))
+        if _is_noop_index(row_rest) and _is_noop_index(col_rest):
+            return points
+        return LinearOperator._getitem(points, row_rest, col_rest, *[_noop_index] * len(points.batch_shape))
 
     def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
         row_index, col_index, *batch_indices = torch.broadcast_tensors(row_index, col_index, *batch_indices)
@@ -232,16 +232,18 @@ def _same_batches(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.expand(*shape, *a.shape[-2:]), b.expand(*shape, *b.shape[-2:])
 
 
-def _points_of_rows(index: IndexType, num_rows: int, outputs: int) -> IndexType | None:
-    """The index of the points whose C rows are exactly these, or None where there is no such thing."""
+def _points_of_rows(index: IndexType, num_rows: int, outputs: int) -> tuple[IndexType, IndexType]:
+    """The points that rows belong to, C rows each, and the index of those rows among all rows of these points."""
     if outputs == 1:
-        return index
-    if not isinstance(index, slice):
-        return None
-    start, stop, step = index.indices(num_rows)
-    if step != 1 or start % outputs or stop % outputs:
-        return None
-    return slice(start // outputs, max(start, stop) // outputs)
+        return index, _noop_index
+    if isinstance(index, slice):
+        start, stop, step = index.indices(num_rows)
+        if step == 1 and start % outputs == 0 and stop % outputs == 0:
+            return slice(start // outputs, max(start, stop) // outputs), _noop_index
+        index = torch.arange(start, stop, step)
+    rows = torch.as_tensor(index)
+    points, position = (rows // outputs).unique(return_inverse=True)
+    return points, position * outputs + rows % outputs
 
 
 def _select_outputs(rows: Tensor, output: Tensor) -> Tensor:

@@ -1,0 +1,163 @@
+"""Nothing n×n is formed, and the memory budget is kept, wherever the budget has no room for the matrix."""
+
+from collections.abc import Callable
+
+import gpytorch
+import pytest
+import torch
+from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
+from gpytorch.kernels import Kernel, ScaleKernel
+from gpytorch.likelihoods import GaussianLikelihood, MultitaskGaussianLikelihood
+from gpytorch.mlls import ExactMarginalLogLikelihood
+from linear_operator.operators import LinearOperator
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ntk_gp
+from ntk_gp import NetworkMean, NTKKernel
+from tests import references
+
+POINTS = 600
+BUDGET = 400_000  # bytes; the Gram matrix of 600 points takes 2,880,000
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest storage that any operation made."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+        self.name = ""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if not isinstance(tensor, Tensor):
+                continue
+            made = tensor.untyped_storage().nbytes() if tensor.layout == torch.strided else 8 * tensor._nnz()
+            if made > self.bytes:
+                self.bytes, self.name = made, f"{function} {tuple(tensor.shape)}"
+        return out
+
+
+def make_network(outputs: int = 1) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 10), nn.Tanh(), nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, outputs)).double()
+
+
+def make_kernel(outputs: int = 1, engine: str = "auto") -> Kernel:
+    network = make_network(outputs)
+    return ScaleKernel(NTKKernel(network, output="all" if outputs > 1 else None, engine=engine)).double()
+
+
+def inputs(outputs: int = 1) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(POINTS // outputs, 3, dtype=torch.float64)
+
+
+OPERATIONS: dict[str, Callable[[LinearOperator], object]] = {
+    "diagonal": lambda operator: operator.diagonal(),
+    "row": lambda operator: operator[5],
+    "column": lambda operator: operator[:, 7],
+    "some rows": lambda operator: operator[torch.tensor([4, 1, 77])].to_dense(),
+    "slice": lambda operator: operator[1:70:13, 5:].to_dense(),
+    "entries": lambda operator: operator[torch.arange(50), torch.arange(50).flip(0)],
+    "product": lambda operator: operator @ torch.ones(POINTS, 3, dtype=torch.float64),
+    "many products": lambda operator: [operator @ torch.ones(POINTS, 3, dtype=torch.float64) for _ in range(3)],
+    "transposed product": lambda operator: operator.mT @ torch.ones(POINTS, 3, dtype=torch.float64),
+    "slice of a product": lambda operator: operator[:60] @ torch.ones(POINTS, 3, dtype=torch.float64),
+    "pivoted Cholesky": lambda operator: operator.pivoted_cholesky(8),
+    "lanczos": lambda operator: lanczos(operator),
+}
+
+
+def lanczos(operator: LinearOperator) -> Tensor:
+    with gpytorch.settings.max_root_decomposition_size(8):
+        return operator.root_decomposition(method="lanczos").root.to_dense()
+
+
+@pytest.mark.parametrize("engine", ["auto", "autodiff"])
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operators(name, outputs, engine):
+    operator = make_kernel(outputs, engine)(inputs(outputs)).evaluate_kernel()
+    with ntk_gp.settings.memory_budget(BUDGET), gpytorch.settings.max_cholesky_size(1), LargestTensor() as largest:
+        OPERATIONS[name](operator)
+    assert largest.bytes <= BUDGET, largest.name
+
+
+@pytest.mark.parametrize("engine", ["auto", "autodiff"])
+def test_operators_give_the_same(engine):
+    """The budget changes how, not what."""
+    operator = make_kernel(engine=engine)(inputs()).evaluate_kernel()
+    expected = references.kernel(make_network(), inputs()) * make_kernel().outputscale.detach()
+    with ntk_gp.settings.memory_budget(BUDGET):
+        torch.testing.assert_close(operator.diagonal(), expected.diagonal(), rtol=0, atol=1e-10)
+        torch.testing.assert_close(operator[5], expected[5], rtol=0, atol=1e-10)
+        rhs = torch.randn(POINTS, 3, dtype=torch.float64)
+        torch.testing.assert_close(operator @ rhs, expected @ rhs, rtol=0, atol=1e-9)
+        indices = torch.arange(50), torch.arange(50).flip(0)
+        torch.testing.assert_close(operator[indices], expected[indices], rtol=0, atol=1e-10)
+
+
+class AdaptedGP(gpytorch.models.ExactGP):
+    def __init__(self, x: Tensor, y: Tensor, outputs: int):
+        likelihood = GaussianLikelihood() if outputs == 1 else MultitaskGaussianLikelihood(num_tasks=outputs)
+        super().__init__(x, y, likelihood)
+        self.mean_module = NetworkMean(make_network(outputs), output="all" if outputs > 1 else None)
+        self.covar_module = make_kernel(outputs)
+        self.double()
+        self.likelihood.noise = 0.5
+
+    def forward(self, x: Tensor) -> MultivariateNormal:
+        distribution = MultivariateNormal if self.mean_module.network.output is None else MultitaskMultivariateNormal
+        return distribution(self.mean_module(x), self.covar_module(x))
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("love", [True, False])
+def test_prediction(outputs, love):
+    x = inputs(outputs)
+    y = torch.sin(x.sum(-1)) if outputs == 1 else torch.sin(x)
+    model = AdaptedGP(x, y, outputs).eval()
+    with (
+        ntk_gp.settings.memory_budget(BUDGET),
+        gpytorch.settings.max_cholesky_size(1),
+        gpytorch.settings.fast_pred_var(love),
+        LargestTensor() as largest,
+    ):
+        prediction = model(x[:10] + 0.1)
+        _ = prediction.mean, prediction.variance
+    assert largest.bytes <= BUDGET, largest.name
+
+
+def test_training():
+    x = inputs()
+    y = torch.sin(x.sum(-1))
+    model = AdaptedGP(x, y, 1)
+    mll = ExactMarginalLogLikelihood(model.likelihood, model)
+    with ntk_gp.settings.memory_budget(BUDGET), gpytorch.settings.max_cholesky_size(1), LargestTensor() as largest:
+        (-mll(model(x), y)).backward()
+    assert largest.bytes <= BUDGET, largest.name
+
+
+def test_variances_of_many_points():
+    """kernel(x, diag=True) is what predictive variances ask for."""
+    x = torch.randn(20_000, 3, dtype=torch.float64)
+    kernel = make_kernel()
+    with ntk_gp.settings.memory_budget(BUDGET), LargestTensor() as largest:
+        kernel(x, diag=True)
+    assert largest.bytes <= max(BUDGET, x.nbytes)
+
+
+def test_caches_stay_within_the_budget():
+    kernel = NTKKernel(make_network())
+    with ntk_gp.settings.memory_budget(BUDGET):
+        for i in range(20):
+            kernel(inputs()[i : i + 100]).to_dense()
+    kept = kernel._linearization._cache._entries.values()
+    assert sum(_nbytes(keys, value) for _, keys, value in kept) <= BUDGET
+
+
+def _nbytes(keys: tuple[Tensor, ...], value: object) -> int:
+    return sum(key.nbytes for key in keys) + getattr(value, "nbytes", 0)
