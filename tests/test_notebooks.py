@@ -1,0 +1,38 @@
+"""Every notebook runs from top to bottom (in its quick version), and so does the demo."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+
+@pytest.fixture(scope="module")
+def execute():
+    """The function that `make notebooks` executes notebooks with."""
+    pytest.importorskip("nbclient", reason="the extra 'notebooks' is not installed")
+    spec = importlib.util.spec_from_file_location("execute", NOTEBOOKS / "execute.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.execute
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebook_runs(path, execute):
+    before = path.read_bytes()
+    notebook = execute(path, quick=True)
+    assert path.read_bytes() == before
+    text = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    if "The data are not here" in text:
+        pytest.skip(text.strip().splitlines()[0])
+    assert any("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
+
+
+def test_demo_prints_its_tables_and_draws_its_figure(tmp_path):
+    command = [sys.executable, NOTEBOOKS / "sine_transfer.py", "--tasks", "1", "--output", tmp_path / "demo.png"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "NTK-GP, constant mean" in result.stdout
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
