@@ -7,8 +7,9 @@ import os
 import signal
 import statistics
 import subprocess
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,8 @@ class Cell:
     column: str
     seconds: list[float] = field(default_factory=list)
     first: float | None = None  # seconds of the first call, with whatever is compiled then
-    error: float | None = None  # largest difference from the reference, relative to its largest value
+    errors: list[float | None] = field(default_factory=list)  # of every result, see `relative_error`
+    scores: dict[str, float] = field(default_factory=dict)
     peak_bytes: int | None = None  # of the process so far
     warnings: list[str] = field(default_factory=list)
     note: str = ""  # why the cell is blank
@@ -102,92 +104,120 @@ class Worker:
         )
 
 
-class Workers:
-    """One worker per column, together as a context manager."""
+@dataclass(frozen=True)
+class Operation:
+    """One row of a table.
 
-    def __init__(self, columns: Iterable[Column], threads: int):
-        self.workers = [Worker(column, threads) for column in columns]
-        for reason in dict.fromkeys(worker.missing for worker in self.workers if worker.missing):
-            print(reason)
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for worker in self.workers:
-            worker.close()
-
-    def prepare(self, case: dict, file: Path) -> dict[str, str]:
-        """Sets a case up everywhere: for each column an empty string, or why it takes no part."""
-        replies = {
-            worker.column.title: worker.ask(action="prepare", case=case, file=str(file)) for worker in self.workers
-        }
-        return {title: reply.get("blank") or reply.get("failed") or "" for title, reply in replies.items()}
-
-    def measure(
-        self,
-        operation: str,
-        options: dict,
-        reference: list[np.ndarray] | None,
-        folder: Path,
-        *,
-        repeats: int,
-        slowest: float,
-        skip: dict[str, str],
-        probe: bool = False,
-    ) -> list[Cell]:
-        """Times one operation in every column, one call of each in turn, `repeats` times.
-
-        :param reference: What the results are compared with.
-        :param folder: Where the results are stored meanwhile.
-        :param slowest: A column whose first call took longer than this many seconds is timed once more only.
-        :param skip: Columns that take no part, and why.
-        :param probe: The result is a matrix, and the reference is its product with the case's probe vectors.
-        """
-        cells = []
-        active = []
-        for worker in self.workers:
-            title = worker.column.title
-            cell = Cell(title, note=skip.get(title, ""))
-            cells.append(cell)
-            if cell.note:
-                continue
-            result = folder / f"{title}.npz"
-            reply = worker.ask(action="warm", operation=operation, options=options, save=str(result), probe=probe)
-            cell.note = reply.get("blank") or reply.get("failed") or ""
-            if cell.note:
-                continue
-            cell.first, cell.warnings, cell.peak_bytes = reply["first"], reply["warnings"], reply["peak_bytes"]
-            cell.error = relative_error(result, reference)
-            result.unlink()
-            active.append((worker, cell))
-        for turn in range(repeats):
-            for worker, cell in active:
-                if turn == 0 or cell.first <= slowest:
-                    reply = worker.ask(action="time")
-                    if "seconds" in reply:
-                        cell.seconds.append(reply["seconds"])
-                    else:
-                        cell.note = reply["failed"]
-        return cells
-
-
-def relative_error(file: Path, reference: list[np.ndarray] | None) -> float | None:
-    """The largest difference of any stored result from its reference, relative to the reference's largest value.
-
-    Where the reference has fewer columns, or the result, those that both have are compared.
+    :param title: As in the table.
+    :param name: The columns' method.
+    :param options: Its keyword arguments.
+    :param reference: Computes what the results are compared with.
+    :param score: Judges the results by other measures than their difference from a reference.
+    :param probe: The result is a matrix, and the reference is its product with the case's probe vectors.
     """
-    if not reference:
-        return None
+
+    title: str
+    name: str
+    options: dict = field(default_factory=dict)
+    reference: Callable[[], Sequence[np.ndarray]] | None = None
+    score: Callable[[Sequence[np.ndarray]], dict[str, float]] | None = None
+    probe: bool = False
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How the cells are timed.
+
+    :param threads: Of every process, one after the other.
+    :param repeats: Timings of each cell; with 0, the first call's is the only one.
+    :param slowest: A cell whose first call took longer than this many seconds has that as its only timing.
+    """
+
+    threads: int
+    repeats: int
+    slowest: float
+
+
+def measure(
+    columns: Sequence[Column],
+    description: dict,
+    arrays: dict[str, np.ndarray],
+    operations: Sequence[Operation],
+    timing: Timing,
+) -> list[dict]:
+    """Times operations on one case in every column: new processes, and one call of each in turn.
+
+    :param description: What the columns' `prepare` is told, beside the arrays.
+    :return: A row for each operation: its title, the number of threads and the cells.
+    """
+    workers = [Worker(column, timing.threads) for column in columns]
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "case.npz"
+        np.savez(file, **arrays)
+        skip = {worker: _reason(worker.ask(action="prepare", case=description, file=str(file))) for worker in workers}
+        for operation in operations:
+            cells = _cells(workers, operation, timing, skip, Path(name))
+            cells = [asdict(cell) | {"median": cell.median} for cell in cells]
+            rows.append({"operation": operation.title, "threads": timing.threads, "cells": cells})
+    for worker in workers:
+        worker.close()
+    return rows
+
+
+def _cells(
+    workers: Sequence[Worker], operation: Operation, timing: Timing, skip: dict[Worker, str], folder: Path
+) -> list[Cell]:
+    reference = operation.reference() if operation.reference is not None else []
+    cells = {worker: Cell(worker.column.title, note=skip[worker]) for worker in workers}
+    for worker, cell in cells.items():
+        if not cell.note:
+            _warm(worker, cell, operation, folder / "result.npz", reference)
+    for _ in range(timing.repeats):
+        for worker, cell in cells.items():
+            if not cell.note and cell.first <= timing.slowest:
+                reply = worker.ask(action="time")
+                cell.note = _reason(reply)
+                cell.seconds += [reply["seconds"]] if not cell.note else []
+    for cell in cells.values():
+        if not cell.note and not cell.seconds:
+            cell.seconds = [cell.first]
+    return list(cells.values())
+
+
+def _warm(worker: Worker, cell: Cell, operation: Operation, file: Path, reference: Sequence[np.ndarray]) -> None:
+    reply = worker.ask(
+        action="warm", operation=operation.name, options=operation.options, save=str(file), probe=operation.probe
+    )
+    cell.note = _reason(reply)
+    if cell.note:
+        return
+    cell.first, cell.warnings, cell.peak_bytes = reply["first"], reply["warnings"], reply["peak_bytes"]
     with np.load(file) as stored:
         results = [stored[name].astype(np.float64) for name in stored.files]
-    return max(_difference(result, expected) for result, expected in zip(results, reference, strict=True))
+    if reference:
+        cell.errors = [relative_error(*pair) for pair in zip(results, reference, strict=True)]
+    if operation.score is not None:
+        cell.scores = operation.score(results)
 
 
-def _difference(result: np.ndarray, expected: np.ndarray) -> float:
+def _reason(reply: dict) -> str:
+    """Why a cell has no value, or an empty string."""
+    return reply.get("blank") or reply.get("failed") or ""
+
+
+def relative_error(result: np.ndarray, expected: np.ndarray) -> float | None:
+    """The largest difference relative to the largest expected value; None for a result that is not claimed (NaN).
+
+    Where all expected values are positive (a variance, a diagonal), each difference is relative to its own. Where one
+    of the two has fewer columns, those that both have are compared.
+    """
     if result.ndim == 2:
         columns = min(result.shape[1], expected.shape[1])
         result, expected = result[:, :columns], expected[:, :columns]
     if result.shape != expected.shape:
         raise ValueError(f"A result has shape {result.shape}, but {expected.shape} was expected.")
-    return float(np.abs(result - expected).max() / np.abs(expected).max())
+    if np.isnan(result).all():
+        return None
+    scale = expected if (expected > 0).all() else np.abs(expected).max()
+    return float(np.max(np.abs(result - expected) / scale))

@@ -8,6 +8,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def median(row: dict, column: str) -> float | None:
 
 def line(row: dict, ours: str) -> str:
     """A row on one line, as progress."""
-    cells = "  ".join(f"{cell['column']} {_cell(cell, median(row, ours)) or '–'}" for cell in row["cells"])
+    cells = "  ".join(f"{cell['column']} {cell_text(cell, median(row, ours)) or '–'}" for cell in row["cells"])
     return f"{row['network']} n={row['n']:,} {row['operation']}: {cells}"
 
 
@@ -83,10 +84,10 @@ def table(rows: Sequence[dict], ours: str) -> str:
     titles = [cell["column"] for cell in rows[0]["cells"]]
     lines, notes = [], {}
     for row in rows:
-        cells = [_cell(cell, median(row, ours)) for cell in row["cells"]]
-        errors = [(cell["error"], cell["column"]) for cell in row["cells"] if cell["error"] is not None]
-        worst = f"{max(errors)[0]:.0e} ({max(errors)[1]})" if errors else ""
-        lines.append([row["network"], f"{row['n']:,}", f"{row['P']:,}", row["operation"], *cells, worst])
+        cells = [cell_text(cell, median(row, ours)) for cell in row["cells"]]
+        worst = max(((max(cell["errors"]), cell["column"]) for cell in row["cells"] if cell["errors"]), default=None)
+        difference = f"{worst[0]:.0e} ({worst[1]})" if worst else ""
+        lines.append([row["network"], f"{row['n']:,}", f"{row['P']:,}", row["operation"], *cells, difference])
         notes.update({f"{cell['column']}: {cell['note']}": None for cell in row["cells"] if _is_worth_a_note(cell)})
     header = ["network", "n", "P", "", *titles, "max rel. difference"]
     footnotes = "\n".join(f"- {note}" for note in notes)
@@ -113,6 +114,27 @@ def duration(seconds: float | None) -> str:
 
 def size(num_bytes: float | None) -> str:
     return "" if num_bytes is None else f"{num_bytes / 2**30:.2f} GiB"
+
+
+def cell_text(cell: dict, ours: float | None) -> str:
+    """The median, in brackets how many times `ours` that is, and whether it was timed only once."""
+    if cell["median"] is None:
+        return "failed" if _is_worth_a_note(cell) else ""
+    single = " once" if len(cell["seconds"]) == 1 else ""
+    ratio = f" ({_times(cell['median'] / ours)})" if ours and cell["median"] != ours else ""
+    return f"{duration(cell['median'])}{ratio}{single}"
+
+
+def errors(cell: dict, count: int) -> list[str]:
+    """A cell's errors, one text for each of `count` results."""
+    texts = [f"{error:.1e}" if error is not None else "" for error in cell["errors"]]
+    return texts or [""] * count
+
+
+def remarks(cell: dict) -> str:
+    """Why a cell is blank, and what was warned of."""
+    texts = [textwrap.shorten(text, 120, placeholder="…") for text in (cell["note"], *cell["warnings"]) if text]
+    return "; ".join(texts).replace("|", "/")
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float | None]) -> float | None:
@@ -143,14 +165,6 @@ def figure(series: dict[str, tuple[str, Sequence[dict]]], titles: Sequence[str],
     canvas.tight_layout()
     canvas.savefig(file, dpi=150)
     pyplot.close(canvas)
-
-
-def _cell(cell: dict, ours: float | None) -> str:
-    if cell["median"] is None:
-        return "failed" if _is_worth_a_note(cell) else ""
-    single = " once" if len(cell["seconds"]) == 1 else ""
-    ratio = f" ({_times(cell['median'] / ours)})" if ours and cell["median"] != ours else ""
-    return f"{duration(cell['median'])}{ratio}{single}"
 
 
 def _times(ratio: float) -> str:

@@ -11,20 +11,22 @@ from pathlib import Path
 
 from . import peers, report
 
-QUESTIONS = ["engines"]
+QUESTIONS = ["engines", "posterior", "condition", "fit", "serve", "uci", "large"]
 DEFAULT = ["engines", "posterior"]
 
 
+DEFAULTS = {"quick": False, "threads": None, "repeats": None, "slowest": 60.0, "output": None}
+
+
 def parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
+    # Without defaults here, so that an option may stand before or after the question.
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--quick", action="store_true", help="small sizes: does everything run?")
     common.add_argument("--threads", type=int, nargs="+", help="numbers of threads to measure with (default: 1 2)")
     common.add_argument("--repeats", type=int, help="timings of each cell (default: 5)")
-    common.add_argument("--slowest", type=float, default=60.0, help="a cell that takes more seconds is timed only once")
+    common.add_argument("--slowest", type=float, help="a cell that takes more seconds is timed only once (default: 60)")
     common.add_argument("--output", type=Path, help=f"folder of the results (default: {report.RESULTS})")
-    top = argparse.ArgumentParser(
-        prog="python -m benchmarks.run", description=__doc__.splitlines()[0], parents=[common]
-    )
+    top = argparse.ArgumentParser("python -m benchmarks.run", description=__doc__.splitlines()[0], parents=[common])
     choices = top.add_subparsers(dest="question", metavar="QUESTION")
     for name in QUESTIONS:
         question = _question(name)
@@ -38,7 +40,8 @@ def _question(name: str):
     return importlib.import_module(f"benchmarks.questions.{name}")
 
 
-def _with_defaults(arguments: argparse.Namespace) -> argparse.Namespace:
+def _with_defaults(given: argparse.Namespace) -> argparse.Namespace:
+    arguments = argparse.Namespace(**DEFAULTS | vars(given))
     arguments.threads = arguments.threads or ([1] if arguments.quick else [1, 2])
     arguments.repeats = arguments.repeats or (2 if arguments.quick else 5)
     arguments.output = arguments.output or (report.QUICK_RESULTS if arguments.quick else report.RESULTS)
@@ -53,8 +56,7 @@ def main() -> None:
     for name in peers.names():
         peers.setup(name)
     for name in DEFAULT:
-        options = ["--quick"] if arguments.quick else []
-        single = parser().parse_args([name, *options])
+        single = parser().parse_args([name], argparse.Namespace(**vars(arguments)))
         single.run(_with_defaults(single))
 
 

@@ -20,11 +20,13 @@ import numpy as np
 
 SHORTEST_MEASUREMENT = 0.02  # seconds; quicker calls are repeated and averaged
 
+FOR_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
+
 
 class Session:
     """What one worker knows: its column, set up for one case, and the operation that is being timed.
 
-    :param build: Makes the column, at the first case: what it raises is a reply like any other.
+    :param build: Makes the column; what it raises is a reply like any other.
     """
 
     def __init__(self, build: Callable[[], Any]):
@@ -37,8 +39,7 @@ class Session:
     def prepare(self, case: dict, file: str) -> dict:
         """Sets the case up, with the weights and inputs from an npz file."""
         self.call = None
-        if self.column is None:
-            self.column = self.build()
+        self.column = self.build()
         with np.load(file) as arrays:
             self.arrays = dict(arrays)
         self.column.prepare(case, self.arrays)
@@ -62,7 +63,8 @@ class Session:
         del result, results
         self.call = call
         self.number = max(1, int(SHORTEST_MEASUREMENT / first)) if first < SHORTEST_MEASUREMENT else 1
-        messages = sorted({str(warning.message).splitlines()[0] for warning in caught})
+        spoken = [warning for warning in caught if not issubclass(warning.category, FOR_DEVELOPERS)]
+        messages = sorted({str(warning.message).splitlines()[0] for warning in spoken})
         return {"first": first, "warnings": messages, "peak_bytes": _peak_bytes()}
 
     def time(self) -> dict:

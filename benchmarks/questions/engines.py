@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from .. import networks, report
-from ..harness import Cell, Column, Workers
+from ..harness import Column, Operation, Timing, measure
 from ..reference import Reference
 
 OURS = "structured"
-COMPARED_COLUMNS = 10  # of the products with more
+GRAM = "Gram"
 PACKAGE = "benchmarks.columns"
 NEURAL_TANGENTS = (f"{PACKAGE}.neural_tangents", "NeuralTangentsColumn")
 
@@ -34,48 +34,27 @@ COLUMNS = [
 ]
 
 
-@dataclass(frozen=True)
-class Operation:
-    """One kind of row.
-
-    :param title: As in the tables.
-    :param name: The columns' method.
-    :param options: Its keyword arguments.
-    """
-
-    title: str
-    name: str
-    options: tuple[tuple[str, int], ...] = ()
-
-
-GRAM = Operation("Gram", "gram")
-PRODUCTS = [Operation(f"K V, r = {r}", "kernel_matmul", (("columns", r),)) for r in (1, 10, 100)]
-ALL = [
-    Operation("capture", "capture"),
-    GRAM,
-    Operation("diagonal", "diagonal"),
-    *PRODUCTS,
-    Operation("J u", "jvp"),
-    Operation("Jᵀ v", "vjp"),
-]
+ALL = ("capture", "gram", "diagonal", "kernel_matmul", "jvp", "vjp")
+NUM_COLUMNS = (1, 10, 100)  # r of the products K V
+COMPARED_COLUMNS = 10  # of those with more
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network at n random inputs."""
+    """A network at n random inputs, and the kinds of rows."""
 
     network: str
     n: int
-    operations: tuple[Operation, ...] = tuple(ALL)
+    operations: tuple[str, ...] = ALL
 
 
 MLP = "5-200-200-1"
 CASES = [
-    Case(MLP, 1000, (GRAM,)),
+    Case(MLP, 1000, ("gram",)),
     Case(MLP, 3000),
-    Case(MLP, 8000, (GRAM,)),
-    Case("5-50-50-1", 1000, (GRAM,)),
-    Case("5-800-800-1", 1000, (GRAM,)),
+    Case(MLP, 8000, ("gram",)),
+    Case("5-50-50-1", 1000, ("gram",)),
+    Case("5-800-800-1", 1000, ("gram",)),
     Case("5-200-2000-200-1", 1000),
     Case("5-200-200-10", 300),
     Case(networks.RESNET, 128),
@@ -83,8 +62,8 @@ CASES = [
 ]
 QUICK_CASES = [
     Case(MLP, 200),
-    Case(MLP, 400, (GRAM,)),
-    Case("5-50-50-1", 200, (GRAM,)),
+    Case(MLP, 400, ("gram",)),
+    Case("5-50-50-1", 200, ("gram",)),
     Case("5-200-200-10", 30),
     Case(networks.RESNET, 4),
     Case(networks.TRANSFORMER, 16),
@@ -95,53 +74,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     titles = [column.title for column in COLUMNS]
     parser.add_argument("--columns", nargs="+", choices=titles, metavar="COLUMN", help=f"of {', '.join(titles)}")
     parser.add_argument("--networks", nargs="+", help="only the cases of these networks")
-    parser.add_argument("--operations", nargs="+", choices=sorted({o.name for o in ALL}), help="only these rows")
+    parser.add_argument("--operations", nargs="+", choices=ALL, help="only these rows")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measures everything on each number of threads, then writes JSON, Markdown and a figure."""
     columns = [column for column in COLUMNS if arguments.columns is None or column.title in arguments.columns]
-    rows, rates = [], {}
-    for threads in arguments.threads:
-        rates[threads] = report.gemm_rate(threads)
-        rows += _measure(columns, threads, arguments)
-    results = {"rates": {str(threads): rate for threads, rate in rates.items()}, "rows": rows}
+    cases = QUICK_CASES if arguments.quick else CASES
+    cases = [case for case in cases if arguments.networks is None or case.network in arguments.networks]
+    rows: list[dict] = []
+    rates = {threads: report.gemm_rate(threads) for threads in arguments.threads}
+    for threads, case in tqdm(list(product(arguments.threads, cases))):
+        timing = Timing(threads, arguments.repeats, arguments.slowest)
+        for row in _measure(case, columns, timing, arguments.operations or ALL):
+            rows.append(row)
+            tqdm.write(report.line(row, OURS))
+    results = {"gemm_rates": {str(threads): rate for threads, rate in rates.items()}, "rows": rows}
     report.write(arguments.output, "engines", results, _markdown(rows, rates))
     _figure(rows, arguments.output / "engines.png")
 
 
-def _measure(columns: list[Column], threads: int, arguments: argparse.Namespace) -> list[dict]:
-    cases = QUICK_CASES if arguments.quick else CASES
-    cases = [case for case in cases if arguments.networks is None or case.network in arguments.networks]
-    rows = []
-    with Workers(columns, threads) as workers, tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for case in tqdm(cases, desc=f"{threads} threads"):
-            network = networks.build(case.network)
-            arrays = _arrays(case, network)
-            np.savez(folder / "case.npz", **arrays)
-            description = {"network": case.network, "parameters": [name for name, _ in network.named_parameters()]}
-            skip = workers.prepare(description, folder / "case.npz")
-            reference = _references(network, arrays)
-            for operation in case.operations:
-                if arguments.operations is not None and operation.name not in arguments.operations:
-                    continue
-                cells = workers.measure(
-                    operation.name,
-                    dict(operation.options),
-                    reference(operation),
-                    folder,
-                    repeats=arguments.repeats,
-                    slowest=arguments.slowest,
-                    skip=skip,
-                    probe=operation == GRAM,
-                )
-                rows.append(_row(case, network, operation, threads, cells))
-                tqdm.write(report.line(rows[-1], OURS))
-    return rows
+def _measure(case: Case, columns: list[Column], timing: Timing, wanted: Sequence[str]) -> list[dict]:
+    network = networks.build(case.network)
+    arrays = _arrays(case, network)
+    operations = [operation for operation in _operations(case, network, arrays) if operation.name in wanted]
+    description = {"network": case.network, "parameters": [name for name, _ in network.named_parameters()]}
+    common = {"network": case.network, "n": case.n, "P": networks.num_parameters(network)}
+    return [
+        common | row | {"useful_flops": _useful_flops(case) if row["operation"] == GRAM else None}
+        for row in measure(columns, description, arrays, operations, timing)
+    ]
 
 
-def _arrays(case: Case, network: torch.nn.Module) -> dict[str, np.ndarray]:
+def _arrays(case: Case, network: nn.Module) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(0)
 
     def normal(*shape: int) -> np.ndarray:
@@ -152,38 +117,32 @@ def _arrays(case: Case, network: torch.nn.Module) -> dict[str, np.ndarray]:
         num_rows = network(torch.tensor(x[:1])).numel() * case.n
     state = {f"network.{name}": tensor.numpy() for name, tensor in network.state_dict().items()}
     tangent = normal(networks.num_parameters(network))
-    return {"x": x, "rhs": normal(num_rows, 100), "probe": normal(num_rows, 3), "tangent": tangent, **state}
-
-
-def _references(network: torch.nn.Module, arrays: dict[str, np.ndarray]) -> Any:
-    """What each operation's result must equal, computed once per case where several rows share it."""
-    exact = Reference(network, torch.tensor(arrays["x"]))
-    product = cache(lambda: exact.kernel_matmul(arrays["rhs"][:, :COMPARED_COLUMNS]))
-    known = {
-        "gram": lambda: exact.kernel_matmul(arrays["probe"]),
-        "diagonal": exact.diagonal,
-        "kernel_matmul": product,
-        "jvp": lambda: exact.jvp(arrays["tangent"]),
-        "vjp": lambda: exact.vjp(arrays["rhs"]),
-    }
-    return lambda operation: [known[operation.name]()] if operation.name in known else None
-
-
-def _row(case: Case, network: torch.nn.Module, operation: Operation, threads: int, cells: list[Cell]) -> dict:
     return {
-        "network": case.network,
-        "n": case.n,
-        "P": networks.num_parameters(network),
-        "operation": operation.title,
-        "threads": threads,
-        "useful_flops": _useful_flops(case, operation),
-        "cells": [asdict(cell) | {"median": cell.median} for cell in cells],
+        "x": x,
+        "rhs": normal(num_rows, max(NUM_COLUMNS)),
+        "probe": normal(num_rows, 3),
+        "tangent": tangent,
+        **state,
     }
 
 
-def _useful_flops(case: Case, operation: Operation) -> float | None:
+def _operations(case: Case, network: nn.Module, arrays: dict[str, np.ndarray]) -> list[Operation]:
+    exact = Reference(network, torch.tensor(arrays["x"]))
+    products = cache(lambda: [exact.kernel_matmul(arrays["rhs"][:, :COMPARED_COLUMNS])])
+    operations = [
+        Operation("capture", "capture"),
+        Operation(GRAM, "gram", reference=lambda: [exact.kernel_matmul(arrays["probe"])], probe=True),
+        Operation("diagonal", "diagonal", reference=lambda: [exact.diagonal()]),
+        *(Operation(f"K V, r = {r}", "kernel_matmul", {"columns": r}, products) for r in NUM_COLUMNS),
+        Operation("J u", "jvp", reference=lambda: [exact.jvp(arrays["tangent"])]),
+        Operation("Jᵀ v", "vjp", reference=lambda: [exact.vjp(arrays["rhs"])]),
+    ]
+    return [operation for operation in operations if operation.name in case.operations]
+
+
+def _useful_flops(case: Case) -> float | None:
     """2n²Σ(d_in + C²·d_out): a multiplication and an addition per entry of every layer's two factor products."""
-    if operation != GRAM or not networks.is_mlp(case.network):
+    if not networks.is_mlp(case.network):
         return None
     sizes = networks.widths(case.network)
     num_outputs = sizes[-1]
@@ -221,7 +180,7 @@ def _exponents_table(rows: list[dict]) -> str:
         ("n", itemgetter("n"), [row for row in rows if row["network"] == MLP]),
         ("width", _width, [row for row in rows if row["n"] == 1000 and _width(row)]),
     ):
-        series = [row for row in series if row["operation"] == GRAM.title]
+        series = [row for row in series if row["operation"] == GRAM]
         sizes = [size(row) for row in series]
         model = report.exponent(sizes, [row["useful_flops"] for row in series])
         for column in _titles(rows):
@@ -245,7 +204,7 @@ def _titles(rows: list[dict]) -> list[str]:
 def _figure(rows: list[dict], file: Path) -> None:
     """Time of the Gram matrix against n and against P, on the most threads."""
     most = max((row["threads"] for row in rows), default=0)
-    grams = [row for row in rows if row["operation"] == GRAM.title and row["threads"] == most]
+    grams = [row for row in rows if row["operation"] == GRAM and row["threads"] == most]
     series = {
         f"n ({MLP})": ("n", [row for row in grams if row["network"] == MLP]),
         "P (two hidden layers, n = 1000)": ("P", [row for row in grams if row["n"] == 1000 and _width(row)]),
