@@ -25,17 +25,19 @@ def choose_solver(system: System) -> Solver:
     iteration       4 N P for each step and column         N · landmarks
     ==============  =====================================  ======================
 
-    A solver for the first rows of the same system is extended instead, where one is in use: new data costs what it
-    adds. A `gpytorch.settings.max_cholesky_size` that the user has set decides between factorisation and iteration.
+    A solver of that kind for the first rows of the same system is extended instead, where one is in use: new data
+    costs what it adds. A `gpytorch.settings.max_cholesky_size` that the user has set decides between factorisation and
+    iteration.
     """
-    solver = _extended(system) or solver_class(system)(system)
+    kind = solver_class(system)
+    solver = _extended(system, kind) or kind(system)
     system.linearization.solvers.add(solver)
     return solver
 
 
-def _extended(system: System) -> Solver | None:
+def _extended(system: System, kind: type[Solver]) -> Solver | None:
     for known in list(system.linearization.solvers):
-        if isinstance(known, Solver) and system.starts_with(known.system):
+        if type(known) is kind and system.starts_with(known.system):
             return known.extended(system)
     return None
 

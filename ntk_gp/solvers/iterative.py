@@ -159,6 +159,7 @@ class NystromPreconditioner:
         self.noise = system.noise[0]
         self.scale = system.noise.rsqrt()
         cross = jacobian.gram(chosen, system.weights)[0].mul_(self.scale.mT)
+        system.check_finite(cross)
         core = psd_safe_cholesky(chosen.gram(chosen, system.weights)[0])
         factor = torch.linalg.solve_triangular(core.mT, cross, upper=True, left=False)
         values, vectors = torch.linalg.eigh(factor.mT @ factor)

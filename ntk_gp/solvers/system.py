@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from .. import settings
@@ -80,10 +81,10 @@ class System:
             and _same(other.noise, self.noise[:, : other.noise.shape[1]])
         )
 
-    def rows_after(self, other: System) -> tuple[Jacobian, Tensor]:
-        """The Jacobian and the noise of the rows that this system has beyond another that it starts with."""
-        x = self.x[:, other.x.shape[1] :]
-        return self.linearization.jacobian(x, keep=False), self.noise[:, other.noise.shape[1] :]
+    def rows_after(self, other: System) -> System:
+        """The system of the rows that this one has beyond another that it starts with."""
+        x, noise = self.x[:, other.x.shape[1] :], self.noise[:, other.noise.shape[1] :]
+        return System(self.linearization, x, self.weights, noise)
 
     def matmul(self, rhs: Tensor) -> Tensor:
         """A rhs, (B, N, r), from Jacobian products."""

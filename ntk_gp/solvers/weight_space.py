@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import settings
 from ..jacobian.base import Jacobian
 from .base import Solver
+from .function_space import FunctionSpaceSolver
 from .system import System
 
 # The Gram matrix of the features is accumulated in this many block columns, lower triangle only.
@@ -32,7 +33,6 @@ class WeightSpaceSolver(Solver):
         self.root_variances = system.parameter_variances.sqrt()
         if precision is None:
             precision = feature_moment(system)
-            system.check_finite(precision.diagonal(dim1=-2, dim2=-1))
             precision.diagonal(dim1=-2, dim2=-1).add_(1.0)
         self.cholesky = psd_safe_cholesky(precision)
 
@@ -40,9 +40,7 @@ class WeightSpaceSolver(Solver):
         """Adds m rows to the precision: a rank-m update, and a new factor."""
         if not system.fits(2.0 * system.batch * system.num_parameters**2):
             return None
-        added, noise = system.rows_after(self.system)
-        features = self._whiten(added.rows())
-        precision = self.cholesky @ self.cholesky.mT + features.mT @ (features / noise.unsqueeze(-1))
+        precision = feature_moment(system.rows_after(self.system)) + self.cholesky @ self.cholesky.mT
         return WeightSpaceSolver(system, precision)
 
     def _whiten(self, rows: Tensor) -> Tensor:
@@ -73,6 +71,8 @@ class WeightSpaceSolver(Solver):
         r"""By :math:`\Phi^\top A^{-1} \Phi = I - \Lambda^{-1}` and
         :math:`A^{-1} = D^{-1} - D^{-1} \Phi \Lambda^{-1} \Phi^\top D^{-1}`."""
         system, function = self.system, self.system.jacobian.function
+        if not (system.weights > 0).all():  # a group without weight is not in Φ
+            return FunctionSpaceSolver(system).logdet_derivatives()
         shrinkage = 1 - torch.cholesky_inverse(self.cholesky).diagonal(dim1=-2, dim2=-1)
         by_parameter = shrinkage / system.parameter_variances
         by_group = torch.zeros(
@@ -120,6 +120,7 @@ def feature_moment(system: System) -> Tensor:
             for right in columns[: j + 1]:
                 moment[:, left, right] += features[..., left].mT @ features[..., right]
     _mirror_lower_triangle(moment)
+    system.check_finite(moment.diagonal(dim1=-2, dim2=-1))
     roots = system.parameter_variances.sqrt()
     return moment.mul_(roots.unsqueeze(-1)).mul_(roots.unsqueeze(-2))
 
