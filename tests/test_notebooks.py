@@ -23,11 +23,13 @@ def execute():
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_notebook_runs(path, execute):
     before = path.read_bytes()
-    notebook = execute(path, quick=True)
+    try:
+        notebook = execute(path, quick=True)
+    except Exception as error:
+        if "FileNotFoundError: The data are not here" not in str(error):
+            raise
+        pytest.skip(str(error).strip().splitlines()[-1])
     assert path.read_bytes() == before
-    text = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
-    if "The data are not here" in text:
-        pytest.skip(text.strip().splitlines()[0])
     assert any("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
 
 
