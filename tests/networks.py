@@ -360,7 +360,7 @@ CASES = [
         autodiff=("lstm.weight_ih_l0", "lstm.weight_hh_l0", "lstm.bias_ih_l0", "lstm.bias_hh_l0"),
         integers=7,
     ),
-    Case("language", Language, 5, {"output": "all"}, autodiff=("positions.weight",), integers=7),
+    Case("language", Language, 5, {"output": "all"}, integers=7),
     Case("tied_autoencoder", TiedAutoencoder, 4, {"output": "all"}),
     Case("recurrent_by_hand", RecurrentByHand, 6, {"output": "all"}),
     Case("used_twice", UsedTwice, 3),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..terms import OneHotTerm, ParameterView, Term
-from .registry import UnsupportedUse, Use, register_rule
+from .registry import UnsupportedUse, Use, register_decomposition, register_rule
 
 
 def embedding(
@@ -32,4 +33,27 @@ def embedding(
     return [OneHotTerm(weight, indices.unsqueeze(0), g.unsqueeze(0))]
 
 
+def positional_embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Positions 0, 1, … that are the same for every input pick a slice of the embedding: a raw parameter.
+
+    What is done with the slice has its own rule, or else shows as a use that no rule knows.
+    """
+    plain = padding_idx is None and max_norm is None and not scale_grad_by_freq and not sparse
+    count = input.numel()
+    if not plain or not 0 < count <= weight.shape[0] or input.shape not in ((count,), (1, count)):
+        return NotImplemented
+    if not torch.equal(input.reshape(-1), torch.arange(count, dtype=input.dtype, device=input.device)):
+        return NotImplemented
+    return weight[:count].view(*input.shape, -1)
+
+
 register_rule(F.embedding, embedding, parameters=("weight",))
+register_decomposition(F.embedding, positional_embedding)
