@@ -49,17 +49,18 @@ class NetworkMean(Mean):
         if self.active_dims is not None:
             x = x.index_select(-1, self.active_dims)
         x = x.unsqueeze(-1) if x.dim() == 1 else x
-        if x.requires_grad or x.dim() != 2:
-            return self.network(x)
-        return self._evaluate(x.detach())
+        return self.network(x) if x.requires_grad else self._evaluate(x)
 
     def _evaluate(self, x: Tensor) -> Tensor:
         """f(x), reusing what the last inputs began with: GPyTorch puts the training inputs before every test input."""
         state = self.network.fingerprint()
         known = 0 if self._prefix is None else self._prefix.length_in(x, state)
-        values = self.network(x[known:])
+        values = self.network(x[..., known:, :])
         if self._prefix is not None and known:
-            values = torch.cat([self._prefix.values[:known], values])
+            begin = self._prefix.values[:known]
+            values = torch.cat([begin.expand(*x.shape[:-2], *begin.shape), values], dim=x.dim() - 2)
+        if x.dim() > 2:
+            return values
         # What began both the last inputs and these is likely to begin the next; without much of that, start over.
         kept = known if 2 * known >= len(x) else len(x)
         if self._prefix is None or kept != len(self._prefix.x) or kept != known:
@@ -71,7 +72,7 @@ class NetworkMean(Mean):
 
 
 class _Prefix:
-    """The network's values at inputs seen before, and the state of the network that they belong to."""
+    """The network's values at inputs seen before, (n, d), and the state of the network that they belong to."""
 
     def __init__(self, x: Tensor, values: Tensor, state: int):
         self.x = x
@@ -79,10 +80,11 @@ class _Prefix:
         self.state = state
 
     def length_in(self, x: Tensor, state: int) -> int:
-        """How many first rows of x these are."""
+        """How many first rows of x, in each of its batches, these are."""
         old = self.x
-        if state != self.state or (x.dtype, x.device, x.shape[1:]) != (old.dtype, old.device, old.shape[1:]):
+        if state != self.state or (x.dtype, x.device, x.shape[-1]) != (old.dtype, old.device, old.shape[-1]):
             return 0
-        length = min(len(x), len(old))
-        different = (x[:length] != old[:length]).any(-1).nonzero()
-        return length if len(different) == 0 else int(different[0])
+        length = min(x.shape[-2], len(old))
+        different = (x[..., :length, :] != old[:length]).any(-1).reshape(x.shape[:-2].numel(), length)
+        first = different.any(0).nonzero()
+        return length if len(first) == 0 else int(first[0])

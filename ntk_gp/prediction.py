@@ -27,8 +27,8 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
 
     The cache is :math:`\hat w = \Sigma J^\top (K + D)^{-1} (y - m)`, P numbers: the posterior mean at any input is
     :math:`f(x) + J(x) \hat w`, one Jacobian-vector product, however many points were learned from. Variances come from
-    the solver's own factor, in function or weight space. What this strategy does not cover (missing observations,
-    caches with a graph, products of kernels) GPyTorch's default does, on the same solvers.
+    the solver's own factor, in function or weight space. What this strategy does not cover (caches with a graph, sums
+    and products of kernels) GPyTorch's default does, on exact solves.
 
     :param train_inputs: The training inputs, one tensor in a list.
     :param train_prior_dist: The prior at them.
@@ -43,11 +43,21 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
     @property
     @cached(name="train_system")
     def _train_matrix(self) -> LinearOperator:
-        """K + D of the training data; exactly solved also where K is a sum or a product that an NTK is part of."""
+        """K + D of the training data; exactly solved also where K is a sum or a product that an NTK is part of, and
+        where targets are missing."""
         matrix = self.lik_train_train_covar.evaluate_kernel()
+        if self._missing.any():
+            observed = (~self._missing).to(self.train_labels.dtype)
+            together = observed.unsqueeze(-1) * observed.unsqueeze(-2) + torch.diag_embed(1 - observed)
+            return NTKSumLinearOperator(to_linear_operator(matrix.to_dense() * together))
         if type(matrix) is AddedDiagLinearOperator:
             return NTKSumLinearOperator(matrix._linear_op) + matrix._diag_tensor
         return matrix
+
+    @property
+    def _missing(self) -> Tensor:
+        """Which targets are NaN, (*batch, N): `gpytorch.settings.observation_nan_policy` takes them for unobserved."""
+        return torch.isnan(self.train_labels)
 
     @property
     @cached(name="solver")
@@ -79,14 +89,14 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
     def residual(self) -> Tensor:
         """Targets less prior mean, (*batch, N) in float64."""
         mean = self.train_prior_dist.loc
-        return (self.train_labels - mean.reshape(*mean.shape[:-1], self.num_train)).detach().double()
+        residual = (self.train_labels - mean.reshape(*mean.shape[:-1], self.num_train)).detach().double()
+        return residual.masked_fill(self._missing, 0.0)
 
     def _covers(self, test_test_covar: LinearOperator | Tensor) -> bool:
         return (
             isinstance(test_test_covar, NTKLinearOperator)
             and isinstance(self._train_matrix, NTKAddedDiagLinearOperator)
             and self._train_matrix._is_positive
-            and gpytorch_settings.observation_nan_policy.value() == "ignore"
             and gpytorch_settings.detach_test_caches.on()
         )
 
@@ -111,7 +121,7 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
             )
 
     def _mean_cache(self, nan_policy: str) -> Tensor:
-        if nan_policy != "ignore" or gpytorch_settings.detach_test_caches.off():
+        if gpytorch_settings.detach_test_caches.off():
             return super()._mean_cache(nan_policy)
         return self._alpha
 
@@ -124,18 +134,16 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
 
     def get_fantasy_strategy(self, inputs, targets, full_inputs, full_targets, full_output, **kwargs):
         """The strategy with more data. Its solver starts from this one's, see :func:`ntk_gp.solvers.choose_solver`."""
-        if gpytorch_settings.observation_nan_policy.value() != "ignore":
-            return super().get_fantasy_strategy(inputs, targets, full_inputs, full_targets, full_output, **kwargs)
         likelihood = self.likelihood.get_fantasy_likelihood(**kwargs)
         if isinstance(self._train_matrix, NTKAddedDiagLinearOperator):
             self.solver  # noqa: B018 -- built now, if it was not, to be extended
         return self.__class__(full_inputs, full_output, full_targets, likelihood)
 
     def exact_predictive_covar(self, test_test_covar, test_train_covar):
-        if gpytorch_settings.fast_pred_var.on() or gpytorch_settings.skip_posterior_variances.on():
+        if gpytorch_settings.skip_posterior_variances.on():
             return super().exact_predictive_covar(test_test_covar, test_train_covar)
         matrix = self._train_matrix.detach() if gpytorch_settings.detach_test_caches.on() else self._train_matrix
-        cross = to_dense(test_train_covar)
+        cross = to_dense(test_train_covar).masked_fill(self._missing.unsqueeze(-2), 0.0)
         explained = MatmulLinearOperator(cross, -matrix.solve(cross.mT))
         return to_linear_operator(test_test_covar) + explained
 
@@ -150,7 +158,18 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
             flat = x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:])
             tangents = weights.expand(*batch, weights.shape[-1]).reshape(-1, 1, weights.shape[-1])
         shift = linearization.autodiff.linearize(flat).jvp(tangents)
+        _check_shift(shift, x)
         return shift.reshape(*batch, -1)
+
+
+def _check_shift(shift: Tensor, x: Tensor) -> None:
+    finite = torch.isfinite(shift.detach())
+    if not finite.all():
+        points = (~finite.reshape(finite.shape[0], x.shape[-2], -1)).any(-1).nonzero()[:3, -1].unique().tolist()
+        raise ValueError(
+            f"The network's Jacobian is NaN or infinite at some test inputs, of shape {tuple(x.shape)}: first in rows "
+            f"{points}. Check the network's weights and the scale of the inputs."
+        )
 
 
 def _check_targets(inputs: Tensor, targets: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 from linear_operator.operators import AddedDiagLinearOperator, ConstantDiagLinearOperator
 from torch import Size, Tensor
 
-from ..solvers import Solver, Spectrum, System, choose_solver
+from ..solvers import Solver, Spectrum, System, choose_solver, solver_class
 from ._batches import FoldedColumns, flatten_batch
 from ._checks import check_right_hand_side
 
@@ -55,7 +55,8 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
     def solver(self) -> Solver:
         """The solver for this matrix, from the cache or newly built."""
         if self._solver_memo is None:
-            self._solver_memo = self._kept("solver", self._system, choose_solver)
+            system = self._system  # settings may ask for another kind than the one that is kept
+            self._solver_memo = self._kept(f"solver {solver_class(system).__name__}", system, choose_solver)
         return self._solver_memo
 
     def solve(self, right_tensor: Tensor, left_tensor: Tensor | None = None) -> Tensor:

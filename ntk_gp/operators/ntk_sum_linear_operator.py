@@ -2,43 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from gpytorch import settings as gpytorch_settings
 from linear_operator.operators import AddedDiagLinearOperator, DiagLinearOperator, LinearOperator, SumLinearOperator
 from linear_operator.utils.cholesky import psd_safe_cholesky
 from linear_operator.utils.memoize import cached
+from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
 from .. import settings
 from ._checks import check_right_hand_side
 
 
-class NTKSumLinearOperator(SumLinearOperator):
-    """A neural tangent kernel matrix plus others, such as a Matérn kernel's; with noise, it is solved exactly.
-
-    :param linear_ops: The matrices to add.
-    """
-
-    def _mul_constant(self, other: float | Tensor) -> LinearOperator:
-        return self.__class__(*(operator._mul_constant(other) for operator in self.linear_ops))
-
-    def add_diagonal(self, diag: Tensor) -> LinearOperator:
-        return self + super().add_diagonal(diag)._diag_tensor
-
-    def __add__(self, other: Tensor | LinearOperator | float) -> LinearOperator | Tensor:
-        if isinstance(other, DiagLinearOperator):
-            return NTKSumAddedDiagLinearOperator(self, other)
-        added = super().__add__(other)
-        return self.__class__(*added.linear_ops) if type(added) is SumLinearOperator else added
-
-
-class NTKSumAddedDiagLinearOperator(AddedDiagLinearOperator):
-    """Such a sum plus noise. Solves and log-determinants come from one dense Cholesky factor in float64 as long as that
-    fits in :class:`ntk_gp.settings.memory_budget`; beyond, from GPyTorch's conjugate gradients at this package's
-    tolerance.
-
-    :param linear_ops: The :class:`NTKSumLinearOperator` and the :class:`~linear_operator.operators.DiagLinearOperator`.
-    """
+class _DenselySolved(LinearOperator):
+    """Solves and log-determinants by one dense Cholesky factor in float64 as long as that fits in
+    :class:`ntk_gp.settings.memory_budget`; beyond, by GPyTorch's conjugate gradients at this package's tolerance."""
 
     @property
     def _is_dense(self) -> bool:
@@ -47,7 +27,19 @@ class NTKSumAddedDiagLinearOperator(AddedDiagLinearOperator):
 
     @cached(name="float64_factor")
     def _factor(self) -> Tensor:
-        return psd_safe_cholesky(self.to_dense().double())
+        matrix = self.to_dense().double()
+        factor = psd_safe_cholesky(matrix)
+        rounding = torch.finfo(self.dtype).eps * matrix.detach().diagonal(dim1=-2, dim2=-1).amax()
+        smallest = factor.detach().diagonal(dim1=-2, dim2=-1).amin().square()
+        if 0.1 * smallest < rounding:
+            warnings.warn(
+                f"A sum or product of kernels in {self.dtype} with so little noise loses too many digits: what its "
+                f"factorisation leaves falls to {float(smallest):.1e}, and its entries are known to "
+                f"{float(rounding):.1e}. Use float64 inputs and model, or more noise.",
+                NumericalWarning,
+                stacklevel=2,
+            )
+        return factor
 
     def solve(self, right_tensor: Tensor, left_tensor: Tensor | None = None) -> Tensor:
         check_right_hand_side(right_tensor)
@@ -56,7 +48,7 @@ class NTKSumAddedDiagLinearOperator(AddedDiagLinearOperator):
                 return super().solve(right_tensor, left_tensor)
         vector = right_tensor.dim() == 1
         rhs = right_tensor.unsqueeze(-1) if vector else right_tensor
-        solution = torch.cholesky_solve(rhs.double(), self._factor()).to(self.dtype)
+        solution = torch.cholesky_solve(rhs.double(), self._factor()).to(right_tensor.dtype)
         solution = solution.squeeze(-1) if vector else solution
         return solution if left_tensor is None else left_tensor @ solution
 
@@ -78,3 +70,29 @@ class NTKSumAddedDiagLinearOperator(AddedDiagLinearOperator):
         if logdet:
             log_determinant = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(self.dtype)
         return inv_quad, log_determinant
+
+
+class NTKSumLinearOperator(_DenselySolved, SumLinearOperator):
+    """A neural tangent kernel matrix plus others, such as a Matérn kernel's or correlated noise; solved exactly.
+
+    :param linear_ops: The matrices to add.
+    """
+
+    def _mul_constant(self, other: float | Tensor) -> LinearOperator:
+        return self.__class__(*(operator._mul_constant(other) for operator in self.linear_ops))
+
+    def add_diagonal(self, diag: Tensor) -> LinearOperator:
+        return self + super().add_diagonal(diag)._diag_tensor
+
+    def __add__(self, other: Tensor | LinearOperator | float) -> LinearOperator | Tensor:
+        if isinstance(other, DiagLinearOperator):
+            return NTKSumAddedDiagLinearOperator(self, other)
+        added = super().__add__(other)
+        return self.__class__(*added.linear_ops) if type(added) is SumLinearOperator else added
+
+
+class NTKSumAddedDiagLinearOperator(_DenselySolved, AddedDiagLinearOperator):
+    """Such a sum plus noise.
+
+    :param linear_ops: The :class:`NTKSumLinearOperator` and the :class:`~linear_operator.operators.DiagLinearOperator`.
+    """
