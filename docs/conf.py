@@ -8,3 +8,4 @@ html_theme = "furo"
 default_role = "code"
 autodoc_typehints = "none"
 exclude_patterns = ["images"]
+suppress_warnings = ["myst.xref_missing"]  # links to files outside this folder
