@@ -143,7 +143,13 @@ class NTKKernel(Kernel):
 
         A model's prediction caches are its own: call `model.train()` and `model.eval()` after this.
         """
-        self.network = self.network.renewed(network)
+        renewed = self.network.renewed(network)
+        if "raw_variance" in self._parameters and renewed.group_names != self.network.group_names:
+            raise ValueError(
+                f"The network's variance groups are {renewed.group_names}, this kernel's {self.network.group_names}. "
+                "Make a new kernel for a network of another form."
+            )
+        self.network = renewed
         self._linearization = Linearization(self.network, self._engine)
 
     def jacobian(self, x: Tensor) -> JacobianLinearOperator:

@@ -196,6 +196,25 @@ class TestDerivatives:
         for actual, expected in zip(*gradients, strict=True):
             assert_close(actual, expected)
 
+    @pytest.mark.parametrize("moving", ["x1", "x2", "both", "neither"])
+    @pytest.mark.parametrize("indices", [([1, 1, 1], [0, 3, 2]), ([0, 1, 2, 3, 4, 1], [0, 3, 2, 1, 0, 1])])
+    def test_single_entries(self, indices, moving):
+        network = make_network()
+        kernel = ScaleKernel(NTKKernel(network)).double()
+        x1, x2 = randn(5, 3), randn(4, 3)
+        wanted = [*kernel.parameters()]
+        for x, name in ((x1, "x1"), (x2, "x2")):
+            if moving in (name, "both"):
+                wanted.append(x.requires_grad_())
+        rows, columns = (torch.tensor(index) for index in indices)
+        actual = kernel(x1, x2).evaluate_kernel()[rows, columns]
+        expected = (kernel.outputscale * references.kernel(network, x1, x2))[rows, columns]
+        assert_close(actual, expected)
+        weights = randn(len(rows))
+        gradients = torch.autograd.grad(actual @ weights, wanted), torch.autograd.grad(expected @ weights, wanted)
+        for one, other in zip(*gradients, strict=True):
+            assert_close(one, other)
+
     def test_one_set_of_inputs_alone(self):
         """Acquisition functions move the test inputs; the training inputs stay."""
         network, train = make_network(), randn(6, 3)
@@ -352,6 +371,19 @@ class TestState:
         target.load_state_dict(source.state_dict())
         assert not torch.allclose(before, source(x).to_dense())
         assert torch.equal(target(x).to_dense(), source(x).to_dense())
+
+    def test_linearize(self):
+        network, x = make_network(), randn(5, 3)
+        kernel = NTKKernel(network, variance_groups="layer", parameters="*weight")
+        kernel.variance = 2.0
+        kernel(x).to_dense()
+        with torch.no_grad():
+            network[0].weight.mul_(1.5)
+        kernel.linearize(network)
+        jacobian = references.jacobian(network, x, [network[0].weight, network[2].weight])
+        assert_close(kernel(x).to_dense(), 2 * jacobian @ jacobian.mT, 1e-6)
+        with pytest.raises(ValueError, match=r"variance groups are \('0',\), this kernel's \('0', '2'\). Make a new"):
+            kernel.linearize(network[:1])
 
     def test_state_dict_names_are_the_networks(self):
         network = make_network()

@@ -25,9 +25,9 @@ def _in_full_precision(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Of a method whose first argument is a Jacobian: the user's autocast does not reach in."""
 
     @functools.wraps(method)
-    def wrapped(self: Linearization, jacobian: Jacobian, *args: Any) -> Tensor:
+    def wrapped(self: Linearization, jacobian: Jacobian, *args: Any, **kwargs: Any) -> Tensor:
         with full_precision(jacobian.x.device):
-            return method(self, jacobian, *args)
+            return method(self, jacobian, *args, **kwargs)
 
     return wrapped
 
@@ -80,13 +80,13 @@ class Linearization:
         return self._cache.get("jacobian", self._state, (x,), self.engine.linearize)
 
     @_in_full_precision
-    def gram(self, jacobian1: Jacobian, jacobian2: Jacobian, weights: Tensor) -> Tensor:
+    def gram(self, jacobian1: Jacobian, jacobian2: Jacobian, weights: Tensor, keep: bool = True) -> Tensor:
         """J₁ Σ_w J₂ᵀ, (B or W, N₁, N₂), differentiable with respect to the weights (W, G) and the inputs."""
         if jacobian1.x.requires_grad:
             return jacobian1.gram(jacobian2, weights)
         if jacobian2.x.requires_grad:
             return jacobian2.gram(jacobian1, weights).mT
-        if self.keeps_gram(jacobian1, jacobian2):
+        if keep and self.keeps_gram(jacobian1, jacobian2):
             gram = self._kept_gram(jacobian1, jacobian2)
             if self.network.num_groups == 1:
                 return gram * weights.unsqueeze(-1)

@@ -138,7 +138,7 @@ class NTKLinearOperator(LinearOperator):
         outputs = self._outputs
         jacobian1, jacobian2 = self._jacobians
         points, inverse = (index // outputs).unique(return_inverse=True)
-        blocks = jacobian1[points].gram(jacobian2, self._weights)
+        blocks = self.linearization.gram(jacobian1[points], jacobian2, self._weights, keep=False)
         return blocks[0, inverse * outputs + index % outputs]
 
     def _entries(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
