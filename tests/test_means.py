@@ -127,3 +127,57 @@ def test_networks_with_unregistered_tensors():
     )
     network.scale.zero_()
     assert mean(x).abs().min() > 0
+
+
+class TestReuse:
+    """Values at the inputs that the last ones began with are kept: never stale, and no obstacle to anything."""
+
+    @pytest.mark.parametrize("change", [lambda x: x.add_(0.5), lambda x: x.data.add_(0.5), lambda x: x[0].zero_()])
+    def test_inputs_changed_in_place(self, change):
+        network, x = make_network().eval(), randn(5, 3)
+        mean = NetworkMean(network)
+        mean(x), mean(torch.cat([x, randn(2, 3)])), mean(x)
+        change(x)
+        assert torch.equal(mean(x), network(x).squeeze(-1).detach())
+
+    def test_results_changed_in_place(self):
+        network, x = make_network().eval(), randn(5, 3)
+        mean = NetworkMean(network)
+        for _ in range(3):
+            assert torch.equal(mean(x), network(x).squeeze(-1).detach())
+            mean(x).add_(1.0)
+
+    @pytest.mark.parametrize("output", [0, "all"])
+    def test_growing_shrinking_and_other_inputs(self, output):
+        network = make_network(outputs=2).eval()
+        mean, x = NetworkMean(network, output=output), randn(9, 3)
+        batches = torch.stack([torch.cat([x[:5], randn(2, 3)]) for _ in range(4)])
+        for points in (x[:5], x, x[:7], x[3:], batches, x[:5], batches.transpose(0, 1), x[:0], x[:1], x, x.float(), x):
+            expected = (
+                copy.deepcopy(network).to(points.dtype)(points.reshape(-1, 3)).detach().reshape(*points.shape[:-1], 2)
+            )
+            actual = mean(points)
+            assert actual.dtype == points.dtype
+            torch.testing.assert_close(actual, expected if output == "all" else expected[..., 0], rtol=1e-6, atol=1e-6)
+
+    def test_made_in_inference_mode(self):
+        network, x = make_network().eval(), randn(5, 3)
+        mean = NetworkMean(network)
+        with torch.inference_mode():
+            mean(x[:3])
+            mean(x)
+        scale = torch.ones(5, dtype=torch.float64, requires_grad=True)
+        (mean(x) * scale).sum().backward()
+        torch.testing.assert_close(scale.grad, network(x).squeeze(-1).detach(), rtol=0, atol=1e-12)
+
+    def test_other_weights(self):
+        network, x = make_network().eval(), randn(5, 3)
+        mean = NetworkMean(network)
+        before = mean(x)
+        state = {name: 2 * v if v.is_floating_point() else v for name, v in mean.state_dict().items()}
+        other = copy.deepcopy(mean)
+        other.load_state_dict(state)
+        assert not torch.allclose(other(x), before)
+        assert torch.equal(mean(x), before)
+        mean.load_state_dict(state)
+        assert torch.equal(mean(x), other(x))
