@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from linear_operator.operators import AddedDiagLinearOperator, ConstantDiagLinearOperator
+from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Size, Tensor
+from torch.autograd.function import once_differentiable
 
 from ..solvers import Solver, Spectrum, System, choose_solver, solver_class
 from ._batches import FoldedColumns, flatten_batch
@@ -139,8 +141,11 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
         return spectrum.inv_quad_logdet(rhs, weights, noise[:, :1] if constant else torch.ones_like(weights))
 
     def _dense_marginal_terms(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
-        """By autograd through a dense Cholesky factor: inputs that require gradients."""
-        factor = torch.linalg.cholesky(self.to_dense().double())
+        """By autograd through a dense Cholesky factor, all of it in float64: inputs that require gradients."""
+        kernel_matrix = self._linear_op
+        arguments = (kernel_matrix.x1, kernel_matrix.x2, kernel_matrix.variances)
+        gram = kernel_matrix._like(*(tensor.double() for tensor in arguments)).to_dense()
+        factor = psd_safe_cholesky(gram + torch.diag_embed(self._noise_diagonal.double()))
         half = torch.linalg.solve_triangular(factor, rhs.double(), upper=False)
         logdet = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return half.square().sum(-2), logdet
@@ -161,6 +166,7 @@ class _Solve(torch.autograd.Function):
         return solution
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         rhs, solution = ctx.saved_tensors
         adjoint = _solve(ctx.operator, grad)
@@ -191,6 +197,11 @@ class _MarginalTerms(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_inv_quad: Tensor, grad_logdet: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        if torch.is_grad_enabled():  # autograd would take these for constants
+            raise RuntimeError(
+                "The marginal likelihood has no second derivatives (create_graph=True) with several prior variances or "
+                "a learned noise for each point. Take differences of its gradients instead."
+            )
         alpha, weights = ctx.saved_tensors
         solver, function = ctx.solver, ctx.solver.system.jacobian.function
         by_weight, by_noise = solver.logdet_derivatives()
