@@ -126,8 +126,12 @@ class NTKKernel(Kernel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the parameters and of the network, which `.to()` keeps the same; results have the inputs'."""
-        dtypes = {self.network.dtype, *(parameter.dtype for parameter in self.parameters())}
+        """The dtype of the parameters and of the network, which `.to()` keeps the same, single precision at least.
+
+        Results are in the inputs' dtype.
+        """
+        parameters = (torch.promote_types(parameter.dtype, torch.float32) for parameter in self.parameters())
+        dtypes = {self.network.dtype, *parameters}
         if len(dtypes) > 1:
             raise RuntimeError(
                 f"The kernel's parameters have multiple dtypes: {dtypes}. Convert the kernel with .to(dtype)."

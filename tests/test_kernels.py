@@ -437,6 +437,7 @@ class TestState:
         assert kernel.dtype == kernel.raw_variance.dtype == torch.float64
         assert NTKKernel(make_network().half()).dtype == torch.float32
         assert kernel.float().dtype == torch.float32
+        assert kernel.half().dtype == torch.float32
         assert kernel.device == torch.device("cpu")
 
 
