@@ -41,25 +41,32 @@ class AdaptedGP(gpytorch.models.ExactGP):
 
 
 def make_gp(
-    x: Tensor, y: Tensor, mean: gpytorch.means.Mean, *kernels: gpytorch.kernels.Kernel, noise_share: float = 0.01
+    x: Tensor,
+    y: Tensor,
+    mean: gpytorch.means.Mean,
+    *kernels: gpytorch.kernels.Kernel,
+    noise_share: float = 0.01,
+    prior_width: float = 2.0,
 ) -> AdaptedGP:
     """A GP whose kernel is a sum, each term with an outputscale, started from the data and under weak priors.
 
     A network's tangent kernel has a scale of its own: its diagonal is the squared norm of the gradient, in the hundreds
-    for this network. So the outputscales start where the prior variance is what the mean leaves unexplained, and the
-    noise at a share of that; log-normal priors around these values, two e-folds wide, keep the fit sane.
+    for this network. So noise and outputscales start where, together, they are as large as what the mean leaves
+    unexplained, the noise at `noise_share` of it. Log-normal priors around these values, `prior_width` e-folds wide,
+    keep the fit sane.
     """
     with torch.no_grad():
         unexplained = (y - mean(x)).square().mean()
-        scales = [unexplained / len(kernels) / kernel(x, diag=True).mean() for kernel in kernels]
+        signal = (1 - noise_share) * unexplained / len(kernels)
+        scales = [signal / kernel(x, diag=True).mean() for kernel in kernels]
     terms = []
     for kernel, scale in zip(kernels, scales, strict=True):
-        prior = gpytorch.priors.LogNormalPrior(scale.log(), 2.0)
+        prior = gpytorch.priors.LogNormalPrior(scale.log(), prior_width)
         terms.append(gpytorch.kernels.ScaleKernel(kernel, outputscale_prior=prior))
         terms[-1].outputscale = scale
     gp = AdaptedGP(x, y, mean, sum(terms[1:], start=terms[0]))
     noise = noise_share * unexplained
-    gp.likelihood.register_prior("noise_prior", gpytorch.priors.LogNormalPrior(noise.log(), 2.0), "noise")
+    gp.likelihood.register_prior("noise_prior", gpytorch.priors.LogNormalPrior(noise.log(), prior_width), "noise")
     gp.likelihood.noise = noise
     return gp
 
