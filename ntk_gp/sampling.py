@@ -28,28 +28,44 @@ class LinearizedFunctions(nn.Module):
     :param weights: (k, P), float64.
     :param mean_module: The prior mean m.
     :param active_dims: The columns of the inputs that the network sees.
+    :param input_transform: Applied to x first, as BoTorch's models do.
+    :param outcome_transform: Undone on the functions' values, as BoTorch's models do.
     """
 
     weights: Tensor
     active_dims: Tensor | None
 
     def __init__(
-        self, network: FrozenNetwork, weights: Tensor, mean_module: nn.Module, active_dims: Tensor | None = None
+        self,
+        network: FrozenNetwork,
+        weights: Tensor,
+        mean_module: nn.Module,
+        active_dims: Tensor | None = None,
+        input_transform: nn.Module | None = None,
+        outcome_transform: nn.Module | None = None,
     ):
         super().__init__()
         self.network = network
         self.mean_module = mean_module
         self.register_buffer("weights", weights)
         self.register_buffer("active_dims", active_dims)
+        self.input_transform = input_transform
+        self.outcome_transform = outcome_transform
         self._linearization = Linearization(network)
 
     def forward(self, x: Tensor) -> Tensor:
         """(*batch, n, d) to (k, *batch, n), or (k, *batch, n, C) for all of a network's outputs."""
+        x = x if self.input_transform is None else self.input_transform(x)
         mean = self.mean_module(x)
         columns = x if self.active_dims is None else x.index_select(-1, self.active_dims)
         flat = columns.reshape(1, -1, columns.shape[-1])
         shift = self._linearization.autodiff.linearize(flat).jvp(self.weights.to(x).unsqueeze(0))
-        return mean + shift.reshape(len(self.weights), *mean.shape)
+        values = mean + shift.reshape(len(self.weights), *mean.shape)
+        if self.outcome_transform is None:
+            return values
+        if mean.dim() < x.dim():
+            return self.outcome_transform.untransform(values.unsqueeze(-1))[0].squeeze(-1)
+        return self.outcome_transform.untransform(values)[0]
 
 
 class LinearizedNetwork(nn.Module):
@@ -93,12 +109,11 @@ def draw_functions(
     :param generator: The source of randomness. (Default: torch's own, on the CPU.)
     :return: A module that maps (*batch, n, d) to (k, *batch, n).
     :raises TypeError: If the kernel is of another kind.
+    :raises ValueError: If the model has batches, or its `forward` does more than apply mean and kernel to its inputs.
     """
     kernel = _ntk_kernel(model.covar_module)
     strategy = _prediction_strategy(model)
     system = strategy.solver.system
-    if system.batch > 1:
-        raise ValueError(f"Functions can be drawn from a model without batches, but this one has {system.batch}.")
     device = system.x.device
     roots = system.parameter_variances.sqrt()
     weights = _normal((num_functions, system.num_parameters), generator, device) * roots
@@ -106,7 +121,14 @@ def draw_functions(
         noise = _normal((num_functions, system.num_rows), generator, device) * system.noise.sqrt()
         residual = strategy.residual.reshape(1, -1) - system.jacobian.jvp(weights.unsqueeze(0))[0] - noise
         weights = weights + strategy.solver.mean_weights(residual.unsqueeze(0))[0]
-    return LinearizedFunctions(kernel.network, weights, model.mean_module, kernel.active_dims)
+    return LinearizedFunctions(
+        kernel.network,
+        weights,
+        model.mean_module,
+        model.covar_module.active_dims,
+        getattr(model, "input_transform", None),
+        getattr(model, "outcome_transform", None),
+    )
 
 
 def adapted_network(model: ExactGP) -> LinearizedNetwork:
@@ -115,16 +137,28 @@ def adapted_network(model: ExactGP) -> LinearizedNetwork:
     :param model: An :class:`~gpytorch.models.ExactGP` in eval mode with a :class:`~ntk_gp.means.NetworkMean` and an
         :class:`~ntk_gp.kernels.NTKKernel` (scaled or not) of the same network, without batches.
     :raises TypeError: If mean or kernel are of another kind.
+    :raises ValueError: If they are of different networks, or the model does more than apply them to its inputs.
     """
-    kernel = _ntk_kernel(model.covar_module)
-    if not isinstance(model.mean_module, NetworkMean):
-        raise TypeError(f"Expected a NetworkMean as the model's mean, got {type(model.mean_module).__name__}.")
-    weights = _prediction_strategy(model).mean_weights
-    if weights.shape[:-1].numel() > 1:
-        raise ValueError(f"Expected a model without batches, got weights of shape {tuple(weights.shape)}.")
-    if kernel.active_dims is not None:
-        raise ValueError("A kernel with active_dims sees only some inputs: call model(x) instead.")
-    return LinearizedNetwork(kernel.network, weights.reshape(-1))
+    kernel, mean = _ntk_kernel(model.covar_module), model.mean_module
+    if not isinstance(mean, NetworkMean):
+        raise TypeError(f"Expected a NetworkMean as the model's mean, got {type(mean).__name__}.")
+    if not _same_network(kernel.network, mean.network):
+        raise ValueError(
+            "Expected mean and kernel of the same network, with the same output and input_shape; they differ. Make "
+            "both from one network, or call model(x) instead."
+        )
+    if model.covar_module.active_dims is not None or mean.active_dims is not None:
+        raise ValueError("A kernel or mean with active_dims sees only some inputs: call model(x) instead.")
+    if any(getattr(model, name, None) is not None for name in ("input_transform", "outcome_transform")):
+        raise ValueError("A model that transforms inputs or outcomes is more than a network: call model.posterior(x).")
+    return LinearizedNetwork(kernel.network, _prediction_strategy(model).mean_weights)
+
+
+def _same_network(one: FrozenNetwork, other: FrozenNetwork) -> bool:
+    if (one.output, one.input_shape) != (other.output, other.input_shape):
+        return False
+    tensors, others = dict(one.named_buffers()), dict(other.named_buffers())
+    return tensors.keys() == others.keys() and all(torch.equal(tensors[name], others[name]) for name in tensors)
 
 
 def _ntk_kernel(kernel: Kernel) -> NTKKernel:
@@ -146,7 +180,28 @@ def _prediction_strategy(model: ExactGP) -> NTKPredictionStrategy:
     strategy = model.prediction_strategy
     if not isinstance(strategy, NTKPredictionStrategy):
         raise TypeError(f"The model predicts by a {type(strategy).__name__}; an NTKPredictionStrategy was expected.")
+    _check_is_plain(model, strategy)
     return strategy
+
+
+def _check_is_plain(model: ExactGP, strategy: NTKPredictionStrategy) -> None:
+    """Functions of weights stand for the model only where it has no batches and its prior is mean and kernel of x."""
+    system, x = strategy.solver.system, strategy.train_inputs[0]
+    if system.batch > 1 or strategy.residual.dim() > 1:
+        raise ValueError(
+            f"Expected a model without batches, got one with inputs of shape {tuple(x.shape)} and targets of shape "
+            f"{tuple(strategy.train_labels.shape)}."
+        )
+    dims = model.covar_module.active_dims
+    seen = x if dims is None else x.index_select(-1, dims)
+    mean = model.mean_module(x).reshape(-1)
+    if not torch.equal(system.x, seen.double().reshape(system.x.shape)) or not torch.allclose(
+        mean, strategy.train_prior_dist.loc.reshape(-1)
+    ):
+        raise ValueError(
+            "The model's forward does more than apply mean_module and covar_module to its inputs. Put what it does "
+            "into the network, and linearise that."
+        )
 
 
 def _normal(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
