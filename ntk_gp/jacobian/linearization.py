@@ -177,7 +177,8 @@ class Linearization:
         new.network = copy.deepcopy(self.network, memo)
         new.autodiff = copy.deepcopy(self.autodiff, memo)
         new.engine = copy.deepcopy(self.engine, memo)
-        new._cache = self._cache  # entries say which state of the network they belong to
+        # Entries and solvers say which state of the network they belong to.
+        new._cache, new.solvers = self._cache, self.solvers
         return new
 
 

@@ -11,6 +11,7 @@ from torch import Size, Tensor
 from torch.autograd.function import once_differentiable
 
 from ..solvers import Solver, Spectrum, System, choose_solver, solver_class
+from ..solvers.iterative import IterativeSolver
 from ._batches import FoldedColumns, flatten_batch
 from ._checks import check_right_hand_side
 
@@ -215,7 +216,10 @@ class _MarginalTerms(torch.autograd.Function):
 
 
 def _spectrum_fits(system: System) -> bool:
-    return system.fits(3.0 * system.x.shape[0] * min(system.num_rows, system.num_parameters) ** 2)
+    """Whether to factorise at all, and the memory for it."""
+    return solver_class(system) is not IterativeSolver and system.fits(
+        3.0 * system.x.shape[0] * min(system.num_rows, system.num_parameters) ** 2
+    )
 
 
 def _distinct_rows(rows: Tensor) -> Tensor:
