@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import statistics
 import subprocess
 import sys
 import textwrap
@@ -52,7 +51,7 @@ def machine_line() -> str:
 
 
 def gemm_rate(threads: int, size: int = 4096) -> float:
-    """Flops per second of a float32 matrix product on this many cores, in a process of its own."""
+    """Flops per second of a float32 matrix product on this many cores: the best of several, in a process of its own."""
     script = (
         "import torch, time\n"
         f"torch.set_num_threads({threads}); a, b = torch.randn(2, {size}, {size})\n"
@@ -60,7 +59,7 @@ def gemm_rate(threads: int, size: int = 4096) -> float:
         "    start = time.perf_counter(); a @ b; print(time.perf_counter() - start)"
     )
     printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
-    return 2.0 * size**3 / statistics.median(map(float, printed.split()[1:]))
+    return 2.0 * size**3 / min(map(float, printed.split()))
 
 
 def median(row: dict, column: str) -> float | None:
