@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from linear_operator.operators import AddedDiagLinearOperator, ConstantDiagLinearOperator
+from linear_operator.operators import (
+    AddedDiagLinearOperator,
+    ConstantDiagLinearOperator,
+    DiagLinearOperator,
+    LinearOperator,
+)
 from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Size, Tensor
 from torch.autograd.function import once_differentiable
@@ -31,6 +36,11 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
     """
 
     _solver_memo: Solver | None = None
+
+    def __add__(self, other: Tensor | LinearOperator | float) -> LinearOperator | Tensor:
+        if isinstance(other, DiagLinearOperator):
+            return super().__add__(other)
+        return (self._linear_op + other) + self._diag_tensor
 
     def _kept(self, kind: str, system: System, build: Any) -> Any:
         """What was built for an equal system before: operators are rebuilt at every call, the linearization stays."""
@@ -173,7 +183,9 @@ class _Solve(torch.autograd.Function):
         adjoint = _solve(ctx.operator, grad)
         representation_grads: tuple[Tensor | None, ...] = (None,) * len(ctx.operator.representation())
         if any(ctx.needs_input_grad[2:]):
-            representation_grads = ctx.operator._bilinear_derivative(-adjoint, solution)
+            # Symmetric, as upstream has it: x₁ and x₂ then take half of the derivative each.
+            left, right = torch.cat([adjoint, solution], -1), torch.cat([solution, adjoint], -1)
+            representation_grads = ctx.operator._bilinear_derivative(left, right.mul(-0.5))
         return None, adjoint.sum_to_size(rhs.shape), *representation_grads
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-from linear_operator.operators import LinearOperator
+from linear_operator.operators import DenseLinearOperator, LinearOperator
 from linear_operator.utils.getitem import IndexType
 from linear_operator.utils.memoize import cached
 from torch import Size, Tensor
 
 from .. import settings
 from ..solvers import LanczosVariance, Solver
+from ._batches import expand, select
 
 _NO_BATCH = Size()
 
@@ -29,8 +30,8 @@ class NTKPosteriorLinearOperator(LinearOperator):
     def __init__(self, x1: Tensor, x2: Tensor, *, source: Solver | LanczosVariance, batch_shape: Size = _NO_BATCH):
         shape = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2])
         same = x1 is x2
-        x1 = x1.expand(*shape, *x1.shape[-2:])
-        x2 = x1 if same else x2.expand(*shape, *x2.shape[-2:])
+        x1 = expand(x1, shape)
+        x2 = x1 if same else expand(x2, shape)
         super().__init__(x1, x2, source=source, batch_shape=batch_shape)
         self.x1 = x1
         self.x2 = x2
@@ -51,12 +52,16 @@ class NTKPosteriorLinearOperator(LinearOperator):
         return self._like(self.x2, self.x1)
 
     def _expand_batch(self, batch_shape: Size | list[int]) -> NTKPosteriorLinearOperator:
-        x1 = self.x1.expand(*batch_shape, *self.x1.shape[-2:])
-        return self._like(x1, x1 if self.x2 is self.x1 else self.x2.expand(*batch_shape, *self.x2.shape[-2:]))
+        x1 = expand(self.x1, batch_shape)
+        return self._like(x1, x1 if self.x2 is self.x1 else expand(self.x2, batch_shape))
 
     @property
     def _is_square_of_one_set(self) -> bool:
-        return self.x1 is self.x2 or (self.x1.shape == self.x2.shape and torch.equal(self.x1, self.x2))
+        if self.x1 is self.x2:
+            return True
+        if self.x1.requires_grad or self.x2.requires_grad:  # each has a gradient of its own
+            return False
+        return self.x1.shape == self.x2.shape and torch.equal(self.x1, self.x2)
 
     @cached(name="posterior_diagonal")
     def _diagonal(self) -> Tensor:
@@ -92,14 +97,31 @@ class NTKPosteriorLinearOperator(LinearOperator):
         return self.to_dense() @ rhs
 
     def _getitem(self, row_index: IndexType, col_index: IndexType, *batch_indices: IndexType) -> LinearOperator:
-        if self._outputs != 1 or (self.train_batch_shape and batch_indices and not _keeps(batch_indices)):
-            return super()._getitem(row_index, col_index, *batch_indices)
-        x1, x2 = (x[(*batch_indices, slice(None), slice(None))] for x in (self.x1, self.x2))
-        return self._like(x1[..., row_index, :], x2[..., col_index, :])
+        if self._outputs != 1 or (self.train_batch_shape and not all(index == slice(None) for index in batch_indices)):
+            return self._dense._getitem(row_index, col_index, *batch_indices)
+        x1 = select(self.x1, batch_indices, row_index)
+        same = self.x2 is self.x1 and _same_index(row_index, col_index)
+        return self._like(x1, x1 if same else select(self.x2, batch_indices, col_index))
+
+    def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
+        return self._dense._get_indices(row_index, col_index, *batch_indices)
+
+    def _permute_batch(self, *dims: int) -> LinearOperator:
+        return self._dense._permute_batch(*dims) if self.train_batch_shape else super()._permute_batch(*dims)
+
+    def _unsqueeze_batch(self, dim: int) -> LinearOperator:
+        return self._dense._unsqueeze_batch(dim) if self.train_batch_shape else super()._unsqueeze_batch(dim)
+
+    @property
+    def _dense(self) -> DenseLinearOperator:
+        """For what the batches of the training data leave no other way to."""
+        return DenseLinearOperator(self.to_dense())
 
 
-def _keeps(batch_indices: tuple[IndexType, ...]) -> bool:
-    return all(index == slice(None) for index in batch_indices)
+def _same_index(one: IndexType, other: IndexType) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or (one.shape == other.shape and torch.equal(one, other))
+    return isinstance(one, slice) and one == other
 
 
 def _one_batch_dimension(x: Tensor, train_batch_shape: Size) -> Tensor:

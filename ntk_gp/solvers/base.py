@@ -14,6 +14,8 @@ from .system import System
 class Solver(ABC):
     """One way to solve with a :class:`System`; everything in float64, batches first.
 
+    Operators carry it by reference: it must have no method of a tensor's that converts (`to`, `half`, `clone`, …).
+
     The posterior covariance is k(x, x') − c(x)ᵀ c(x') in function space, and c(x)ᵀ c(x') in weight space; c has t rows.
 
     :param system: K + D.

@@ -29,7 +29,7 @@ class FunctionSpaceSolver(Solver):
             return None
         added = system.rows_after(self.system)
         old, new = self.system.num_rows, system.num_rows
-        half = self.half(added.jacobian)
+        half = self.half_at(added.jacobian)
         schur = added.dense() - half.mT @ half
         factor = torch.zeros(system.batch, new, new, dtype=torch.float64, device=system.x.device)
         factor[:, :old, :old] = self.cholesky
@@ -60,7 +60,7 @@ class FunctionSpaceSolver(Solver):
     def half_size(self) -> int:
         return self.system.num_rows
 
-    def half(self, jacobian: Jacobian) -> Tensor:
+    def half_at(self, jacobian: Jacobian) -> Tensor:
         """L⁻¹ K(X, x)."""
         return torch.linalg.solve_triangular(self.cholesky, self._cross(jacobian), upper=False)
 
@@ -74,14 +74,14 @@ class FunctionSpaceSolver(Solver):
 
     def covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
         prior = jacobian1.gram(jacobian2, self.system.weights)
-        half1 = self.half(jacobian1)
-        half2 = half1 if jacobian2 is jacobian1 else self.half(jacobian2)
+        half1 = self.half_at(jacobian1)
+        half2 = half1 if jacobian2 is jacobian1 else self.half_at(jacobian2)
         return prior - half1.mT @ half2
 
     def variance(self, jacobian: Jacobian) -> Tensor:
         prior = jacobian.diagonal(self.system.weights)
         # What rounding leaves below zero is zero as far as float64 can tell.
-        return (prior - self.half(jacobian).square().sum(-2)).clamp_min(0.0)
+        return (prior - self.half_at(jacobian).square().sum(-2)).clamp_min(0.0)
 
 
 def _cholesky_in_place(system: System) -> Tensor:

@@ -93,17 +93,17 @@ class WeightSpaceSolver(Solver):
     def half_size(self) -> int:
         return self.system.num_parameters
 
-    def half(self, jacobian: Jacobian) -> Tensor:
+    def half_at(self, jacobian: Jacobian) -> Tensor:
         """M⁻¹ Φ(x)ᵀ."""
         return torch.linalg.solve_triangular(self.cholesky, self._whiten(jacobian.rows()).mT, upper=False)
 
     def covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
-        half1 = self.half(jacobian1)
-        half2 = half1 if jacobian2 is jacobian1 else self.half(jacobian2)
+        half1 = self.half_at(jacobian1)
+        half2 = half1 if jacobian2 is jacobian1 else self.half_at(jacobian2)
         return half1.mT @ half2
 
     def variance(self, jacobian: Jacobian) -> Tensor:
-        return self.half(jacobian).square().sum(-2)
+        return self.half_at(jacobian).square().sum(-2)
 
 
 def feature_moment(system: System) -> Tensor:
