@@ -1,10 +1,23 @@
 """Trained PyTorch networks as Gaussian processes, adapted to a new domain in closed form; an extension of GPyTorch."""
 
 from . import settings
+from .jacobian.rules import register_rule
 from .kernels import NTKKernel
 from .means import NetworkMean
 from .operators import JacobianLinearOperator, NTKLinearOperator
+from .sampling import LinearizedFunctions, LinearizedNetwork, adapted_network, draw_functions
 
 __version__ = "0.1.0"
 
-__all__ = ["JacobianLinearOperator", "NTKKernel", "NTKLinearOperator", "NetworkMean", "settings"]
+__all__ = [
+    "JacobianLinearOperator",
+    "LinearizedFunctions",
+    "LinearizedNetwork",
+    "NTKKernel",
+    "NTKLinearOperator",
+    "NetworkMean",
+    "adapted_network",
+    "draw_functions",
+    "register_rule",
+    "settings",
+]

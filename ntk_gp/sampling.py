@@ -7,6 +7,8 @@ Gaussian process posteriors", ICML 2020; exact here, since the prior has finitel
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from gpytorch import settings as gpytorch_settings
 from gpytorch.kernels import Kernel, ScaleKernel
@@ -42,7 +44,7 @@ class LinearizedFunctions(nn.Module):
         mean_module: nn.Module,
         active_dims: Tensor | None = None,
         input_transform: nn.Module | None = None,
-        outcome_transform: nn.Module | None = None,
+        outcome_transform: Any = None,
     ):
         super().__init__()
         self.network = network
