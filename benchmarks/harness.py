@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import statistics
 import subprocess
@@ -49,17 +50,20 @@ class Cell:
 
 
 class Worker:
-    """One process, started anew for the next case if it was killed in the last one.
+    """One process, started and prepared anew if an operation was the end of it.
 
     :param column: What it runs.
     :param threads: Of every BLAS and OpenMP pool, and cores that the process may use.
+    :param limit: A request that takes more seconds ends the process.
     """
 
-    def __init__(self, column: Column, threads: int):
+    def __init__(self, column: Column, threads: int, limit: float):
         self.column = column
         self.threads = threads
+        self.limit = limit
         self.python = peers.interpreter(column.environment)
         self.process: subprocess.Popen | None = None
+        self.preparation: dict = {}
 
     @property
     def missing(self) -> str:
@@ -72,9 +76,16 @@ class Worker:
             return {"blank": self.missing}
         if self.process is None:
             self.process = self._start()
+            if request["action"] != "prepare":
+                self.ask(**self.preparation)
+        if request["action"] == "prepare":
+            self.preparation = request
         try:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
+            ready, _, _ = select.select([self.process.stdout], [], [], self.limit)
+            if not ready:
+                return self._kill()
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
@@ -90,6 +101,12 @@ class Worker:
             self.process.stdin.close()
             self.process.wait()
             self.process = None
+
+    def _kill(self) -> dict:
+        self.process.kill()
+        self.process.wait()
+        self.process = None
+        return {"failed": f"took more than {self.limit:g} s"}
 
     def _start(self) -> subprocess.Popen:
         command = [self.python, "-m", "benchmarks.worker", self.column.module, self.column.class_name]
@@ -131,11 +148,13 @@ class Timing:
     :param threads: Of every process, one after the other.
     :param repeats: Timings of each cell; with 0, the first call's is the only one.
     :param slowest: A cell whose first call took longer than this many seconds has that as its only timing.
+    :param limit: A call that takes more seconds is given up.
     """
 
     threads: int
     repeats: int
     slowest: float
+    limit: float = 900.0
 
 
 def measure(
@@ -150,7 +169,7 @@ def measure(
     :param description: What the columns' `prepare` is told, beside the arrays.
     :return: A row for each operation: its title, the number of threads and the cells.
     """
-    workers = [Worker(column, timing.threads) for column in columns]
+    workers = [Worker(column, timing.threads, timing.limit) for column in columns]
     rows = []
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "case.npz"

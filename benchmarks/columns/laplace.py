@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from .torch_base import TorchColumn
 
-BATCH_SIZE = 1000  # every pair of batches takes a new Jacobian, so large ones are quicker
-BACKENDS = {"backpack": BackPackGGN, "curvlinops": CurvlinopsGGN}
+# Each with the quicker batch size of 250 and 1,000: every pair of batches takes a new Jacobian.
+BACKENDS = {"backpack": (BackPackGGN, 1000), "curvlinops": (CurvlinopsGGN, 250)}
 
 
 class LaplaceColumn(TorchColumn):
@@ -23,7 +23,7 @@ class LaplaceColumn(TorchColumn):
 
     def __init__(self, backend: str):
         super().__init__()
-        self.backend = BACKENDS[backend]
+        self.backend, self.batch_size = BACKENDS[backend]
 
     def posterior(self, arrays: dict[str, np.ndarray], noise: float) -> Callable:
         """Fit, then mean and variance at the test inputs. The mean is NaN: it would be the unadapted network's."""
@@ -39,7 +39,7 @@ class LaplaceColumn(TorchColumn):
                 prior_precision=1.0,
                 backend=self.backend,
             )
-            model.fit(DataLoader(data, batch_size=BATCH_SIZE))
+            model.fit(DataLoader(data, batch_size=self.batch_size))
             mean, variance = model(x_test)
             return torch.full_like(mean, torch.nan).flatten(), variance.flatten()
 
