@@ -26,7 +26,7 @@ Self = TypeVar("Self", bound="Term")
 
 
 # Elements of one intermediate result: it stays in a core's cache, and the calls are still long enough to be efficient.
-_CACHE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
+_CACHE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
 class Term(ABC):
