@@ -15,6 +15,7 @@ from linear_operator.operators import (
 from linear_operator.utils.memoize import cached
 from torch import Size, Tensor
 
+from .network import normal_tensor
 from .operators import NTKAddedDiagLinearOperator, NTKLinearOperator
 from .operators._batches import FoldedColumns
 from .operators.ntk_posterior_linear_operator import NTKPosteriorLinearOperator
@@ -63,19 +64,24 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
     @cached(name="solver")
     def solver(self) -> Solver:
         """The solver for K + D, built once."""
-        return self._train_matrix.solver
+        with torch.inference_mode(False):  # predictions with gradients may follow
+            return self._train_matrix.solver
 
     @property
     @cached(name="fast_variance")
     def fast_variance(self) -> LanczosVariance:
         """The low-rank factor that serves variances when `gpytorch.settings.fast_pred_var` is on, built once."""
-        return LanczosVariance(self.solver.system)
+        with torch.inference_mode(False):
+            return LanczosVariance(self.solver.system)
 
     @property
     @cached(name="mean_weights")
     def mean_weights(self) -> Tensor:
         """ŵ, (*batch, P) in float64."""
-        residual = self.residual
+        with torch.inference_mode(False):
+            return self._mean_weights(normal_tensor(self.residual))
+
+    def _mean_weights(self, residual: Tensor) -> Tensor:
         batch = residual.shape[:-1]
         if self.solver.system.batch > 1:
             # Targets may have more batches than the system: they are more right-hand sides for it.

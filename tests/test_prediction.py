@@ -311,6 +311,21 @@ class TestDerivatives:
 
     @pytest.mark.parametrize("n", [SMALL, LARGE])
     @pytest.mark.parametrize("fast", [False, True])
+    def test_after_predictions_in_inference_mode(self, n, fast):
+        net, (x, y) = network(), data(n)
+        expected, model = (AdaptedGP(x, y, net, scaled(net), gaussian(0.05)).eval() for _ in range(2))
+        gradients = []
+        with gpytorch.settings.fast_pred_var(fast):
+            with torch.inference_mode():
+                model(data(5, seed=1)[0]).variance  # noqa: B018
+            for one in (expected, model):
+                test_x = data(4, seed=2)[0].requires_grad_()
+                posterior = one(test_x)
+                gradients += torch.autograd.grad(posterior.mean.sum() + posterior.variance.sum(), test_x)
+        assert_close(gradients[1], gradients[0], 1e-10)
+
+    @pytest.mark.parametrize("n", [SMALL, LARGE])
+    @pytest.mark.parametrize("fast", [False, True])
     def test_with_respect_to_hyperparameters(self, n, fast):
         """Caches with a graph: `detach_test_caches(False)`."""
         net, (x, y), test_x = network(), data(n), data(5, seed=1)[0]

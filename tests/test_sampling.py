@@ -9,7 +9,7 @@ import torch
 from gpytorch.kernels import MaternKernel, ScaleKernel
 from torch import Tensor, nn
 
-from ntk_gp import NTKKernel
+from ntk_gp import NetworkMean, NTKKernel
 from ntk_gp.sampling import LinearizedNetwork, adapted_network, draw_functions
 from tests import references
 from tests.adapted import LARGE, SMALL, AdaptedGP, assert_close, closed_form, data, network
@@ -129,6 +129,28 @@ class TestFunctions:
         functions = draw_functions(model, 20000, generator=seeded())
         assert (functions(test_x).mean(0) - model(test_x).mean).abs().max() <= 0.1
 
+    def test_botorch_transforms(self):
+        botorch = pytest.importorskip("botorch")
+        net, (x, y), test_x = network(), data(SMALL), data(4, seed=1)[0]
+        model = botorch.models.SingleTaskGP(
+            x,
+            100.0 + 30.0 * y.unsqueeze(-1),
+            mean_module=NetworkMean(net),
+            covar_module=ScaleKernel(NTKKernel(net)),
+            input_transform=botorch.models.transforms.Normalize(3),
+            outcome_transform=botorch.models.transforms.Standardize(1),
+        ).eval()
+        k = 4000
+        draws = draw_functions(model, k, generator=seeded())(test_x)
+        posterior = model.posterior(test_x)
+        mean, variance = posterior.mean.squeeze(-1), posterior.variance.squeeze(-1)
+        assert ((draws.mean(0) - mean).abs() <= 4.5 * (variance / k).sqrt()).all()
+        assert ((draws.var(0) - variance).abs() <= 4.5 * (2 / k) ** 0.5 * variance).all()
+        functions = draw_functions(model, 2, generator=seeded())
+        assert_close(functions(test_x.reshape(2, 2, 3)), functions(test_x).reshape(2, 2, 2), 1e-10)
+        with pytest.raises(ValueError, match="transforms"):
+            adapted_network(model)
+
     def test_before_and_after_predictions(self):
         net, (x, y), test_x = network(), data(SMALL), data(5, seed=1)[0]
         model = model_of(net, x, y)
@@ -164,8 +186,6 @@ class TestAdaptedNetwork:
         x, y = data(SMALL)
         model = AdaptedGP(x, y, network())
         model.mean_module = gpytorch.means.ConstantMean().double()
-        from ntk_gp import NetworkMean
-
         model.mean_module = NetworkMean(net, input_shape=(1, 3))
         model.covar_module = NTKKernel(net, input_shape=(1, 3))
         model.eval()

@@ -19,6 +19,7 @@ from ..solvers import Solver, Spectrum, System, choose_solver, solver_class
 from ..solvers.iterative import IterativeSolver
 from ._batches import FoldedColumns, flatten_batch
 from ._checks import check_right_hand_side
+from .ntk_sum_linear_operator import NTKSumLinearOperator
 
 # Up to this size one eigendecomposition takes seconds, and the first step of fitting may as well do it.
 _ALWAYS_DECOMPOSED = 4000
@@ -75,7 +76,7 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
     def solve(self, right_tensor: Tensor, left_tensor: Tensor | None = None) -> Tensor:
         check_right_hand_side(right_tensor)
         if not self._is_positive:
-            return super().solve(right_tensor, left_tensor)
+            return self._as_sum.solve(right_tensor, left_tensor)
         vector = right_tensor.dim() == 1
         rhs = right_tensor.unsqueeze(-1) if vector else right_tensor
         solution = _Solve.apply(self, rhs, *self.representation())
@@ -86,6 +87,11 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
     def _is_positive(self) -> bool:
         """Whether K + D is positive definite by its construction, as every solver here assumes."""
         return bool((self._diag_tensor._diag > 0).all() and (self._linear_op.variances >= 0).all())
+
+    @property
+    def _as_sum(self) -> LinearOperator:
+        """The same matrix, solved densely, with jitter where it needs that: for noise that is not positive."""
+        return NTKSumLinearOperator(self._linear_op) + self._diag_tensor
 
     def inv_quad_logdet(
         self, inv_quad_rhs: Tensor | None = None, logdet: bool | None = False, reduce_inv_quad: bool | None = True
@@ -98,7 +104,7 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
         rhs = rhs.unsqueeze(-1) if rhs.dim() == 1 else rhs
         terms = self._marginal_terms(rhs)
         if terms is None:
-            return super().inv_quad_logdet(inv_quad_rhs, logdet, reduce_inv_quad)
+            return self._as_sum.inv_quad_logdet(inv_quad_rhs, logdet, reduce_inv_quad)
         inv_quad, log_determinant = terms
         empty = torch.zeros(self.batch_shape, dtype=self.dtype, device=self.device)
         if reduce_inv_quad or (inv_quad_rhs is not None and inv_quad_rhs.dim() == 1):

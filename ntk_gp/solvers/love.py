@@ -97,7 +97,8 @@ def _inverse_root(system: System) -> Tensor:
         for _ in range(2):  # once more against rounding
             image = image - q @ (q.mT @ image)
         norm = image.norm()
-        exhausted = bool(norm <= 1e-10 * diagonal[0])
+        # Nothing is left but rounding. Less would not do: noise far below the largest eigenvalue still counts.
+        exhausted = step == system.num_rows or bool(norm <= 10 * torch.finfo(norm.dtype).eps * diagonal[0])
         if not fixed and (step % _STEPS_BETWEEN_CHECKS == 0 or exhausted):
             half = torch.linalg.solve_triangular(_factor(diagonal, off_diagonal), q.mT @ cross, upper=False)
             variance = (prior - half.square().sum(0)).clamp_min(torch.finfo(prior.dtype).tiny)

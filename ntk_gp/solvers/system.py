@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import settings
 from ..jacobian.base import Jacobian
 from ..jacobian.linearization import Linearization
+from ..network import normal_tensor
 
 
 class System:
@@ -27,9 +28,7 @@ class System:
 
     def __init__(self, linearization: Linearization, x: Tensor, weights: Tensor, noise: Tensor):
         self.linearization = linearization
-        self.x = x.detach().double()
-        self.weights = weights.detach().double()
-        self.noise = noise.detach().double()
+        self.x, self.weights, self.noise = (normal_tensor(tensor.detach()).double() for tensor in (x, weights, noise))
         self.state = linearization.network.fingerprint()
 
     def __getstate__(self) -> dict:

@@ -169,13 +169,16 @@ class TestWhatItBecomes:
             assert_close(multiple.solve(rhs), torch.linalg.solve(2 * dense(), rhs))
 
     def test_without_noise_it_is_still_solved(self):
-        """K alone has rank 41 at most: more points than that need jitter, and GPyTorch says so."""
-        operator, _, _ = make(SMALL, requires_grad=False)
-        kernel_matrix = operator._linear_op
-        matrix = kernel_matrix.to_dense()
-        total = kernel_matrix + DiagLinearOperator(torch.zeros(SMALL, dtype=torch.float64))
-        rhs = matrix @ torch.randn(SMALL, 2, dtype=torch.float64)
-        assert_close(matrix @ total.solve(rhs), rhs, 1e-6)
+        """Past the sizes that GPyTorch factorises, where K is invertible."""
+        net = network(inputs=100, width=30)
+        x = torch.randn(850, 100, dtype=torch.float64)
+        scale = torch.ones(1, 1, dtype=torch.float64)
+        kernel_matrix = NTKLinearOperator(x, x, scale, linearization=Linearization(FrozenNetwork(net)))
+        total = kernel_matrix + DiagLinearOperator(torch.zeros(850, dtype=torch.float64))
+        matrix = references.kernel(net, x)
+        rhs = torch.randn(850, 2, dtype=torch.float64)
+        assert_close(total.solve(rhs), torch.linalg.solve(matrix, rhs), 1e-7)
+        assert_close(total.logdet(), matrix.logdet())
 
 
 def test_right_hand_sides_are_checked():

@@ -233,6 +233,27 @@ class TestLanczosVariance:
         assert_close(variance, exact, 1e-3)
         assert_close(love.covariance(jacobian, jacobian), problem.covariance, 1e-3)
 
+    @pytest.mark.parametrize("noise", [1e-4, 1e-6, 1e-8])
+    def test_noise_far_below_the_largest_eigenvalue(self, noise):
+        """Directions that Lanczos reaches late count as long as their eigenvalues are not below the noise."""
+        net = network(width=40)
+        x, test_x = data(150, 1)[0], data(50, 1, seed=2)[0]
+        ones = torch.ones(1, 1, dtype=torch.float64)
+        system = System(Linearization(FrozenNetwork(net)), x, ones, noise * ones.expand(1, 150))
+        jacobian = system.jacobian_at(test_x)
+        exact = WeightSpaceSolver(system).variance(jacobian)
+        ratio = LanczosVariance(system).variance(jacobian) / exact
+        assert (ratio >= 1 - 1e-4).all()
+        assert (ratio <= 1 + 5e-3).all()
+
+    def test_few_points_are_all_of_them(self, recwarn):
+        """Rank N is exact: no warning that it did not settle."""
+        problem = Problem(SMALL, noise=1e-6)
+        love = LanczosVariance(problem.system)
+        jacobian = problem.system.jacobian_at(problem.test_x)
+        assert_close(love.variance(jacobian), problem.covariance.diagonal(dim1=-2, dim2=-1), 1e-6)
+        assert not [w for w in recwarn if issubclass(w.category, NumericalWarning)]
+
     def test_a_rank_that_the_user_sets(self):
         problem = Problem(LARGE)
         jacobian = problem.system.jacobian_at(problem.test_x)
