@@ -1,0 +1,15 @@
+"""The network to be linearised: a frozen copy of the user's module, its parameters chosen, grouped and flattened."""
+
+from .frozen import FrozenNetwork
+from .function import ALL_OUTPUTS, NetworkFunction, check_finite, full_precision, normal_tensor
+from .snapshot import ParameterSelection
+
+__all__ = [
+    "ALL_OUTPUTS",
+    "FrozenNetwork",
+    "NetworkFunction",
+    "ParameterSelection",
+    "check_finite",
+    "full_precision",
+    "normal_tensor",
+]
