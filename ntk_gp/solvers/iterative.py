@@ -160,7 +160,9 @@ class NystromPreconditioner:
         self.scale = system.noise.rsqrt()
         cross = jacobian.gram(chosen, system.weights)[0].mul_(self.scale.mT)
         system.check_finite(cross)
-        core = psd_safe_cholesky(chosen.gram(chosen, system.weights)[0])
+        core = chosen.gram(chosen, system.weights)[0]
+        size = core.diagonal().mean()  # jitter is for matrices of size one
+        core = psd_safe_cholesky(core / size) * size.sqrt()
         factor = torch.linalg.solve_triangular(core.mT, cross, upper=True, left=False)
         values, vectors = torch.linalg.eigh(factor.mT @ factor)
         values = values.clamp_min(values[-1] * 1e-14)

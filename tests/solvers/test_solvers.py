@@ -122,6 +122,17 @@ def test_conjugate_gradients_reach_their_tolerance(n, outputs):
     assert residual.max() <= 1e-3
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("scale", [1e-10, 1e10])
+def test_any_unit_of_the_targets(way, scale):
+    problem = Problem(200)
+    system = System(problem.system.linearization, problem.x, scale * problem.weights, scale * problem.noise)
+    solver = way(system)
+    assert_close(solver.solve(problem.rhs) * scale, torch.linalg.solve(problem.matrix, problem.rhs))
+    variance = solver.variance(system.jacobian_at(problem.test_x)) / scale
+    assert_close(variance, problem.covariance.diagonal(dim1=-2, dim2=-1))
+
+
 def test_each_column_converges():
     problem = Problem(LARGE, noise=1e-4)
     rhs = problem.rhs * torch.tensor([1.0, 1e-9, 1e9, 0.0])
