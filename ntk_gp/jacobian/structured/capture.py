@@ -95,10 +95,11 @@ class Recording:
                     p.new_zeros(outputs, *p.shape) if g is None else g for g, p in zip(rows, perturbations, strict=True)
                 ]
         passes = [pull(row.expand(n, outputs), False) for row in identity]
-        return [
-            torch.stack([torch.zeros_like(p) if g is None else g for g in column])
+        columns = [
+            [torch.zeros_like(p) if g is None else g for g in column]
             for p, column in zip(perturbations, zip(*passes, strict=True), strict=True)
         ]
+        return [torch.stack(column) if outputs > 1 else column[0].unsqueeze(0) for column in columns]
 
 
 def record(function: NetworkFunction, x: Tensor, names: Sequence[str]) -> Recording:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import settings
+from ..memory import empty
 from ..terms import FeatureTerm, Term
 
 # Rows of a tile: on a CPU two tiles fit in a core's cache, on a GPU one tile fills the device.
@@ -57,20 +58,34 @@ class Gram:
     def dense(self) -> Tensor:
         """The matrix: (B or W, n·C, n'·C)."""
         C = self.outputs
-        out = self.weights.new_empty(self.num_results, self.n, C, self.m, C)
-        if self.tiled:
-            for rows, columns, tile in self.tiles():
-                if self.symmetric and rows == columns:
-                    tile = tile.triu() + tile.triu(1).mT  # to the last bit
-                tile = tile.unflatten(1, (C, -1)).unflatten(3, (C, -1))
-                out[:, rows, :, columns] = tile.permute(0, 2, 1, 4, 3)
-                if self.symmetric and not self.streamed and rows != columns:
-                    out[:, columns, :, rows] = tile.permute(0, 4, 3, 2, 1)
-        else:
+        out = empty((self.num_results, self.n * C, self.m * C), self.weights)
+        if not self.tiled:
             out.zero_()
-        out = out.flatten(3).flatten(1, 2)
+        elif C == 1:
+            self._fill(out)
+        else:
+            self._fill_by_outputs(out.unflatten(1, (self.n, C)).unflatten(3, (self.m, C)))
         self._add_streamed(out)
         return out
+
+    def _fill(self, out: Tensor) -> None:
+        """One output: tiles are added up in the matrix itself."""
+        for rows, columns, tile in self.tiles(out):
+            if self.symmetric and rows == columns:
+                tile.copy_(tile.triu() + tile.triu(1).mT)  # symmetric to the last bit
+            elif self.symmetric and not self.streamed:
+                out[:, columns, rows] = tile.mT
+
+    def _fill_by_outputs(self, out: Tensor) -> None:
+        """Several outputs: tiles are output-major, and the matrix (B, n, C, n', C) is point-major."""
+        C = self.outputs
+        for rows, columns, tile in self.tiles():
+            if self.symmetric and rows == columns:
+                tile = tile.triu() + tile.triu(1).mT
+            tile = tile.unflatten(1, (C, -1)).unflatten(3, (C, -1))
+            out[:, rows, :, columns] = tile.permute(0, 2, 1, 4, 3)
+            if self.symmetric and not self.streamed and rows != columns:
+                out[:, columns, :, rows] = tile.permute(0, 4, 3, 2, 1)
 
     def matmul(self, rhs: Tensor) -> Tensor:
         """The tiled terms' part of the matrix, times rhs (B or 1, n'·C, r): (B or W, n·C, r)."""
@@ -83,43 +98,45 @@ class Gram:
                 _add_block(out, columns, tile.mT @ rhs[:, rows].transpose(1, 2).flatten(1, 2))
         return out.flatten(1, 2)
 
-    def tiles(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Slices of points of both sides, and the tile, (B or W, C·m, C·m'), of the upper triangle if symmetric."""
+    def tiles(self, out: Tensor | None = None) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Slices of points of both sides, and the tile, (B or W, C·m, C·m'), of the upper triangle if symmetric.
+
+        :param out: The whole matrix, of one output, for tiles that are views of it.
+        """
         size = max(8, _TILE_ROWS.get(self.weights.device.type, 4096) // self.outputs)
         passes = self._passes(self.tiled)
+        blocks = [slice(j, min(self.m, j + size)) for j in range(0, self.m, size)]
+        right = _RightFactors(self.right, self.tiled, keep=self.outputs == 1)
         for i in range(0, self.n, size):
             rows = slice(i, min(self.n, i + size))
-            factors = [_left_factors(self.left, sweep, rows) for sweep in passes]
-            for j in range(i if self.symmetric else 0, self.m, size):
-                columns = slice(j, min(self.m, j + size))
-                yield rows, columns, self._tile(passes, factors, columns)
+            left = [_left_factors(self.left, sweep, rows) for sweep in passes]
+            for columns in blocks[i // size :] if self.symmetric else blocks:
+                target = None if out is None else out[:, rows, columns]
+                yield rows, columns, self._tile(passes, left, right[columns], target)
 
-    def _tile(self, passes: list[_Pass], factors: list[dict], columns: slice) -> Tensor:
+    def _tile(self, passes: list[_Pass], left: list[dict], right: dict, target: Tensor | None) -> Tensor:
         if passes[0].coefficients is None:
-            return self._sweep(factors[0], columns)
+            return self._sweep(left[0], right, target)
         total: Tensor | None = None
-        for sweep, sweep_factors in zip(passes, factors, strict=True):
+        for sweep, factors in zip(passes, left, strict=True):
             assert sweep.coefficients is not None
-            part = self._sweep(sweep_factors, columns) * sweep.coefficients[:, None, None]
+            part = self._sweep(factors, right, None) * sweep.coefficients[:, None, None]
             total = part if total is None else total.add_(part)
         assert total is not None
-        return total
+        return total if target is None else target.copy_(total)
 
-    def _sweep(self, factors: dict, columns: slice) -> Tensor:
+    def _sweep(self, left: dict[int, list], right: dict[int, list], target: Tensor | None) -> Tensor:
+        """The sum of the terms' products, in `target` where there is one."""
         total: Tensor | None = None
-        for i, left in factors.items():
+        for i, factors in left.items():
             term = self.right[i]
             if isinstance(term, FeatureTerm):
-                block = left[0] @ term.block(columns).mT
-                total = block if total is None else total.add_(block)
+                total = _add(total, factors[0] @ right[i][0], target)
                 continue
-            count = term.num_products
-            inputs = [term.input_factor(k, columns) for k in range(count)]
-            outputs = [term.output_factor(k, columns) for k in range(count)]
             for k, l in term.pairs():
-                a = term.input_product(left[k][0], inputs[l])
-                g = left[k][1] @ outputs[l].mT
-                total = _multiply_add(total, a, g, self.outputs)
+                a = term.input_product(factors[k][0], right[i][l][0])
+                g = factors[k][1] @ right[i][l][1]
+                total = _multiply_add(total, a, g, self.outputs, target)
         assert total is not None
         return total
 
@@ -171,6 +188,32 @@ def is_tiled(term: Term) -> bool:
     return term.num_products > 0
 
 
+class _RightFactors:
+    """The factors of blocks of points on the right, transposed; kept where they are views that cost no memory."""
+
+    def __init__(self, terms: Sequence[Term], tiled: Sequence[int], keep: bool):
+        self._terms = {i: terms[i] for i in tiled}
+        self._kept: dict[int, dict[int, list]] | None = {} if keep else None
+
+    def __getitem__(self, points: slice) -> dict[int, list]:
+        if self._kept is None:
+            return self._factors(points)
+        if points.start not in self._kept:
+            self._kept[points.start] = self._factors(points)
+        return self._kept[points.start]
+
+    def _factors(self, points: slice) -> dict[int, list]:
+        factors: dict[int, list] = {}
+        for i, term in self._terms.items():
+            if isinstance(term, FeatureTerm):
+                factors[i] = [term.block(points).mT]
+            else:
+                factors[i] = [
+                    (term.input_factor(k, points), term.output_factor(k, points).mT) for k in range(term.num_products)
+                ]
+        return factors
+
+
 def _left_factors(terms: Sequence[Term], sweep: _Pass, rows: slice) -> dict[int, list]:
     factors: dict[int, list] = {}
     for i in sorted(sweep.terms, key=lambda i: not isinstance(terms[i], FeatureTerm)):
@@ -185,7 +228,13 @@ def _left_factors(terms: Sequence[Term], sweep: _Pass, rows: slice) -> dict[int,
     return factors
 
 
-def _multiply_add(total: Tensor | None, a: Tensor, g: Tensor, outputs: int) -> Tensor:
+def _add(total: Tensor | None, block: Tensor, target: Tensor | None) -> Tensor:
+    if total is not None:
+        return total.add_(block)
+    return block if target is None else target.copy_(block)
+
+
+def _multiply_add(total: Tensor | None, a: Tensor, g: Tensor, outputs: int, target: Tensor | None) -> Tensor:
     """total + a ∘ g, a (1 or B, m, m') being the same for all pairs of outputs and g (B, C·m, C·m'); in place."""
     if outputs > 1:
         shape = (outputs, a.shape[-2], outputs, a.shape[-1])
@@ -194,7 +243,9 @@ def _multiply_add(total: Tensor | None, a: Tensor, g: Tensor, outputs: int) -> T
             return (blocks * a[:, None, :, None]).flatten(3).flatten(1, 2)
         total.unflatten(1, shape[:2]).unflatten(3, shape[2:]).addcmul_(blocks, a[:, None, :, None])
         return total
-    return g.mul_(a) if total is None and len(g) >= len(a) else a * g if total is None else total.addcmul_(a, g)
+    if total is not None:
+        return total.addcmul_(a, g)
+    return a * g if target is None else torch.mul(a, g, out=target)
 
 
 def _add_block(out: Tensor, points: slice, block: Tensor) -> None:
