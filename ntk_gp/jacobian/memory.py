@@ -16,8 +16,8 @@ _LARGE = 1 << 22
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     """An uninitialised tensor of the dtype and on the device of `like`.
 
-    Large ones on a CPU come from numpy, which asks for huge pages: the first touch of a matrix in small pages takes as long
-    as a fifth of the arithmetic of a Gram matrix.
+    Large ones on a CPU come from numpy, which asks for huge pages: touching a matrix for the first time in small pages
+    takes as long as a fifth of a Gram matrix's arithmetic.
     """
     dtype = _NUMPY_DTYPES.get(like.dtype)
     if like.device.type == "cpu" and dtype is not None and math.prod(shape) * like.element_size() >= _LARGE:
