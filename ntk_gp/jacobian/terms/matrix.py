@@ -83,12 +83,21 @@ class MatrixTerm(Term):
         r = cotangents.shape[1]
         total: Tensor | None = None
         for points in split_points(n, batch * positions * heads * r * d_out, cotangents.device):
-            left = weigh_outputs(cotangents[:, :, points], self.gradients[:, points])  # (B, r, m, T, H, d_out)
-            left = left.permute(0, 4, 1, 5, 2, 3).flatten(4, 5).flatten(2, 3)  # (B, H, r·d_out, m·T)
+            left = self._weighed(cotangents[:, :, points], self.gradients[:, points])
             part = left @ self.inputs_at(points).permute(0, 3, 1, 2, 4).flatten(2, 3)
-            total = part if total is None else total + part
+            total = part if total is None else total.add_(part)
         assert total is not None
         self.add_to(out, total.unflatten(2, (r, d_out)).transpose(1, 2))
+
+    @staticmethod
+    def _weighed(cotangents: Tensor, gradients: Tensor) -> Tensor:
+        """Σ_c v_c g_c for cotangents (B, r, m, C): (B, H, r·d_out, m·T), laid out for a product without a copy if H = 1."""
+        batch, m, outputs, positions, heads, d_out = gradients.shape
+        if outputs == 1 and heads == 1:
+            v = cotangents.transpose(1, 2).reshape(batch, m, 1, -1, 1)
+            return (v * gradients[:, :, 0]).flatten(3).flatten(1, 2).mT.unsqueeze(1)
+        left = weigh_outputs(cotangents, gradients)  # (B, r, m, T, H, d_out)
+        return left.permute(0, 4, 1, 5, 2, 3).flatten(4, 5).flatten(2, 3)
 
     def gradient_rows(self, points: slice, heads: slice = slice(None), outputs: slice = slice(None)) -> Tensor:
         """Per-point gradients: (B, m, C, H, d_out, columns), for some of the heads and rows of the matrix."""
@@ -185,7 +194,7 @@ def _contract_outputs(z: Tensor, gradients: Tensor) -> Tensor:
     """⟨g, z⟩ over positions, heads and outputs: (B, H, m, T, r, d_out) with (B, m, C, T, H, d_out) to (B, r, m, C)."""
     if gradients.shape[2] == 1:
         g = gradients[:, :, 0].permute(0, 3, 1, 2, 4).unsqueeze(4)
-        return (z * g).sum((1, 3, 5)).transpose(1, 2).unsqueeze(-1)
+        return z.mul_(g).sum((1, 3, 5)).transpose(1, 2).unsqueeze(-1)
     return torch.einsum("bhmtro,bmctho->brmc", z, gradients)
 
 
