@@ -15,7 +15,7 @@ QUESTIONS = ["engines", "posterior", "condition", "fit", "serve", "uci", "large"
 DEFAULT = ["engines", "posterior"]
 
 
-DEFAULTS = {"quick": False, "threads": None, "repeats": None, "slowest": 60.0, "output": None}
+DEFAULTS = {"quick": False, "threads": None, "repeats": None, "slowest": 60.0, "limit": 900.0, "output": None}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--threads", type=int, nargs="+", help="numbers of threads to measure with (default: 1 2)")
     common.add_argument("--repeats", type=int, help="timings of each cell (default: 5)")
     common.add_argument("--slowest", type=float, help="a cell that takes more seconds is timed only once (default: 60)")
+    common.add_argument("--limit", type=float, help="a call that takes more seconds is given up (default: 900)")
     common.add_argument("--output", type=Path, help=f"folder of the results (default: {report.RESULTS})")
     top = argparse.ArgumentParser("python -m benchmarks.run", description=__doc__.splitlines()[0], parents=[common])
     choices = top.add_subparsers(dest="question", metavar="QUESTION")

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """One line per size and dtype, one cell per noise: time, the larger error, and whether the package warned."""
-    timing = Timing(max(arguments.threads), 1, arguments.slowest)
+    timing = Timing(max(arguments.threads), 1, arguments.slowest, arguments.limit)
     rows = []
     for n, dtype in tqdm(list(product(arguments.sizes or (QUICK_SIZES if arguments.quick else SIZES), PROMISE))):
         case = problems.Case(NETWORK, n, dtype=dtype)

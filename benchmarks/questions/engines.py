@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     rows: list[dict] = []
     rates = {threads: report.gemm_rate(threads) for threads in arguments.threads}
     for threads, case in tqdm(list(product(arguments.threads, cases))):
-        timing = Timing(threads, arguments.repeats, arguments.slowest)
+        timing = Timing(threads, arguments.repeats, arguments.slowest, arguments.limit)
         for row in _measure(case, columns, timing, arguments.operations or ALL):
             rows.append(row)
             tqdm.write(report.line(row, OURS))

@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace) -> None:
         case = problems.Case(NETWORK, n)
         operations = [Operation(f"{steps} steps", "fit", {"steps": steps}) for steps in (1, STEPS)]
         for threads in arguments.threads:
-            timing = Timing(threads, arguments.repeats, arguments.slowest)
+            timing = Timing(threads, arguments.repeats, arguments.slowest, arguments.limit)
             measured = measure([OURS], case.description(), case.arrays(), operations, timing)
             rows += [{"network": NETWORK, "n": n, **row} for row in measured]
             first, all_steps = (report.median(row, OURS.title) for row in measured)

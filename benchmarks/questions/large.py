@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Each size once, in a process of its own: seconds, peak memory, and the error where a closed form can be had."""
     parts = QUICK if arguments.quick else PARTS
-    timing = Timing(max(arguments.threads), 0, arguments.slowest)
+    timing = Timing(max(arguments.threads), 0, arguments.slowest, arguments.limit)
     sections, rows = ["# Large problems", report.machine_line()], []
     for name in arguments.parts:
         part = parts[name]

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
         expected = problem.closed_form(problems.NOISE)
         operation = Operation("posterior", "posterior", {"noise": problems.NOISE}, lambda expected=expected: expected)
         for threads in arguments.threads:
-            timing = Timing(threads, arguments.repeats, arguments.slowest)
+            timing = Timing(threads, arguments.repeats, arguments.slowest, arguments.limit)
             for row in measure(COLUMNS, case.description(), case.arrays(), [operation], timing):
                 rows.append({"network": case.network, "n": case.n, "dtype": case.dtype, **row})
     header = ["network", "n", "dtype", "threads", "", "time", "first call", "error of mean", "of variance", "peak", ""]

@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
         smallest = None
         for n in arguments.sizes or (QUICK_SIZES if arguments.quick else SIZES):
             case = problems.Case(NETWORK, n, NUM_TEST)
-            timing = Timing(threads, 4 * arguments.repeats, arguments.slowest)
+            timing = Timing(threads, 4 * arguments.repeats, arguments.slowest, arguments.limit)
             measured = measure([OURS], case.description(), case.arrays(), operations, timing)
             rows += [{"network": NETWORK, "n": n, **row} for row in measured]
             mean, forward = (report.median(row, OURS.title) for row in measured)

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Trains a network on half of the training rows of fold 0 and adapts it with the others, in every way."""
     folder = _data_folder(arguments.data)
-    timing = Timing(max(arguments.threads), 0, arguments.slowest)
+    timing = Timing(max(arguments.threads), 0, arguments.slowest, arguments.limit)
     rows = []
     for name, hidden in tqdm(list(product(arguments.datasets, HIDDEN))):
         source, arrays, y_test = _split(*_load(folder / name), QUICK_ROWS if arguments.quick else None)
