@@ -21,7 +21,7 @@ from ..terms import FeatureTerm, Term
 _TILE_ROWS = {"cpu": 256, "cuda": 4096}
 # Wider dense features are streamed through whole rows of the Gram matrix instead of tiles.
 _TILE_FEATURES = 1024
-# Rows of the blocks in which a symmetric Gram matrix's triangle is formed by columns.
+# Most rows of the blocks in which a symmetric Gram matrix's triangle is formed by columns.
 _BLOCK_ROWS = 512
 # Per-point gradients formed at once: enough that one pass over the Gram matrix is cheap beside the product.
 _MAX_COLUMNS = 1 << 16
@@ -169,7 +169,7 @@ class Gram:
             _mirror(out)
 
     def _add_features(self, out: Tensor, left: Tensor, right: Tensor, coefficients: Tensor | None) -> None:
-        step = _BLOCK_ROWS if self.symmetric else max(1, out.shape[1])
+        step = max(64, min(_BLOCK_ROWS, out.shape[1] // 4)) if self.symmetric else max(1, out.shape[1])
         for i in range(0, out.shape[1], step):
             first = i if self.symmetric else 0
             target = out[:, i : i + step, first:]
