@@ -83,4 +83,5 @@ def exponent(sizes: list[float], values: list[float]) -> float:
 
 
 if __name__ == "__main__":
+    adapt("5-8-8-1", 20)  # what is imported and compiled at a first call is not of this size
     print(json.dumps(adapt(sys.argv[1], int(sys.argv[2]))))
