@@ -91,8 +91,8 @@ class MatrixTerm(Term):
 
     @staticmethod
     def _weighed(cotangents: Tensor, gradients: Tensor) -> Tensor:
-        """Σ_c v_c g_c for cotangents (B, r, m, C): (B, H, r·d_out, m·T), laid out for a product without a copy if H = 1."""
-        batch, m, outputs, positions, heads, d_out = gradients.shape
+        """Σ_c v_c g_c for cotangents (B, r, m, C): (B, H, r·d_out, m·T), for a product without a copy if C = H = 1."""
+        batch, m, outputs, _, heads, _ = gradients.shape
         if outputs == 1 and heads == 1:
             v = cotangents.transpose(1, 2).reshape(batch, m, 1, -1, 1)
             return (v * gradients[:, :, 0]).flatten(3).flatten(1, 2).mT.unsqueeze(1)
