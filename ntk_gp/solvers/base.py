@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import settings
 from ..jacobian.base import Jacobian
+from ..jacobian.products import JacobianProduct
 from .system import System
 
 
@@ -35,6 +36,14 @@ class Solver(ABC):
     def mean_weights(self, residual: Tensor) -> Tensor:
         """ŵ = Σ Jᵀ (K + D)⁻¹ r for every row r: (B, r, N) to (B, r, P). The posterior mean is f(x) + J(x) ŵ."""
         return self.system.features(self.solve(residual.mT)).mT
+
+    def _cross(self, jacobian: Jacobian) -> Tensor:
+        """K(X, x), (B, N, M); differentiable where the inputs of the Jacobian are."""
+        system = self.system
+        if not jacobian.x.requires_grad:
+            return system.jacobian.gram(jacobian, system.weights)
+        tangents = jacobian.rows() * system.parameter_variances.unsqueeze(-2)
+        return JacobianProduct.apply(tangents, system.jacobian).mT
 
     @abstractmethod
     def covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:

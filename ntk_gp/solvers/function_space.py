@@ -7,7 +7,6 @@ from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor
 
 from ..jacobian.base import Jacobian
-from ..jacobian.products import JacobianProduct
 from .base import Solver
 from .system import System
 
@@ -63,14 +62,6 @@ class FunctionSpaceSolver(Solver):
     def half_at(self, jacobian: Jacobian) -> Tensor:
         """L⁻¹ K(X, x)."""
         return torch.linalg.solve_triangular(self.cholesky, self._cross(jacobian), upper=False)
-
-    def _cross(self, jacobian: Jacobian) -> Tensor:
-        """K(X, x), (B, N, M)."""
-        system = self.system
-        if not jacobian.x.requires_grad:
-            return system.jacobian.gram(jacobian, system.weights)
-        tangents = jacobian.rows() * system.parameter_variances.unsqueeze(-2)
-        return JacobianProduct.apply(tangents, system.jacobian).mT
 
     def covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
         prior = jacobian1.gram(jacobian2, self.system.weights)

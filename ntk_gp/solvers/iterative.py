@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .. import settings
 from ..jacobian.base import Jacobian
-from ..jacobian.products import JacobianProduct
 from .base import Solver
 from .function_space import FunctionSpaceSolver
 from .system import System
@@ -104,14 +103,6 @@ class IterativeSolver(Solver):
 
     def half_size(self) -> int:
         return self.system.num_rows
-
-    def _cross(self, jacobian: Jacobian) -> Tensor:
-        """K(X, x), (1, N, M)."""
-        system = self.system
-        if not jacobian.x.requires_grad:
-            return system.jacobian.gram(jacobian, system.weights)
-        tangents = jacobian.rows() * system.parameter_variances.unsqueeze(-2)
-        return JacobianProduct.apply(tangents, system.jacobian).mT
 
     def covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
         cross1 = self._cross(jacobian1)
