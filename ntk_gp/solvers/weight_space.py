@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import settings
 from ..jacobian.base import Jacobian
+from ..jacobian.memory import mirror_upper_triangle
 from .base import Solver
 from .function_space import FunctionSpaceSolver
 from .system import System
@@ -119,18 +120,7 @@ def feature_moment(system: System) -> Tensor:
         for j, left in enumerate(columns):
             for right in columns[: j + 1]:
                 moment[:, left, right] += features[..., left].mT @ features[..., right]
-    _mirror_lower_triangle(moment)
+    mirror_upper_triangle(moment.mT)
     system.check_finite(moment.diagonal(dim1=-2, dim2=-1))
     roots = system.parameter_variances.sqrt()
     return moment.mul_(roots.unsqueeze(-1)).mul_(roots.unsqueeze(-2))
-
-
-def _mirror_lower_triangle(matrix: Tensor) -> None:
-    """Copies what is below the diagonal above it, without another matrix of that size."""
-    size = matrix.shape[-1]
-    step = max(1, size // 8)
-    for i in range(0, size, step):
-        block = slice(i, min(i + step, size))
-        matrix[:, : block.start, block] = matrix[:, block, : block.start].mT
-        corner = matrix[:, block, block]
-        matrix[:, block, block] = corner.tril() + corner.tril(-1).mT

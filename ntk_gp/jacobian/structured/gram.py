@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import settings
-from ..memory import empty
+from ..memory import empty, mirror_upper_triangle
 from ..terms import FeatureTerm, Term
 
 # Rows of a tile: on a CPU two tiles fit in a core's cache, on a GPU one tile fills the device.
@@ -166,7 +166,7 @@ class Gram:
                     other = features if self.symmetric else next(iter(right))[0]
                     self._add_features(out, features * scale.unsqueeze(1), other, sweep.coefficients)
         if self.symmetric:
-            _mirror(out)
+            mirror_upper_triangle(out)
 
     def _add_features(self, out: Tensor, left: Tensor, right: Tensor, coefficients: Tensor | None) -> None:
         step = max(64, min(_BLOCK_ROWS, out.shape[1] // 4)) if self.symmetric else max(1, out.shape[1])
@@ -251,12 +251,3 @@ def _multiply_add(total: Tensor | None, a: Tensor, g: Tensor, outputs: int, targ
 def _add_block(out: Tensor, points: slice, block: Tensor) -> None:
     """Adds output-major rows (B, C·m, r) to point-major ones (B, n, C, r)."""
     out[:, points] += block.unflatten(1, (out.shape[2], -1)).transpose(1, 2)
-
-
-def _mirror(matrix: Tensor) -> None:
-    """Copies the upper triangle (of blocks) to the lower one."""
-    for i in range(0, matrix.shape[-1], _BLOCK_ROWS):
-        end = i + _BLOCK_ROWS
-        block = matrix[:, i:end, i:end]
-        block.copy_(block.triu() + block.triu(1).mT)
-        matrix[:, end:, i:end] = matrix[:, i:end, end:].mT

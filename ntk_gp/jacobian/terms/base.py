@@ -26,7 +26,7 @@ Self = TypeVar("Self", bound="Term")
 
 
 # Elements of one intermediate result: it stays in a core's cache, and the calls are still long enough to be efficient.
-_CACHE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
+_CACHE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 class Term(ABC):
@@ -135,9 +135,13 @@ class Term(ABC):
         return sum(getattr(self, name).nbytes for name in self.tensors)
 
 
+def cached_elements(device: torch.device) -> int:
+    """How many elements an intermediate result should have at most."""
+    return min(_CACHE_ELEMENTS.get(device.type, 1 << 26), settings.memory_budget.bytes(device) // 64)
+
+
 def split_points(n: int, elements_per_point: int, device: torch.device) -> Iterator[slice]:
     """Slices of points whose intermediate results fit in cache."""
-    elements = min(_CACHE_ELEMENTS.get(device.type, 1 << 26), settings.memory_budget.bytes(device) // 64)
-    size = max(1, elements // max(1, elements_per_point))
+    size = max(1, cached_elements(device) // max(1, elements_per_point))
     for start in range(0, n, size):
         yield slice(start, min(n, start + size))

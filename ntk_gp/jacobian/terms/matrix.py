@@ -8,8 +8,11 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .base import Term, split_points
+from .base import Term, cached_elements, split_points
 from .view import ParameterView
+
+# Columns of a product that is efficient.
+_MIN_WIDTH = 128
 
 
 class MatrixTerm(Term):
@@ -68,26 +71,39 @@ class MatrixTerm(Term):
 
     def jvp(self, tangents: Tensor) -> Tensor:
         matrix = self.read(tangents)
-        batch, n, _, positions, heads, d_out = self.gradients.shape
-        r = matrix.shape[1]
-        right = matrix.permute(0, 2, 4, 1, 3).flatten(-2)  # (B or 1, H, columns, r·d_out)
-        pieces = []
-        for points in split_points(n, batch * positions * heads * r * d_out, tangents.device):
-            left = self.inputs_at(points).permute(0, 3, 1, 2, 4)  # (B, H, m, T, columns)
-            z = (left.flatten(2, 3) @ right).unflatten(2, left.shape[2:4]).unflatten(-1, (r, d_out))
-            pieces.append(_contract_outputs(z, self.gradients[:, points]))
-        return torch.cat(pieces, dim=2)
+        blocks = []
+        for vectors, slices in self._blocks(matrix.shape[1], tangents.device):
+            part = matrix[:, vectors]
+            right = part.permute(0, 2, 4, 1, 3).flatten(-2)  # (B or 1, H, columns, r·d_out)
+            pieces = []
+            for points in slices:
+                left = self.inputs_at(points).permute(0, 3, 1, 2, 4)  # (B, H, m, T, columns)
+                z = (left.flatten(2, 3) @ right).unflatten(2, left.shape[2:4]).unflatten(-1, part.shape[1:4:2])
+                pieces.append(_contract_outputs(z, self.gradients[:, points]))
+            blocks.append(_join(pieces, dim=2))
+        return _join(blocks, dim=1)
 
     def vjp(self, cotangents: Tensor, out: Tensor) -> None:
+        for vectors, slices in self._blocks(cotangents.shape[1], cotangents.device):
+            total: Tensor | None = None
+            for points in slices:
+                left = self._weighed(cotangents[:, vectors, points], self.gradients[:, points])
+                part = left @ self.inputs_at(points).permute(0, 3, 1, 2, 4).flatten(2, 3)
+                total = part if total is None else total.add_(part)
+            assert total is not None
+            self.add_to(out[:, vectors], total.unflatten(2, (-1, self.gradients.shape[-1])).transpose(1, 2))
+
+    def _blocks(self, r: int, device: torch.device) -> Iterator[tuple[slice, list[slice]]]:
+        """Slices of vectors, and for each those of points, whose products stay in cache.
+
+        As few vectors as make a product wide enough to be efficient: that leaves long slices of points.
+        """
         batch, n, _, positions, heads, d_out = self.gradients.shape
-        r = cotangents.shape[1]
-        total: Tensor | None = None
-        for points in split_points(n, batch * positions * heads * r * d_out, cotangents.device):
-            left = self._weighed(cotangents[:, :, points], self.gradients[:, points])
-            part = left @ self.inputs_at(points).permute(0, 3, 1, 2, 4).flatten(2, 3)
-            total = part if total is None else total.add_(part)
-        assert total is not None
-        self.add_to(out, total.unflatten(2, (r, d_out)).transpose(1, 2))
+        per_point = batch * positions * heads * d_out
+        at_once = max(1, _MIN_WIDTH // d_out, cached_elements(device) // max(1, n * per_point))
+        for start in range(0, r, at_once):
+            count = min(at_once, r - start)
+            yield slice(start, start + count), list(split_points(n, count * per_point, device))
 
     @staticmethod
     def _weighed(cotangents: Tensor, gradients: Tensor) -> Tensor:
@@ -188,6 +204,10 @@ class MatrixTerm(Term):
 
     def key(self) -> Hashable:
         return ("matrix", self.views)
+
+
+def _join(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
 def _contract_outputs(z: Tensor, gradients: Tensor) -> Tensor:
