@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ntk_gp
 from ntk_gp import NetworkMean, NTKKernel
+from ntk_gp.jacobian.memory import mirror_upper_triangle
 from tests import references
 
 POINTS = 600
@@ -39,6 +40,17 @@ class LargestTensor(TorchDispatchMode):
             if made > self.bytes:
                 self.bytes, self.name = made, f"{function} {tuple(tensor.shape)}"
         return out
+
+
+@pytest.mark.parametrize("size", [1, 700, 1_300])
+def test_mirrored_triangle(size):
+    matrix = torch.randn(2, size, size)
+    symmetric = matrix.triu() + matrix.triu(1).mT
+    lower = matrix.mT.contiguous()
+    mirror_upper_triangle(matrix)
+    mirror_upper_triangle(lower.mT)
+    assert torch.equal(matrix, symmetric)
+    assert torch.equal(lower, symmetric)
 
 
 def make_network(outputs: int = 1) -> nn.Module:
