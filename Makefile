@@ -3,13 +3,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint notebooks benchmark docs clean
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+# What names its engine in every test, or has none.
+ENGINE_NAMED := tests/jacobian tests/test_network.py tests/test_notebooks.py tests/test_readme.py
+
+.PHONY: demo test test-engines lint notebooks benchmark docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python notebooks/sine_transfer.py
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(PYTEST)
+	$(MAKE) test-engines
+
+# Every suite again, with each Jacobian engine forced in turn.
+test-engines: $(VENV)/.test
+	$(PYTEST) $(ENGINE_NAMED:%=--ignore %) --engine structured
+	$(PYTEST) $(ENGINE_NAMED:%=--ignore %) --engine autodiff
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

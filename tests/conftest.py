@@ -4,6 +4,24 @@ import gpytorch
 import pytest
 import torch
 
+from ntk_gp import NTKKernel
+from ntk_gp.jacobian.linearization import Linearization
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--engine",
+        choices=("auto", "structured", "autodiff"),
+        default="auto",
+        help="the Jacobian engine wherever a test names none (default: auto)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    engine = config.getoption("--engine")
+    NTKKernel.__init__.__kwdefaults__["engine"] = engine
+    Linearization.__init__.__defaults__ = (engine,)
+
 
 @pytest.fixture(autouse=True)
 def gpytorch_settings() -> Iterator[None]:
