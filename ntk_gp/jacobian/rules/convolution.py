@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..memory import empty
 from ..terms import ConvolutionTerm, FeatureTerm, MatrixTerm, ParameterView, Term
 from ..terms.convolution import unfold
 from .registry import Rule, UnsupportedUse, Use, register_rule
@@ -30,7 +31,7 @@ def convolution(dims: int) -> Rule:
         if not isinstance(weight, ParameterView):
             return _bias_only(bias, maps)
         spacing, kernel_size = _each(dilation, dims), weight.shape[2:]
-        padded = F.pad(signals.flatten(0, 1), _padding(padding, kernel_size, spacing)).unflatten(0, signals.shape[:2])
+        padded = _pad(signals, _padding(padding, kernel_size, spacing))
         matrix = _flat(weight.unflatten(0, (groups, -1)), 2)
         term = ConvolutionTerm(
             matrix,
@@ -131,6 +132,18 @@ def _each(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
     if isinstance(value, int):
         return (value,) * dims
     return tuple(value) * dims if len(value) == 1 else tuple(value)
+
+
+def _pad(signals: Tensor, margins: Sequence[int]) -> Tensor:
+    """`torch.nn.functional.pad` of (n, S, channels, *size), into memory that is quick to touch."""
+    if not any(margins):
+        return signals
+    ends = [(0, 0)] * 3 + list(zip(margins[-2::-2], margins[::-2], strict=True))
+    shape = [before + size + after for size, (before, after) in zip(signals.shape, ends, strict=True)]
+    padded = empty(shape, signals).zero_()
+    inside = tuple(slice(before, before + size) for size, (before, _) in zip(signals.shape, ends, strict=True))
+    padded[inside] = signals
+    return padded
 
 
 def _padding(padding: int | str | Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int]) -> list[int]:

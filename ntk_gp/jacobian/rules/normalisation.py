@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..terms import ParameterView, Term
+from ..terms.base import split_points
 from .registry import Use, register_rule
 
 Parameter = ParameterView | None
@@ -24,24 +25,20 @@ def layer_norm(
     cudnn_enable: bool = True,
 ) -> Iterable[Term]:
     use.keep_last(len(normalized_shape))
-    normalised = F.layer_norm(input, normalized_shape, None, None, eps)
-    scaled, shifted = use.gradients * normalised.unsqueeze(1), use.gradients
-    return use.features(weight, use.sum_to(weight, scaled)) + use.features(bias, use.sum_to(bias, shifted))
+    return _by_element(use, input, lambda x: F.layer_norm(x, normalized_shape, None, None, eps), weight, bias)
 
 
 def rms_norm(
     use: Use, input: Tensor, normalized_shape: Sequence[int], weight: Parameter = None, eps: float | None = None
 ) -> Iterable[Term]:
     use.keep_last(len(normalized_shape))
-    scaled = use.gradients * F.rms_norm(input, normalized_shape, None, eps).unsqueeze(1)
-    return use.features(weight, use.sum_to(weight, scaled))
+    return _by_element(use, input, lambda x: F.rms_norm(x, normalized_shape, None, eps), weight, None)
 
 
 def group_norm(
     use: Use, input: Tensor, num_groups: int, weight: Parameter = None, bias: Parameter = None, eps: float = 1e-5
 ) -> Iterable[Term]:
-    flat = input.flatten(0, 1) if use.split else input
-    return _by_channel(use, F.group_norm(flat, num_groups, None, None, eps).view_as(input), weight, bias)
+    return _by_channel(use, input, lambda x: F.group_norm(x, num_groups, None, None, eps), weight, bias)
 
 
 def batch_norm(
@@ -55,9 +52,10 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Iterable[Term]:
-    flat = input.flatten(0, 1) if use.split else input
-    normalised = F.batch_norm(flat, running_mean, running_var, None, None, training, momentum, eps)
-    return _by_channel(use, normalised.view_as(input), weight, bias)
+    def normalise(x: Tensor) -> Tensor:
+        return F.batch_norm(x, running_mean, running_var, None, None, training, momentum, eps)
+
+    return _by_channel(use, input, normalise, weight, bias)
 
 
 def instance_norm(
@@ -71,12 +69,24 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Iterable[Term]:
-    flat = input.flatten(0, 1) if use.split else input
-    normalised = F.instance_norm(flat, running_mean, running_var, None, None, use_input_stats, momentum, eps)
-    return _by_channel(use, normalised.view_as(input), weight, bias)
+    def normalise(x: Tensor) -> Tensor:
+        return F.instance_norm(x, running_mean, running_var, None, None, use_input_stats, momentum, eps)
+
+    return _by_channel(use, input, normalise, weight, bias)
 
 
-def _by_channel(use: Use, normalised: Tensor, weight: Parameter, bias: Parameter) -> Iterable[Term]:
+Normalise = Callable[[Tensor], Tensor]
+
+
+def _by_element(use: Use, input: Tensor, normalise: Normalise, weight: Parameter, bias: Parameter) -> Iterable[Term]:
+    """Layers whose parameters belong to the last dimensions' elements."""
+    terms = list(use.features(bias, use.sum_to(bias, use.gradients)))
+    if isinstance(weight, ParameterView):
+        terms += use.features(weight, _scaled(use, input, normalise, lambda values: use.sum_to(weight, values)))
+    return terms
+
+
+def _by_channel(use: Use, input: Tensor, normalise: Normalise, weight: Parameter, bias: Parameter) -> Iterable[Term]:
     """Layers whose parameters belong to channels, the dimension after the points (and windows)."""
     use.keep_first()
     channel_dim = 2 + use.split
@@ -85,10 +95,19 @@ def _by_channel(use: Use, normalised: Tensor, weight: Parameter, bias: Parameter
     def by_channel(values: Tensor) -> Tensor:
         return values.sum(others) if others else values
 
-    return [
-        *use.features(weight, by_channel(use.gradients * normalised.unsqueeze(1))),
-        *use.features(bias, by_channel(use.gradients)),
-    ]
+    def flat(x: Tensor) -> Tensor:
+        return normalise(x.flatten(0, 1)).view_as(x) if use.split else normalise(x)
+
+    terms = list(use.features(bias, by_channel(use.gradients)))
+    if isinstance(weight, ParameterView):
+        terms += use.features(weight, _scaled(use, input, flat, by_channel))
+    return terms
+
+
+def _scaled(use: Use, input: Tensor, normalise: Normalise, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """The sums of g times the normalised input, for slices of points that stay in cache."""
+    slices = split_points(len(input), use.gradients[0].numel(), input.device)
+    return torch.cat([total(use.gradients[points] * normalise(input[points]).unsqueeze(1)) for points in slices])
 
 
 register_rule(F.layer_norm, layer_norm)

@@ -158,13 +158,16 @@ class Gram:
             return
         item = self.weights.element_size() * self.batch * self.outputs * (2 * self.n + self.m)
         max_columns = max(1, min(_MAX_COLUMNS, settings.memory_budget.bytes(self.weights.device) // (8 * max(1, item))))
+        one_group = self.weights.shape[1] == 1  # then the result is scaled, which is smaller than the features
         for sweep in self._passes(self.streamed):
+            coefficients = self.weights[:, 0] if one_group else sweep.coefficients
             for i in sweep.terms:
                 left = self.left[i].columns(max_columns, sweep.weights)
                 right = left if self.symmetric else self.right[i].columns(max_columns, sweep.weights)
                 for features, scale in left:
                     other = features if self.symmetric else next(iter(right))[0]
-                    self._add_features(out, features * scale.unsqueeze(1), other, sweep.coefficients)
+                    scaled = features if one_group else features * scale.unsqueeze(1)
+                    self._add_features(out, scaled, other, coefficients)
         if self.symmetric:
             mirror_upper_triangle(out)
 

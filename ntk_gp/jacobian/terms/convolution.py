@@ -51,6 +51,12 @@ class ConvolutionTerm(MatrixTerm):
         return g.permute(0, 1, 2, 3, 6, 4, 5).flatten(3, 4)
 
     @property
+    def _gradient_elements(self) -> int:
+        """The patches, too, are put together for each point."""
+        patches = self.weight.shape[0] * self.num_columns * self.num_positions
+        return max(super()._gradient_elements, patches)
+
+    @property
     def num_positions(self) -> int:
         return self.maps.shape[3] * math.prod(self.maps.shape[5:])
 
@@ -67,8 +73,11 @@ class ConvolutionTerm(MatrixTerm):
         # (N, H, channels, *out, *kernel) to (N, *out, H, channels, *kernel)
         patches = patches.permute(0, *range(3, 3 + dims), 1, 2, *range(3 + dims, 3 + 2 * dims))
         columns = self.weight.shape[-1]
-        out = patches.new_ones(batch, m, count * math.prod(patches.shape[1 : 1 + dims]), heads, self.num_columns)
+        if self.bias is None:
+            return patches.reshape(batch, m, -1, heads, columns)
+        out = patches.new_empty(batch, m, count * math.prod(patches.shape[1 : 1 + dims]), heads, columns + 1)
         out[..., :columns] = patches.reshape(batch, m, -1, heads, columns)
+        out[..., columns:] = 1
         return out
 
     def gradient_rows(self, points: slice, heads: slice = slice(None), outputs: slice = slice(None)) -> Tensor:
@@ -78,7 +87,8 @@ class ConvolutionTerm(MatrixTerm):
         patches = patches.unflatten(1, (self.weight.shape[0], -1))[:, heads]
         patches = patches.permute(0, 1, 2, *range(3 + dims, 3 + 2 * dims), *range(3, 3 + dims))
         h, columns = patches.shape[1], self.weight.shape[-1]
-        right = patches.new_ones(len(patches), h, self.num_columns, math.prod(self.maps.shape[5:]))
+        right = patches.new_empty(len(patches), h, self.num_columns, math.prod(self.maps.shape[5:]))
+        right[:, :, columns:] = 1
         right[:, :, :columns].unflatten(2, patches.shape[2 : 3 + dims]).unflatten(-1, self.maps.shape[5:]).copy_(
             patches
         )

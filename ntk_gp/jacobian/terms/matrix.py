@@ -115,6 +115,12 @@ class MatrixTerm(Term):
         left = weigh_outputs(cotangents, gradients)  # (B, r, m, T, H, d_out)
         return left.permute(0, 4, 1, 5, 2, 3).flatten(4, 5).flatten(2, 3)
 
+    @property
+    def _gradient_elements(self) -> int:
+        """Elements of what is put together for the gradients of one point."""
+        _, _, outputs, _, heads, d_out = self.gradients.shape
+        return outputs * heads * d_out * self.num_columns
+
     def gradient_rows(self, points: slice, heads: slice = slice(None), outputs: slice = slice(None)) -> Tensor:
         """Per-point gradients: (B, m, C, H, d_out, columns), for some of the heads and rows of the matrix."""
         g = self.gradients[:, points, :, :, heads, outputs]
@@ -135,7 +141,7 @@ class MatrixTerm(Term):
         scale = self.column_weights(weights)
         batch, n, outputs, positions, heads, d_out = self.gradients.shape
         by_positions = positions * (self.num_columns + d_out) <= d_out * self.num_columns
-        per_point = outputs * heads * (positions**2 if by_positions else d_out * self.num_columns)
+        per_point = outputs * heads * positions**2 if by_positions else self._gradient_elements
         pieces = []
         for points in split_points(n, batch * per_point, weights.device):
             if by_positions:
