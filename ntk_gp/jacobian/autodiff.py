@@ -123,7 +123,8 @@ class AutodiffJacobian(Jacobian):
             chunk = max(1, batch * self.points_per_block())
             one = _rows_at_one_point(self.function, loop=not self.modes.vmap)
             if self.modes.vmap:
-                pieces = [vmap(one)(part) for part in points.split(chunk)]
+                with _quiet_batching_rules():
+                    pieces = [vmap(one)(part) for part in points.split(chunk)]
             else:
                 pieces = [torch.stack([one(point) for point in points])]
             return torch.cat(pieces).reshape(shape)
@@ -183,11 +184,7 @@ class AutodiffJacobian(Jacobian):
     def _computation(self, x: Tensor) -> Iterator[None]:
         """Records a graph only where there is something to differentiate with respect to: the inputs."""
         input_gradients = torch.is_grad_enabled() and x.requires_grad
-        with (
-            self.function.tracing(input_gradients),
-            torch.set_grad_enabled(input_gradients),
-            _quiet_batching_rules(),
-        ):
+        with self.function.tracing(input_gradients), torch.set_grad_enabled(input_gradients):
             yield
 
 
@@ -283,7 +280,10 @@ def _row_blocks(jacobian: Jacobian, size: int) -> Iterator[tuple[int, Tensor]]:
 def _each(apply: Callable[[Tensor], Tensor], vectors: Tensor, together: int) -> Tensor:
     """`apply` to each row of `vectors`, so many at a time."""
     if together > 1 and vectors.shape[0] > 1:
-        return vmap(apply, chunk_size=together)(vectors)
+        with _quiet_batching_rules():
+            return vmap(apply, chunk_size=together)(vectors)
+    if vectors.shape[0] == 1:
+        return apply(vectors[0]).unsqueeze(0)
     return torch.stack([apply(vector) for vector in vectors])
 
 

@@ -90,6 +90,7 @@ class FrozenNetwork(nn.Module):
         self._skeleton = [make_skeleton(network)]
         self._functions: dict = {}
         self._checked: set = set()
+        self._places: list[dict[str, Tensor | None]] | None = None
         self._seen: list[tuple[weakref.ref, int]] = []
         self._serial = 0
 
@@ -114,7 +115,9 @@ class FrozenNetwork(nn.Module):
 
     def fingerprint(self) -> int:
         """A number that no other state of a snapshot has: new after `.to`, `load_state_dict`, in-place edits."""
-        tensors = list(self.tensors.buffers())
+        if self._places is None:  # walking over modules each time would take longer than small networks do
+            self._places = [module._buffers for module in self.tensors.modules()]
+        tensors = [tensor for place in self._places for tensor in place.values() if tensor is not None]
         unchanged = len(tensors) == len(self._seen) and all(
             reference() is tensor and version == tensor._version
             for tensor, (reference, version) in zip(tensors, self._seen, strict=True)
@@ -215,7 +218,7 @@ class FrozenNetwork(nn.Module):
             raise ValueError(MIXES_ROWS)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_functions": {}, "_checked": set(), "_seen": [], "_serial": 0}
+        return {**self.__dict__, "_functions": {}, "_checked": set(), "_places": None, "_seen": [], "_serial": 0}
 
     def __deepcopy__(self, memo: dict) -> FrozenNetwork:
         """Shares the tensors, which are never written to: `.to()` and `load_state_dict` put new ones in their place.
@@ -225,7 +228,7 @@ class FrozenNetwork(nn.Module):
         new = copy.copy(self)
         memo[id(self)] = new
         known = {"_functions": dict(self._functions), "_checked": set(self._checked), "_seen": list(self._seen)}
-        new.__dict__.update(known, _modules=dict(self._modules), _serial=self._serial)
+        new.__dict__.update(known, _modules=dict(self._modules), _places=None, _serial=self._serial)
         new.tensors = self.tensors.shared_copy()
         return new
 
