@@ -82,6 +82,11 @@ class Jacobian(ABC):
         budget = settings.memory_budget.bytes(self.x.device)
         return max(1, min(self.num_points, budget // (8 * max(1, self.x.shape[0] * row_bytes))))
 
+    def vectors_per_block(self) -> int:
+        """How many parameter vectors may be held at once: an eighth of the memory budget."""
+        vector_bytes = self.x.shape[0] * self.function.num_parameters * self.x.element_size()
+        return max(1, settings.memory_budget.bytes(self.x.device) // (8 * max(1, vector_bytes)))
+
     def report(self) -> list[dict[str, object]]:
         """For each parameter: how it is served, the bytes of its factors, and flops per entry of a Gram matrix."""
         return [
@@ -107,8 +112,10 @@ class Jacobian(ABC):
 
         An engine overrides this when it has something cheaper than one vjp and one jvp.
         """
-        feature_sums = other.vjp(rhs.mT)
-        return self.jvp(feature_sums * self.function.expand_weights(weights).unsqueeze(-2)).mT
+        variances = self.function.expand_weights(weights).unsqueeze(-2)
+        blocks = rhs.mT.split(self.vectors_per_block(), dim=-2)
+        products = [self.jvp(other.vjp(vectors) * variances) for vectors in blocks]
+        return (products[0] if len(products) == 1 else torch.cat(products, dim=-2)).mT
 
 
 class JacobianEngine(ABC):

@@ -9,11 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import ntk_gp
 from ntk_gp.jacobian.rules import UnsupportedUse, Use, register_rule
 from ntk_gp.jacobian.rules.registry import _RULES
 from ntk_gp.jacobian.structured import StructuredEngine
 from ntk_gp.network import FrozenNetwork
-from tests.jacobian.explicit import check_every_operation
+from tests.jacobian.explicit import assert_close, check_every_operation, explicit
 
 few = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 size = st.integers(1, 4)
@@ -265,6 +266,47 @@ def test_a_rule_that_is_wrong_is_found_out():
         x = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(1, 2, 3)
         report = check_every_operation(network, x, x[:, :1]).report()
         assert report[0]["served_by"] == "autodiff"
+    finally:
+        del _RULES[scale]
+
+
+class Gated(nn.Module):
+    """A scale, and a gate that lets it through at positive inputs only; the scale may have another use beside it."""
+
+    def __init__(self, scale: Callable, tied: bool):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.weight = nn.Parameter(torch.tensor([0.3, -0.2, 0.5]))
+        self.scale = scale
+        self.tied = tied
+
+    def forward(self, x: Tensor) -> Tensor:
+        gated = F.relu(self.scale(x, self.weight) * (x > 0))
+        return self.linear(gated + (x * self.weight if self.tied else x)).sum(-1)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("budget", [1 << 30, 20_000])
+def test_a_wrong_rule_is_found_out_where_it_first_makes_a_difference(tied, budget):
+    scale = torch.overrides.wrap_torch_function(lambda x, weight: (x, weight))(lambda x, weight: x * weight.exp())
+    register_rule(scale, lambda use, x, weight: use.features(weight, use.gradients * x.unsqueeze(1)), elementwise=True)
+    try:
+        network = FrozenNetwork(Gated(scale, tied).double())
+        engine = StructuredEngine(network)
+        generator = torch.Generator().manual_seed(0)
+        dead = -torch.rand(1, 20, 3, dtype=torch.float64, generator=generator)
+        alive = torch.rand(1, 20, 3, dtype=torch.float64, generator=generator)
+        before = engine.linearize(dead)
+        assert [e["parameter"] for e in before.report() if e["served_by"] == "autodiff"] == []
+        x = torch.cat([dead, alive], dim=1)
+        with ntk_gp.settings.memory_budget(budget):
+            after = engine.linearize(x)
+            assert_close(after.rows(), explicit(network, x))
+            weights = torch.ones(1, 1, dtype=torch.float64)
+            assert_close(before.gram(after, weights), explicit(network, dead) @ explicit(network, x).mT)
+            assert_close(after.gram(after, weights), explicit(network, x) @ explicit(network, x).mT)
+        assert [e["parameter"] for e in after.report() if e["served_by"] == "autodiff"] == ["weight"]
+        assert_close(engine.linearize(alive).rows(), explicit(network, alive))
     finally:
         del _RULES[scale]
 

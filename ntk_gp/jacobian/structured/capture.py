@@ -252,18 +252,19 @@ def use_terms(
     arguments = dict(use.arguments)
     for name, value in use.tensors().items():
         if use.rule.elementwise:
-            arguments[name] = _points_first(value.expand(use.shape), place, n)
+            arguments[name] = points_first(value.expand(use.shape), place, n)
         elif layout[name] is not None:
-            arguments[name] = _points_first(value, layout[name], n)
+            arguments[name] = points_first(value, layout[name], n)
     dim, split = place
-    g = _points_first(gradients, (dim + 1, split), n)
+    g = points_first(gradients, (dim + 1, split), n)
     g = g.movedim(1 + split, 1)  # (n, C, positions from the split, …)
     bound = use.rule.signature.bind_partial()
     bound.arguments.update(arguments)
     return list(use.rule.rule(Use(g, dim, len(use.shape), split), *bound.args, **bound.kwargs))
 
 
-def _points_first(tensor: Tensor, place: Place | None, n: int) -> Tensor:
+def points_first(tensor: Tensor, place: Place | None, n: int) -> Tensor:
+    """A tensor at n points, (n, …)."""
     assert place is not None
     dim, split = place
     tensor = tensor.movedim(dim, 0)

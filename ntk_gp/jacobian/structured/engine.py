@@ -16,7 +16,7 @@ from ..autodiff import AutodiffEngine
 from ..base import Jacobian, JacobianEngine
 from ..rules import UnsupportedUse
 from ..terms import FeatureTerm, MatrixTerm, Term, merge_terms
-from .capture import Layout, Recording, parameter_names, record, use_terms
+from .capture import Layout, Recording, parameter_names, points_first, record, use_terms
 from .gram import is_tiled
 from .jacobian import ChunkedJacobian, StructuredJacobian
 
@@ -51,7 +51,12 @@ class Plan:
     :param signature: The list of uses for which this holds.
     :param layout: Where the points are in every use.
     :param labels: The rules by which each parameter is served.
+    :param rows: The inputs at which that was found out.
+    :param unproven: The uses that made no difference to the output there: their rules have not been put to the test.
     :param bytes_per_point: What the factors take.
+    :param gram_flops: What a pair of points costs in a Gram matrix.
+    :param product_flops: What a point costs in J u, or in Jᵀ v.
+    :param capture_flops: What it costs to capture a point.
     """
 
     served: tuple[str, ...]
@@ -59,7 +64,12 @@ class Plan:
     signature: tuple
     layout: Layout
     labels: dict[str, str]
+    rows: Tensor
+    unproven: frozenset[int] = frozenset()
     bytes_per_point: int = 0
+    gram_flops: float = 0.0
+    product_flops: float = 0.0
+    capture_flops: float = 0.0
 
 
 class StructuredEngine(JacobianEngine):
@@ -95,16 +105,18 @@ class StructuredEngine(JacobianEngine):
         at_once = settings.memory_budget.bytes(x.device) // max(1, plan.bytes_per_point * x.shape[0])
         if at_once // _HELD_SHARE < x.shape[1]:
             return ChunkedJacobian(function, x, self, max(1, at_once // _CHUNK_SHARE))
-        return self.capture(function, plan, x)
+        return self.capture(function, x)
 
     def plan(self, function: NetworkFunction, x: Tensor) -> Plan:
         """What is known about the function; found out at some of the points `x`, the first time."""
         if function not in self._plans:
-            self._plans[function] = self._make_plan(function, x)
+            rows = x.reshape(-1, x.shape[-1])[:_VERIFIED_POINTS]
+            self._plans[function] = self._make_plan(function, rows if len(rows) >= 3 else rows[[0, -1, 0]])
         return self._plans[function]
 
-    def capture(self, function: NetworkFunction, plan: Plan, x: Tensor) -> StructuredJacobian:
+    def capture(self, function: NetworkFunction, x: Tensor) -> StructuredJacobian:
         """The factors at x (B, n, d), captured chunk by chunk."""
+        plan = self.plan(function, x)
         budget = settings.memory_budget.bytes(x.device)
         per_point = max(plan.bytes_per_point, function.bytes_per_point) * _CAPTURE_OVERHEAD
         size = max(1, budget // (max(1, per_point) * x.shape[0]))
@@ -113,6 +125,8 @@ class StructuredEngine(JacobianEngine):
             terms = self._terms(function, plan, chunk)
             if terms is None:
                 return self._all_autodiff(function, x)
+            if self.plan(function, x) is not plan:  # these points have told more about the rules
+                return self.capture(function, x)
             parts.append(terms)
         terms = [first.concatenate(others) if others else first for first, *others in zip(*parts, strict=True)]
         rest = self.residual.linearize_function(function.restrict(plan.residual), x) if plan.residual else None
@@ -131,13 +145,21 @@ class StructuredEngine(JacobianEngine):
             recording = record(function, flat, plan.served)
             if recording.signature != plan.signature:
                 return None
-            terms = _recorded_terms(recording, plan.layout, flat.shape[0])
+            gradients = recording.gradients()
+            rows = _telling_rows(recording, gradients, plan, flat)
+            if len(rows):
+                self._verify_again(function, plan, rows)
+            terms = _recorded_terms(recording, gradients, plan.layout, flat.shape[0])
         shape = x.shape[:2]
         return [term.map(lambda t: t.squeeze(0).unflatten(0, shape)) for term in merge_terms(terms)]
 
-    def _make_plan(self, function: NetworkFunction, x: Tensor) -> Plan:
-        flat = x.reshape(-1, x.shape[-1])[:_VERIFIED_POINTS]
-        rows = flat if len(flat) >= 3 else flat[[0, -1, 0]]
+    def _verify_again(self, function: NetworkFunction, plan: Plan, rows: Tensor) -> None:
+        """At more inputs, those that rules not yet put to the test have something to say about."""
+        renewed = self._make_plan(function, torch.cat([plan.rows, rows]))
+        if (renewed.served, renewed.unproven) != (plan.served, plan.unproven):
+            self._plans[function] = renewed
+
+    def _make_plan(self, function: NetworkFunction, rows: Tensor) -> Plan:
         names = tuple(function.parameters)
         try:  # in float64, where a missing term stands out from rounding
             exact = self.network._convert(torch.float64, rows.device)
@@ -147,6 +169,10 @@ class StructuredEngine(JacobianEngine):
             plan.bytes_per_point = plan.bytes_per_point * rows.element_size() // 8
         except (RuntimeError, TypeError, ValueError):  # a dtype fixed inside the network, or a device without float64
             plan = self._try_plan(function, rows, names)
+        plan.rows = rows.clone()  # whatever becomes of the inputs
+        residual = sum(function.parameters[name].numel() for name in plan.residual)
+        plan.gram_flops += 2.0 * function.num_outputs**2 * residual
+        plan.product_flops += 5.0 * residual
         for name, reason in plan.residual.items():
             logger.debug("Parameter %s is left to autodiff: %s.", name, reason)
         return plan
@@ -156,7 +182,7 @@ class StructuredEngine(JacobianEngine):
             first, second, whole = (record(function, part, names) for part in (rows[:2], rows[:3], rows))
             if not first.signature == second.signature == whole.signature:
                 reason = "the network calls different functions for different numbers of inputs"
-                return Plan((), dict.fromkeys(names, reason), (), Layout([], []), {})
+                return Plan((), dict.fromkeys(names, reason), (), Layout([], []), {}, rows)
             layout = Layout.compare(first, second)
             residual = dict.fromkeys(whole.unseen, "it is used in ways that no rule knows")
             used = set(parameter_names(whole.uses))
@@ -170,7 +196,9 @@ class StructuredEngine(JacobianEngine):
                     terms += use_terms(use, gradients[i], len(rows), layout.results[i], layout.arguments[i])
                 except UnsupportedUse as error:
                     residual |= dict.fromkeys((view.name for view in use.parameters), f"{use.rule.name}: {error}")
-            residual |= _wrong(function, rows, merge_terms(terms), used - residual.keys())
+            merged = merge_terms(terms)
+            wrong, silent = _verify(function, rows, merged, used - residual.keys())
+            residual |= wrong
         # A parameter that the output does not depend on has no terms, and is served by having none.
         served = tuple(name for name in names if name not in residual)
         if residual and served:
@@ -180,21 +208,41 @@ class StructuredEngine(JacobianEngine):
             plan.residual = {name: reasons[name] for name in names if name in reasons}
             return plan
         joined = {name: " + ".join(dict.fromkeys(rules)) for name, rules in labels.items() if name in served}
-        bytes_per_point = sum(term.nbytes for term in terms) // len(rows)
-        return Plan(served, residual, whole.signature, layout, joined, bytes_per_point)
+        unproven = frozenset(
+            i
+            for i, (use, g) in enumerate(zip(whole.uses, gradients, strict=True))
+            if not g.any() or any(view.name in silent for view in use.parameters)
+        )
+        plan = Plan(served, residual, whole.signature, layout, joined, rows, unproven)
+        plan.bytes_per_point = sum(term.nbytes for term in terms) // len(rows)
+        plan.gram_flops = sum(term.gram_cost() for term in merged)
+        plan.product_flops = sum(term.product_cost() for term in merged)
+        plan.capture_flops = (1 + function.num_outputs) * plan.product_flops
+        return plan
 
 
-def _recorded_terms(recording: Recording, layout: Layout, n: int) -> list[Term]:
+def _recorded_terms(recording: Recording, gradients: list[Tensor], layout: Layout, n: int) -> list[Term]:
     terms: list[Term] = []
-    for use, gradients, place, places in zip(
-        recording.uses, recording.gradients(), layout.results, layout.arguments, strict=True
-    ):
-        terms += use_terms(use, gradients, n, place, places)
+    for use, g, place, places in zip(recording.uses, gradients, layout.results, layout.arguments, strict=True):
+        terms += use_terms(use, g, n, place, places)
     return terms
 
 
-def _wrong(function: NetworkFunction, rows: Tensor, terms: list[Term], names: set[str]) -> dict[str, str]:
-    """The parameters for which Jᵀv, for a random v, is not what autograd says."""
+def _telling_rows(recording: Recording, gradients: list[Tensor], plan: Plan, rows: Tensor) -> Tensor:
+    """Some of the inputs at which the output depends on uses that it did not depend on where they were verified."""
+    found = []
+    for i in plan.unproven:
+        place = plan.layout.results[i]
+        assert place is not None
+        alive = points_first(gradients[i], (place[0] + 1, place[1]), len(rows)).flatten(1).any(-1)
+        found.append(alive.nonzero().squeeze(-1)[:_VERIFIED_POINTS])
+    return rows[torch.cat(found).unique()] if found else rows[:0]
+
+
+def _verify(
+    function: NetworkFunction, rows: Tensor, terms: list[Term], names: set[str]
+) -> tuple[dict[str, str], set[str]]:
+    """The parameters for which Jᵀv, for a random v, is not what autograd says, and those for which it says zero."""
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(len(rows), function.num_outputs, generator=generator, dtype=torch.float64).to(rows)
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in function.parameters.items()}
@@ -206,13 +254,15 @@ def _wrong(function: NetworkFunction, rows: Tensor, terms: list[Term], names: se
         term.vjp(v[None, None], actual)
     pieces = function.split(actual[0])
     tolerance = max(_TOLERANCE, torch.finfo(rows.dtype).eps ** 0.5)
-    wrong = {}
+    wrong, silent = {}, set()
     for (name, leaf), reference in zip(leaves.items(), expected, strict=True):
         reference = torch.zeros_like(leaf) if reference is None else reference
-        error = torch.linalg.vector_norm(pieces[name][0] - reference)
-        if name in names and not error <= tolerance * torch.linalg.vector_norm(reference):
+        error, size = torch.linalg.vector_norm(pieces[name][0] - reference), torch.linalg.vector_norm(reference)
+        if name in names and not error <= tolerance * size:
             wrong[name] = "its gradients by the recorded uses differ from autograd's"
-    return wrong
+        elif size == 0:
+            silent.add(name)
+    return wrong, silent
 
 
 def _tidy(terms: list[Term]) -> list[Term]:

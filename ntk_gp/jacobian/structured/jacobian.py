@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ... import settings
 from ...network import NetworkFunction
 from ..base import Jacobian
 from ..terms import Term
 from .gram import Gram, is_tiled
 
 if TYPE_CHECKING:
-    from .engine import StructuredEngine
+    from .engine import Plan, StructuredEngine
 
 
 class StructuredJacobian(Jacobian):
@@ -249,25 +251,42 @@ class ChunkedJacobian(Jacobian):
         self.engine = engine
         self.size = size
 
+    @property
+    def plan(self) -> Plan:
+        """What the engine knows about the function."""
+        return self.engine.plan(self.function, self.x)
+
     def __getitem__(self, points: Tensor | slice) -> Jacobian:
         return self.engine.linearize(self.x[:, points])
 
-    def _chunks(self, size: int | None = None) -> Iterator[tuple[slice, StructuredJacobian]]:
-        """Slices of rows, and the Jacobian there."""
-        size = self.size if size is None else max(1, size)
-        outputs = self.function.num_outputs
-        for start in range(0, self.num_points, size):
-            x = self.x[:, start : start + size]
-            chunk = self.engine.capture(self.function, self.engine.plan(self.function, x), x)
-            yield slice(start * outputs, (start + x.shape[1]) * outputs), chunk
+    def _chunks(self, size: int | None = None, start: int = 0) -> Iterator[tuple[slice, StructuredJacobian]]:
+        """Slices of rows, from a point on, and the Jacobian there."""
+        size, outputs = size or self.size, self.function.num_outputs
+        for i in range(start, self.num_points, size):
+            x = self.x[:, i : i + size]
+            yield slice(i * outputs, (i + x.shape[1]) * outputs), self.engine.capture(self.function, x)
+
+    def _vectors(self, count: int) -> Iterator[slice]:
+        """Slices of as many vectors: products of few of them with one chunk take little memory."""
+        size = self.vectors_per_block()
+        for i in range(0, count, size):
+            yield slice(i, min(count, i + size))
 
     def jvp(self, tangents: Tensor) -> Tensor:
-        return torch.cat([chunk.jvp(tangents) for _, chunk in self._chunks()], dim=-1)
+        batch, r = max(self.x.shape[0], tangents.shape[0]), tangents.shape[1]
+        out = tangents.new_empty(batch, r, self.num_rows)
+        for rows, chunk in self._chunks():
+            for vectors in self._vectors(r):
+                out[:, vectors, rows] = chunk.jvp(tangents[:, vectors])
+        return out
 
     def vjp(self, cotangents: Tensor) -> Tensor:
-        total = _sum(chunk.vjp(cotangents[..., rows]) for rows, chunk in self._chunks())
-        assert total is not None
-        return total
+        batch, r = max(self.x.shape[0], cotangents.shape[0]), cotangents.shape[1]
+        out = cotangents.new_zeros(batch, r, self.function.num_parameters)
+        for rows, chunk in self._chunks():
+            for vectors in self._vectors(r):
+                out[:, vectors] += chunk.vjp(cotangents[:, vectors, rows])
+        return out
 
     def rows(self) -> Tensor:
         return torch.cat([chunk.rows() for _, chunk in self._chunks()], dim=1)
@@ -275,39 +294,99 @@ class ChunkedJacobian(Jacobian):
     def diagonal(self, weights: Tensor) -> Tensor:
         return torch.cat([chunk.diagonal(weights) for _, chunk in self._chunks()], dim=-1)
 
+    def paired(self, other: Jacobian, weights: Tensor) -> Tensor:
+        if not isinstance(other, ChunkedJacobian):
+            return super().paired(other, weights)
+        half = max(1, min(self.size, other.size) // 2)
+        pairs = zip(self._chunks(half), other._chunks(half), strict=True)
+        return torch.cat([left.paired(right, weights) for (_, left), (_, right) in pairs], dim=-1)
+
     @torch.no_grad()
     def gram(self, other: Jacobian, weights: Tensor) -> Tensor:
         if not isinstance(other, (StructuredJacobian, ChunkedJacobian)):
             return other.gram(self, weights).mT
-        batch = max(self.x.shape[0], other.x.shape[0], len(weights))
-        out = weights.new_empty(batch, self.num_rows, other.num_rows)
-        half = max(1, self.size // 2)  # the factors of both sides are held
-        for rows, left in self._chunks(half):
-            if other is self:
-                self._fill_symmetric(out, rows, left, weights, half)
-            elif isinstance(other, ChunkedJacobian):
-                for columns, right in other._chunks(half):
-                    out[:, rows, columns] = left.gram(right, weights)
-            else:
-                out[:, rows] = left.gram(other, weights)
+        out = weights.new_empty(self._results(other, weights), self.num_rows, other.num_rows)
+        for rows, columns, block in self._blocks(other, weights):
+            out[:, rows, columns] = block
+            if other is self and rows != columns:
+                out[:, columns, rows] = block.mT
         return out
 
-    def _fill_symmetric(self, out: Tensor, rows: slice, left: StructuredJacobian, weights: Tensor, size: int) -> None:
-        out[:, rows, rows] = left.gram(left, weights)
-        later = self.x[:, rows.stop // self.function.num_outputs :]
-        if not later.shape[1]:
-            return
-        for columns, right in ChunkedJacobian(self.function, later, self.engine, size)._chunks():
-            columns = slice(rows.stop + columns.start, rows.stop + columns.stop)
-            block = left.gram(right, weights)
-            out[:, rows, columns] = block
-            out[:, columns, rows] = block.mT
+    def kernel_matmul(self, other: Jacobian, rhs: Tensor, weights: Tensor) -> Tensor:
+        needs_gradient = torch.is_grad_enabled() and (rhs.requires_grad or weights.requires_grad)
+        if needs_gradient or not isinstance(other, (StructuredJacobian, ChunkedJacobian)):
+            return super().kernel_matmul(other, rhs, weights)
+        r = rhs.shape[-1]
+        passes = math.ceil(r / self.vectors_per_block())
+        if self._columns_cost(other, r, passes) <= self.gram_cost(other):
+            return super().kernel_matmul(other, rhs, weights)
+        with torch.no_grad():
+            return self._blockwise_matmul(other, rhs, weights)
+
+    def _blockwise_matmul(self, other: StructuredJacobian | ChunkedJacobian, rhs: Tensor, weights: Tensor) -> Tensor:
+        batch = max(self._results(other, weights), rhs.shape[0])
+        out = rhs.new_zeros(batch, self.num_rows, rhs.shape[-1])
+        for rows, columns, block in self._blocks(other, weights):
+            out[:, rows] += block @ rhs[:, columns]
+            if other is self and rows != columns:
+                out[:, columns] += block.mT @ rhs[:, rows]
+        return out
+
+    def _results(self, other: Jacobian, weights: Tensor) -> int:
+        return max(self.x.shape[0], other.x.shape[0], len(weights))
+
+    def _blocks(
+        self, other: StructuredJacobian | ChunkedJacobian, weights: Tensor
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Slices of rows and columns, and the block of the Gram matrix there; of the upper triangle if it is symmetric.
+
+        The factors of both sides are held, and one block.
+        """
+        size = self._block_points(self._results(other, weights))
+        for rows, left in self._chunks(size):
+            if other is self:
+                yield rows, rows, left.gram(left, weights)
+                others = self._chunks(size, start=rows.stop // self.function.num_outputs)
+            else:
+                others = _parts(other, size)
+            for columns, right in others:
+                yield rows, columns, left.gram(right, weights)
+
+    def _block_points(self, results: int = 1) -> int:
+        """How many points of either side a block of the Gram matrix has: it takes an eighth of the memory budget."""
+        elements = settings.memory_budget.bytes(self.x.device) // (8 * results * self.x.element_size())
+        return max(1, min(self.size // 2, math.isqrt(elements) // self.function.num_outputs))
+
+    def gram_cost(self, other: Jacobian) -> float:
+        """With the captures: every block of rows meets every block of columns."""
+        pairs = self.x.shape[0] * self.num_points * other.num_points * (0.5 if other is self else 1.0)
+        captured = self.x.shape[0] * self.num_points + pairs / self._block_points()
+        return pairs * self.plan.gram_flops + captured * self.plan.capture_flops
+
+    def product_cost(self, other: Jacobian) -> float:
+        return min(self._columns_cost(other, 1, 1), self.gram_cost(other))
+
+    def _columns_cost(self, other: Jacobian, r: int, passes: int) -> float:
+        """About how many flops r products Jᵀ v and J u take, the points being captured `passes` times for each."""
+        points = self.x.shape[0] * (self.num_points + other.num_points)
+        return points * (r * self.plan.product_flops + passes * self.plan.capture_flops)
 
     def report(self) -> list[dict]:
         """As :meth:`StructuredJacobian.report`, for all points."""
         _, chunk = next(self._chunks())
         scale = self.num_points / chunk.num_points
         return [{**entry, "bytes": int(scale * entry["bytes"])} for entry in chunk.report()]
+
+
+def _parts(jacobian: StructuredJacobian | ChunkedJacobian, size: int) -> Iterator[tuple[slice, StructuredJacobian]]:
+    """Slices of rows, and the Jacobian there."""
+    if isinstance(jacobian, ChunkedJacobian):
+        yield from jacobian._chunks(size)
+        return
+    outputs = jacobian.function.num_outputs
+    for i in range(0, jacobian.num_points, size):
+        part = jacobian[slice(i, i + size)]
+        yield slice(i * outputs, i * outputs + part.num_rows), part
 
 
 def _sum(tensors: Iterator[Tensor]) -> Tensor | None:
