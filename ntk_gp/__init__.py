@@ -1,6 +1,6 @@
 """Trained PyTorch networks as Gaussian processes, adapted to a new domain in closed form; an extension of GPyTorch."""
 
-from . import settings
+from . import hooks, settings
 from .jacobian.rules import register_rule
 from .kernels import NTKKernel
 from .means import NetworkMean
@@ -8,6 +8,8 @@ from .operators import JacobianLinearOperator, NTKLinearOperator
 from .sampling import LinearizedFunctions, LinearizedNetwork, adapted_network, draw_functions
 
 __version__ = "0.1.0"
+
+hooks.install()
 
 __all__ = [
     "JacobianLinearOperator",

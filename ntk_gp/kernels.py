@@ -7,15 +7,13 @@ from collections.abc import Callable
 
 import torch
 from gpytorch.constraints import Interval, Positive
-from gpytorch.kernels import AdditiveKernel, Kernel, ProductKernel
-from gpytorch.models.exact_prediction_strategies import DefaultPredictionStrategy
+from gpytorch.kernels import Kernel
 from gpytorch.priors import Prior
 from torch import Size, Tensor, nn
 
 from .jacobian.linearization import Linearization
 from .network import FrozenNetwork, ParameterSelection, check_finite
 from .operators import JacobianLinearOperator, NTKLinearOperator
-from .prediction import NTKPredictionStrategy
 
 
 class NTKKernel(Kernel):
@@ -200,9 +198,6 @@ class NTKKernel(Kernel):
         """C with `output="all"`, else 1."""
         return self.network.num_outputs(x1)
 
-    def prediction_strategy(self, train_inputs, train_prior_dist, train_labels, likelihood):
-        return NTKPredictionStrategy(train_inputs, train_prior_dist, train_labels, likelihood)
-
     def expand_batch(self, *sizes: Size | tuple[int, ...] | int) -> NTKKernel:
         """The same kernel with a larger batch shape; shares the network."""
         shape = Size([n for size in sizes for n in ([size] if isinstance(size, int) else size)])
@@ -224,23 +219,6 @@ class NTKKernel(Kernel):
         if "raw_variance" in self._parameters:
             new.raw_variance = nn.Parameter(transform(self.raw_variance.detach()).clone())
         return new
-
-
-def _composite_prediction_strategy(
-    kernel: AdditiveKernel | ProductKernel, train_inputs, train_prior_dist, train_labels, likelihood
-):
-    """For a sum or product with an NTK in it, the strategy that solves exactly; for others, GPyTorch's own choice.
-
-    GPyTorch asks the outermost kernel only, and would solve with more than 800 points by conjugate gradients to a
-    relative residual of 0.01: far from enough for an NTK.
-    """
-    has_ntk = any(isinstance(part, NTKKernel) for part in kernel.sub_kernels())
-    strategy = NTKPredictionStrategy if has_ntk else DefaultPredictionStrategy
-    return strategy(train_inputs, train_prior_dist, train_labels, likelihood)
-
-
-AdditiveKernel.prediction_strategy = _composite_prediction_strategy
-ProductKernel.prediction_strategy = _composite_prediction_strategy
 
 
 def _group_function(variance_groups: str | Callable[[str], str] | None) -> Callable[[str], str] | None:

@@ -6,18 +6,14 @@ import torch
 from gpytorch import settings as gpytorch_settings
 from gpytorch.models.exact_prediction_strategies import DefaultPredictionStrategy
 from linear_operator import to_dense, to_linear_operator
-from linear_operator.operators import (
-    AddedDiagLinearOperator,
-    LinearOperator,
-    MatmulLinearOperator,
-    ZeroLinearOperator,
-)
+from linear_operator.operators import LinearOperator, MatmulLinearOperator, ZeroLinearOperator
 from linear_operator.utils.memoize import cached
 from torch import Size, Tensor
 
 from .network import normal_tensor
 from .operators import NTKAddedDiagLinearOperator, NTKLinearOperator
 from .operators._batches import FoldedColumns
+from .operators.exactly_solved import exactly_solved
 from .operators.ntk_posterior_linear_operator import NTKPosteriorLinearOperator
 from .operators.ntk_sum_linear_operator import NTKSumLinearOperator
 from .solvers import LanczosVariance, Solver
@@ -51,9 +47,7 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
             observed = (~self._missing).to(self.train_labels.dtype)
             together = observed.unsqueeze(-1) * observed.unsqueeze(-2) + torch.diag_embed(1 - observed)
             return NTKSumLinearOperator(to_linear_operator(matrix.to_dense() * together))
-        if type(matrix) is AddedDiagLinearOperator:
-            return NTKSumLinearOperator(matrix._linear_op) + matrix._diag_tensor
-        return matrix
+        return exactly_solved(matrix)
 
     @property
     def _missing(self) -> Tensor:
@@ -79,7 +73,7 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
     def mean_weights(self) -> Tensor:
         """ŵ, (*batch, P) in float64."""
         with torch.inference_mode(False):
-            return self._mean_weights(normal_tensor(self.residual))
+            return self._mean_weights(normal_tensor(self.residual.detach()))
 
     def _mean_weights(self, residual: Tensor) -> Tensor:
         batch = residual.shape[:-1]
@@ -95,8 +89,8 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
     def residual(self) -> Tensor:
         """Targets less prior mean, (*batch, N) in float64."""
         mean = self.train_prior_dist.loc
-        residual = (self.train_labels - mean.reshape(*mean.shape[:-1], self.num_train)).detach().double()
-        return residual.masked_fill(self._missing, 0.0)
+        residual = self.train_labels - mean.reshape(*mean.shape[:-1], self.num_train)
+        return residual.double().masked_fill(self._missing, 0.0)
 
     def _covers(self, test_test_covar: LinearOperator | Tensor) -> bool:
         return (
@@ -127,16 +121,17 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
             )
 
     def _mean_cache(self, nan_policy: str) -> Tensor:
-        if gpytorch_settings.detach_test_caches.off():
-            return super()._mean_cache(nan_policy)
-        return self._alpha
+        return self._alpha if gpytorch_settings.detach_test_caches.on() else self._solved_residual()
 
     @property
     @cached(name="alpha")
     def _alpha(self) -> Tensor:
+        return self._solved_residual().detach()
+
+    def _solved_residual(self) -> Tensor:
         """(K + D)⁻¹ (y - m), (*batch, N)."""
         residual = self.residual.to(self.train_labels.dtype).unsqueeze(-1)
-        return self._train_matrix.solve(residual).squeeze(-1).detach()
+        return self._train_matrix.solve(residual).squeeze(-1)
 
     def get_fantasy_strategy(self, inputs, targets, full_inputs, full_targets, full_output, **kwargs):
         """The strategy with more data. Its solver starts from this one's, see :func:`ntk_gp.solvers.choose_solver`."""

@@ -14,7 +14,7 @@ from botorch.fit import fit_gpytorch_mll  # noqa: E402
 from botorch.models import ModelListGP, SingleTaskGP  # noqa: E402
 from botorch.optim import optimize_acqf  # noqa: E402
 from botorch.sampling import SobolQMCNormalSampler  # noqa: E402
-from gpytorch.kernels import ScaleKernel  # noqa: E402
+from gpytorch.kernels import MaternKernel, ScaleKernel  # noqa: E402
 from gpytorch.mlls import ExactMarginalLogLikelihood  # noqa: E402
 
 from ntk_gp import NetworkMean, NTKKernel  # noqa: E402
@@ -113,6 +113,26 @@ def test_fit_increases_the_marginal_likelihood():
     model.train()
     after = mll(model(*model.train_inputs), model.train_targets).item()
     assert after > before + 0.1
+
+
+@pytest.mark.parametrize("compose", [lambda ntk, other: other + ntk, lambda ntk, other: other * ntk])
+def test_marginal_likelihoods_do_not_depend_on_what_botorch_sets(monkeypatch, compose):
+    """Its own switch, GPyTorch's default, and an exact Cholesky factor."""
+    torch.manual_seed(1)
+    x = 2 * torch.rand(820, 2, dtype=torch.float64) - 1
+    network = make_network()
+    kernel = compose(ScaleKernel(NTKKernel(network)), MaternKernel())
+    model = SingleTaskGP(x, x.sin().sum(-1, keepdim=True), covar_module=kernel, outcome_transform=None)
+    mll, flag = ExactMarginalLogLikelihood(model.likelihood, model), gpytorch.settings.fast_computations.log_prob
+    results = []
+    for default, state in ((False, None), (True, None), (True, False)):
+        monkeypatch.setattr(flag, "_default", default)
+        monkeypatch.setattr(flag, "_state", state)
+        with gpytorch.settings.max_cholesky_size(800):
+            value = mll(model(*model.train_inputs), model.train_targets)
+        results.append([value, *torch.autograd.grad(value, list(model.parameters()))])
+    for result in results[:2]:
+        torch.testing.assert_close(result, results[2], rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("q", [1, 2])

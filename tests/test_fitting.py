@@ -1,9 +1,11 @@
 """Marginal likelihoods and their gradients, against autograd through dense references in float64."""
 
+import math
+
 import gpytorch
 import pytest
 import torch
-from gpytorch.kernels import MaternKernel, ScaleKernel
+from gpytorch.kernels import AdditiveKernel, Kernel, LinearKernel, MaternKernel, ProductKernel, RBFKernel, ScaleKernel
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, GaussianLikelihood, MultitaskGaussianLikelihood
 from gpytorch.mlls import ExactMarginalLogLikelihood
 from gpytorch.priors import GammaPrior
@@ -12,7 +14,7 @@ from torch import Size, Tensor, nn
 
 import ntk_gp.operators.ntk_added_diag_linear_operator as added_diag
 import ntk_gp.solvers.choice
-from ntk_gp import NTKKernel, settings
+from ntk_gp import NTKKernel, NTKLinearOperator, settings
 from ntk_gp.solvers import Spectrum
 from ntk_gp.solvers.function_space import FunctionSpaceSolver
 from ntk_gp.solvers.weight_space import WeightSpaceSolver
@@ -196,28 +198,197 @@ def _by_parameter(kernel: NTKKernel, net: nn.Module) -> Tensor:
     return kernel.variance.squeeze(-2).repeat_interleave(torch.tensor(sizes), dim=-1)
 
 
-# A sum that does not begin with the neural tangent kernel is GPyTorch's own from 800 points on.
-@pytest.mark.parametrize(("n", "order"), [(SMALL, "ntk first"), (SMALL, "ntk last"), (850, "ntk first")])
-def test_sums_with_other_kernels(n, order):
-    net, (x, y) = network(), data(n)
-    ntk, matern = ScaleKernel(NTKKernel(net)).double(), MaternKernel().double()
-    kernel = ntk + matern if order == "ntk first" else matern + ntk
-    model = AdaptedGP(x, y, net, kernel)
-    gram = references.kernel(net, x)
-    check(
-        model,
-        x,
-        y,
-        net,
-        lambda: ntk.outputscale * gram + matern(x).to_dense() + model.likelihood.noise * eye(n),
-        1e-7,
-    )
+def _dense(kernel: Kernel, net: nn.Module, x: Tensor) -> Tensor:
+    """The matrix of a kernel made of kernels, by explicit Jacobians where that is a neural tangent kernel of `net`."""
+    match kernel:
+        case NTKKernel():
+            return references.kernel(net, x)
+        case ScaleKernel():
+            return kernel.outputscale * _dense(kernel.base_kernel, net, x)
+        case AdditiveKernel():
+            return sum(_dense(part, net, x) for part in kernel.kernels)
+        case ProductKernel():
+            return math.prod(_dense(part, net, x) for part in kernel.kernels)
+    return kernel(x).to_dense()
+
+
+COMPOSITIONS = {
+    "ntk + matern": lambda ntk: ScaleKernel(ntk) + MaternKernel(),
+    "matern + ntk": lambda ntk: MaternKernel() + ScaleKernel(ntk),
+    "scaled sum": lambda ntk: ScaleKernel(MaternKernel() + ntk),
+    "three": lambda ntk: (MaternKernel() + RBFKernel()) + ntk,
+    "linear + ntk": lambda ntk: LinearKernel() + ntk,
+    "ntk * rbf": lambda ntk: ntk * RBFKernel(),
+    "scaled ntk * rbf": lambda ntk: ScaleKernel(ntk) * RBFKernel(),
+    "rbf * ntk": lambda ntk: RBFKernel() * ScaleKernel(ntk),
+    "linear * ntk": lambda ntk: LinearKernel() * ntk,
+    "ntk * ntk": lambda ntk: ScaleKernel(ntk) * ntk,
+    "scaled product": lambda ntk: ScaleKernel(ntk * RBFKernel()),
+    "sum in a product": lambda ntk: (MaternKernel() + ScaleKernel(ntk)) * RBFKernel(),
+    "product in a sum": lambda ntk: MaternKernel() + ScaleKernel(RBFKernel() * ntk),
+}
+
+
+def fast_log_prob(monkeypatch, default: bool, state: bool | None = None) -> None:
+    """GPyTorch's flag for conjugate gradients, with what an import has made its default, and what the user has set."""
+    for flag in (gpytorch.settings.fast_computations.log_prob, gpytorch.settings.fast_computations.solves):
+        monkeypatch.setattr(flag, "_default", default)
+        monkeypatch.setattr(flag, "_state", state)
+
+
+@pytest.fixture(params=["on", "switched off by an import", "switched off"])
+def fast_computations(request, monkeypatch) -> str:
+    fast_log_prob(monkeypatch, request.param != "switched off by an import", {"switched off": False}.get(request.param))
+    return request.param
+
+
+class TestComposition:
+    """Exact beyond the 800 points at which GPyTorch turns to conjugate gradients."""
+
+    @pytest.mark.parametrize("compose", COMPOSITIONS.values(), ids=COMPOSITIONS.keys())
+    @pytest.mark.parametrize("n", [SMALL, 810])
+    def test_kernels(self, fast_computations, compose, n):
+        net, (x, y) = network(), data(n)
+        kernel = compose(NTKKernel(net)).double()
+        model = AdaptedGP(x, y, net, kernel)
+        check(model, x, y, net, lambda: _dense(kernel, net, x) + model.likelihood.noise * eye(n))
+        assert_close(kernel(x[:5]).to_dense(), _dense(kernel, net, x[:5]))
+        assert_close(kernel(x[:5], x[5:9]).to_dense(), _dense(kernel, net, x[:9])[:5, 5:])
+        assert_close(kernel(x[:5], diag=True), _dense(kernel, net, x[:5]).diagonal())
+
+    @pytest.mark.parametrize("compose", ["ntk + matern", "matern + ntk", "rbf * ntk", "sum in a product"])
+    @pytest.mark.parametrize("lazily", [False, True])
+    def test_evaluated_at_once(self, compose, lazily):
+        net, (x, y) = network(), data(810)
+        kernel = COMPOSITIONS[compose](NTKKernel(net)).double()
+        model = AdaptedGP(x, y, net, kernel)
+        with gpytorch.settings.lazily_evaluate_kernels(lazily):
+            check(model, x, y, net, lambda: _dense(kernel, net, x) + model.likelihood.noise * eye(810))
+
+    def test_sums_stay_lazy(self):
+        net, x = network(), data(810)[0]
+        for kernel in (MaternKernel() + NTKKernel(net), ScaleKernel(MaternKernel() + NTKKernel(net))):
+            matrix = kernel.double()(x).evaluate_kernel()
+            assert any(isinstance(part, NTKLinearOperator) for part in matrix.linear_ops)
+
+    def test_a_small_budget_estimates(self, fast_computations):
+        """At this package's tolerance, by GPyTorch's conjugate gradients, unless the user switched those off."""
+        net, (x, y) = network(), data(810)
+        kernel = (MaternKernel() + NTKKernel(net)).double()
+        model = AdaptedGP(x, y, net, kernel).train()
+        torch.manual_seed(0)
+        with settings.memory_budget(8 * 810**2), torch.no_grad(), trace_samples(100):
+            actual = ExactMarginalLogLikelihood(model.likelihood, model)(model(x), y)
+            matrix = _dense(kernel, net, x) + model.likelihood.noise * eye(810)
+        expected = references.log_marginal_likelihood(y - net(x).squeeze(-1).detach(), matrix)
+        assert abs(actual - expected) <= 0.02
+        assert (abs(actual - expected) < 1e-8) == (fast_computations == "switched off")
+
+
+class TestMissingTargets:
+    @staticmethod
+    def check(model: AdaptedGP, y: Tensor, covariance, tolerance: float = 1e-8) -> None:
+        """Against the marginal likelihood of what is observed; GPyTorch divides by the number of all targets."""
+        model.train()
+        (x,) = model.train_inputs
+        with gpytorch.settings.observation_nan_policy("mask"):
+            actual = ExactMarginalLogLikelihood(model.likelihood, model)(model(x), y)
+        rows = ~y.reshape(-1).isnan()
+        residual = (y - model.mean_module(x)).reshape(-1)[rows].detach()
+        matrix = covariance()[rows][:, rows]
+        expected = references.log_marginal_likelihood(residual, matrix) * rows.sum() / rows.numel()
+        assert_close(actual, expected, tolerance)
+        parameters = list(model.parameters())
+        for a, b in zip(
+            torch.autograd.grad(actual, parameters), torch.autograd.grad(expected, parameters), strict=True
+        ):
+            assert_close(a, b, tolerance)
+
+    @pytest.mark.parametrize("compose", ["plain", "matern + ntk", "rbf * ntk"])
+    @pytest.mark.parametrize("n", [SMALL, 850])
+    def test_one_output(self, fast_computations, compose, n):
+        net, (x, y) = network(), data(n)
+        y[::20] = math.nan
+        kernel = COMPOSITIONS.get(compose, ScaleKernel)(NTKKernel(net)).double()
+        model = AdaptedGP(x, y, net, kernel)
+        self.check(model, y, lambda: _dense(kernel, net, x) + model.likelihood.noise * eye(n))
+
+    def test_noise_for_each_point(self, fast_computations):
+        net, (x, y) = network(), data(850)
+        y[::20] = math.nan
+        noise = torch.linspace(0.01, 0.5, 850, dtype=torch.float64)
+        model = AdaptedGP(x, y, net, likelihood=FixedNoiseGaussianLikelihood(noise).double())
+        self.check(model, y, lambda: _dense(model.covar_module, net, x) + noise.diag())
+
+    @pytest.mark.parametrize("missing", ["points", "single outputs"])
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_several_outputs(self, fast_computations, missing, rank):
+        net, (x, y) = network(outputs=2), data(430, outputs=2)
+        y[(slice(None, None, 20), slice(None) if missing == "points" else 1)] = math.nan
+        likelihood = MultitaskGaussianLikelihood(num_tasks=2, rank=rank).double()
+        model = AdaptedGP(x, y, net, ScaleKernel(NTKKernel(net, output="all")).double(), likelihood, output="all")
+
+        def covariance() -> Tensor:
+            noises = likelihood.task_noise_covar if rank else likelihood.task_noises.diag()
+            return _dense(model.covar_module, net, x) + torch.kron(eye(430), noises + likelihood.noise * eye(2))
+
+        self.check(model, y, covariance)
+
+    def test_the_rest_keeps_the_way_to_solve(self, monkeypatch):
+        """One decomposition serves all steps, of the observed points."""
+        net, (x, y) = network(), data(850)
+        y[::20] = math.nan
+        sizes = []
+        original = Spectrum.__init__
+        monkeypatch.setattr(
+            Spectrum, "__init__", lambda self, system: sizes.append(system.num_rows) or original(self, system)
+        )
+        model = AdaptedGP(x, y, net).train()
+        with gpytorch.settings.observation_nan_policy("mask"):
+            for noise in (0.1, 0.2, 0.3):
+                model.likelihood.noise = noise
+                ExactMarginalLogLikelihood(model.likelihood, model)(model(x), y).backward()
+        assert sizes == [807]
+
+
+@pytest.mark.parametrize("compose", ["plain", "matern + ntk", "rbf * ntk"])
+def test_batches_of_targets_for_one_matrix(fast_computations, compose):
+    net, (x, _), n = network(), data(810), 810
+    y = torch.stack([data(n, seed=seed)[1] for seed in range(3)])
+    kernel = COMPOSITIONS.get(compose, ScaleKernel)(NTKKernel(net)).double()
+    model = AdaptedGP(x, y[0], net, kernel).train()
+    actual = model.likelihood(model(x)).log_prob(y)
+    mean, matrix = net(x).squeeze(-1).detach(), _dense(kernel, net, x) + model.likelihood.noise * eye(n)
+    expected = torch.distributions.MultivariateNormal(mean, matrix).log_prob(y)
+    assert_close(actual, expected)
+    parameters = list(model.parameters())
+    for a, b in zip(
+        torch.autograd.grad(actual.sum(), parameters), torch.autograd.grad(expected.sum(), parameters), strict=True
+    ):
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize("compose", ["plain", "matern + ntk", "rbf * ntk"])
+def test_targets_under_the_posterior(fast_computations, compose):
+    """The test log-likelihood, at more than 800 test points."""
+    net, (x, y), (test_x, test_y) = network(), data(30), data(810, seed=1)
+    kernel = COMPOSITIONS.get(compose, ScaleKernel)(NTKKernel(net)).double()
+    model = AdaptedGP(x, y, net, kernel).eval()
+    joint, noise = torch.cat([x, test_x]), model.likelihood.noise.detach()
+    with torch.no_grad():
+        actual = model.likelihood(model(test_x)).log_prob(test_y)
+        prior = _dense(kernel, net, joint)
+    mean, covariance = references.posterior(net(joint).squeeze(-1).detach(), prior, noise, y)
+    expected = torch.distributions.MultivariateNormal(mean, covariance + noise * eye(810)).log_prob(test_y)
+    assert_close(actual, expected)
 
 
 class TestSpectrum:
     @pytest.mark.parametrize("n", [SMALL, LARGE])
     @pytest.mark.parametrize("noise", ["constant", "fixed"])
-    def test_one_decomposition_serves_all_steps(self, monkeypatch, n, noise):
+    @pytest.mark.parametrize("importing", ["nothing", "botorch"])
+    def test_one_decomposition_serves_all_steps(self, monkeypatch, n, noise, importing):
+        fast_log_prob(monkeypatch, importing == "nothing")
         net, (x, y) = network(), data(n)
         built, solvers = [], []
         original = Spectrum.__init__

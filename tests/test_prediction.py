@@ -8,7 +8,7 @@ import warnings
 import gpytorch
 import pytest
 import torch
-from gpytorch.kernels import MaternKernel, RBFKernel, ScaleKernel
+from gpytorch.kernels import LinearKernel, MaternKernel, RBFKernel, ScaleKernel
 from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, GaussianLikelihood, MultitaskGaussianLikelihood
 from torch import Size, Tensor
 
@@ -209,13 +209,16 @@ class TestComposition:
             assert_close(posterior.covariance_matrix, covariance, 1e-7)
 
     @pytest.mark.parametrize("n", [SMALL, 900])
-    @pytest.mark.parametrize("other", ["rbf", "ntk"])
-    def test_products(self, n, other):
+    @pytest.mark.parametrize("other", ["rbf", "linear", "ntk"])
+    @pytest.mark.parametrize("order", ["ntk first", "ntk last"])
+    def test_products(self, n, other, order):
         net, (x, y), test_x = network(), data(n), data(9, seed=1)[0]
         joint = torch.cat([x, test_x])
         second = network(seed=3, width=5)
-        kernel = scaled(net) * (RBFKernel().double() if other == "rbf" else NTKKernel(second))
-        factor = RBFKernel().double()(joint).to_dense() if other == "rbf" else references.kernel(second, joint)
+        factors = {"rbf": RBFKernel, "linear": LinearKernel, "ntk": lambda: NTKKernel(second)}
+        another = factors[other]().double()
+        kernel = scaled(net) * another if order == "ntk first" else another * scaled(net)
+        factor = references.kernel(second, joint) if other == "ntk" else another(joint).to_dense()
         mean, covariance = references.posterior(
             net(joint).squeeze(-1).detach(), 1.7 * references.kernel(net, joint) * factor.detach(), 0.05, y
         )
@@ -223,6 +226,38 @@ class TestComposition:
             posterior = AdaptedGP(x, y, net, kernel, gaussian(0.05)).eval()(test_x)
             assert_close(posterior.mean, mean, 1e-7)
             assert_close(posterior.covariance_matrix, covariance, 1e-7)
+
+    @pytest.mark.parametrize("n", [SMALL, 900])
+    @pytest.mark.parametrize("missing", [False, True])
+    @pytest.mark.parametrize("order", ["ntk alone", "ntk last"])
+    def test_caches_with_a_graph(self, n, missing, order):
+        """`detach_test_caches(False)`: predictions with derivatives in the kernel's scale, the noise and the mean."""
+        net, (x, y), test_x = network(), data(n), data(9, seed=1)[0]
+        matern, ntk = MaternKernel().double(), scaled(net)
+        model = AdaptedGP(x, y, net, ntk if order == "ntk alone" else matern + ntk, gaussian(0.05))
+        model.mean_module = gpytorch.means.ConstantMean().double()
+        seen = torch.arange(n) % 4 > 0 if missing else torch.ones(n, dtype=torch.bool)
+        model.set_train_data(targets=y.where(seen, math.nan))
+        joint = torch.cat([x[seen], test_x])
+        prior = ntk.outputscale * references.kernel(net, joint)
+        prior = prior if order == "ntk alone" else prior + matern(joint).to_dense()
+        mean = model.mean_module(joint)
+        expected = references.posterior(mean, prior, model.likelihood.noise, y[seen])
+        policy = gpytorch.settings.observation_nan_policy("mask" if missing else "ignore")
+        with policy, gpytorch.settings.detach_test_caches(False):
+            posterior = model.eval()(test_x)
+            actual = posterior.mean, posterior.covariance_matrix
+        parameters = list(model.parameters())
+        for a, b in zip(actual, expected, strict=True):
+            assert_close(a, b)
+            gradients, wanted = (
+                torch.autograd.grad(
+                    c.sin().sum(), parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+                for c in (a, b)
+            )
+            for one, other in zip(gradients, wanted, strict=True):
+                assert_close(one, other, 1e-7)
 
     @pytest.mark.parametrize("n", [SMALL, 900])
     def test_two_networks(self, n):

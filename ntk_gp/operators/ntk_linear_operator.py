@@ -75,6 +75,20 @@ class NTKLinearOperator(LinearOperator):
     def _like(self, x1: Tensor, x2: Tensor, variances: Tensor) -> NTKLinearOperator:
         return self.__class__(x1, x2, variances, linearization=self.linearization)
 
+    def points_of(self, rows: Tensor) -> Tensor | None:
+        """A mask of points, (n,), from one of rows, (n·C,); None if that has some but not all of a point's C."""
+        outputs = rows.reshape(-1, self._outputs)
+        return outputs[:, 0] if (outputs == outputs[:, :1]).all() else None
+
+    def at_points(self, points: Tensor) -> NTKLinearOperator:
+        """The rows and columns of some points, from a square matrix.
+
+        :param points: A mask, (n,).
+        """
+        x1 = self.x1[..., points, :]
+        same = self.x1 is self.x2 or (_same_memory(self.x1, self.x2) and not self._inputs_require_grad)
+        return self._like(x1, x1 if same else self.x2[..., points, :], self.variances)
+
     def _transpose_nonbatch(self) -> NTKLinearOperator:
         return self._like(self.x2, self.x1, self.variances)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import torch
@@ -13,6 +14,8 @@ from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
 from .. import settings
+from ..solvers.choice import STOCK_CHOLESKY_SIZES
+from ..solvers.iterative import tolerance
 from ._checks import check_right_hand_side
 
 
@@ -28,7 +31,7 @@ class _DenselySolved(LinearOperator):
     @cached(name="float64_factor")
     def _factor(self) -> Tensor:
         matrix = self.to_dense().double()
-        factor = psd_safe_cholesky(matrix)
+        factor = psd_safe_cholesky(matrix, jitter=gpytorch_settings.cholesky_jitter.value(self.dtype))
         rounding = torch.finfo(self.dtype).eps * matrix.detach().diagonal(dim1=-2, dim2=-1).amax()
         smallest = factor.detach().diagonal(dim1=-2, dim2=-1).amin().square()
         if 0.1 * smallest < rounding:
@@ -44,7 +47,7 @@ class _DenselySolved(LinearOperator):
     def solve(self, right_tensor: Tensor, left_tensor: Tensor | None = None) -> Tensor:
         check_right_hand_side(right_tensor)
         if not self._is_dense:
-            with gpytorch_settings.cg_tolerance(settings.solve_tolerance.value()):
+            with _conjugate_gradients():
                 return super().solve(right_tensor, left_tensor)
         vector = right_tensor.dim() == 1
         rhs = right_tensor.unsqueeze(-1) if vector else right_tensor
@@ -58,7 +61,7 @@ class _DenselySolved(LinearOperator):
         if inv_quad_rhs is not None:
             check_right_hand_side(inv_quad_rhs)
         if not self._is_dense:
-            with gpytorch_settings.cg_tolerance(settings.solve_tolerance.value()):
+            with _conjugate_gradients():
                 return super().inv_quad_logdet(inv_quad_rhs, logdet, reduce_inv_quad)
         factor = self._factor()
         inv_quad = log_determinant = torch.zeros(self.batch_shape, dtype=self.dtype, device=self.device)
@@ -75,7 +78,8 @@ class _DenselySolved(LinearOperator):
 class NTKSumLinearOperator(_DenselySolved, SumLinearOperator):
     """A neural tangent kernel matrix plus others, such as a Matérn kernel's or correlated noise; solved exactly.
 
-    :param linear_ops: The matrices to add.
+    :param linear_ops: The matrices to add; or one alone that holds such a sum or a product, in a form that solves
+        otherwise.
     """
 
     def _mul_constant(self, other: float | Tensor) -> LinearOperator:
@@ -96,3 +100,15 @@ class NTKSumAddedDiagLinearOperator(_DenselySolved, AddedDiagLinearOperator):
 
     :param linear_ops: The :class:`NTKSumLinearOperator` and the :class:`~linear_operator.operators.DiagLinearOperator`.
     """
+
+
+def _conjugate_gradients() -> contextlib.ExitStack:
+    """GPyTorch's settings as the user has made them, at this package's tolerance if none; not those of an import."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(gpytorch_settings.cg_tolerance(tolerance()))
+    if gpytorch_settings.max_cholesky_size.value() in STOCK_CHOLESKY_SIZES:
+        stack.enter_context(gpytorch_settings.max_cholesky_size(min(STOCK_CHOLESKY_SIZES)))
+    for flag in (gpytorch_settings.fast_computations.solves, gpytorch_settings.fast_computations.log_prob):
+        if flag.is_default():
+            stack.enter_context(flag(True))
+    return stack

@@ -11,7 +11,7 @@ from .system import System
 from .weight_space import WeightSpaceSolver
 
 # The defaults of GPyTorch, and of BoTorch, which sets its own when it is imported: not a choice of the user's.
-_STOCK_CHOLESKY_SIZES = (800, 4096)
+STOCK_CHOLESKY_SIZES = (800, 4096)
 
 
 def choose_solver(system: System) -> Solver:
@@ -46,7 +46,7 @@ def solver_class(system: System) -> type[Solver]:
     """The kind of solver, by costs and memory; what the user has set in GPyTorch comes first."""
     rows, parameters, batch = system.num_rows, system.num_parameters, system.batch
     limit = gpytorch_settings.max_cholesky_size.value()
-    if limit not in _STOCK_CHOLESKY_SIZES and min(rows, parameters) > limit and batch == 1:
+    if limit not in STOCK_CHOLESKY_SIZES and min(rows, parameters) > limit and batch == 1:
         return IterativeSolver
     costs: dict[type[Solver], float] = {}
     if system.fits(2.0 * batch * rows**2):
