@@ -73,7 +73,7 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
     def mean_weights(self) -> Tensor:
         """ŵ, (*batch, P) in float64."""
         with torch.inference_mode(False):
-            return self._mean_weights(normal_tensor(self.residual.detach()))
+            return self._mean_weights(normal_tensor(self.residual))
 
     def _mean_weights(self, residual: Tensor) -> Tensor:
         batch = residual.shape[:-1]
@@ -87,7 +87,10 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
 
     @property
     def residual(self) -> Tensor:
-        """Targets less prior mean, (*batch, N) in float64."""
+        """Targets less prior mean, (*batch, N) in float64; a constant."""
+        return self._residual().detach()
+
+    def _residual(self) -> Tensor:
         mean = self.train_prior_dist.loc
         residual = self.train_labels - mean.reshape(*mean.shape[:-1], self.num_train)
         return residual.double().masked_fill(self._missing, 0.0)
@@ -130,7 +133,7 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
 
     def _solved_residual(self) -> Tensor:
         """(K + D)⁻¹ (y - m), (*batch, N)."""
-        residual = self.residual.to(self.train_labels.dtype).unsqueeze(-1)
+        residual = self._residual().to(self.train_labels.dtype).unsqueeze(-1)
         return self._train_matrix.solve(residual).squeeze(-1)
 
     def get_fantasy_strategy(self, inputs, targets, full_inputs, full_targets, full_output, **kwargs):

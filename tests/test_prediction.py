@@ -259,6 +259,14 @@ class TestComposition:
             for one, other in zip(gradients, wanted, strict=True):
                 assert_close(one, other, 1e-7)
 
+    def test_caches_without_a_graph(self):
+        net, (x, y) = network(), data(SMALL)
+        model = AdaptedGP(x, y, net, scaled(net))
+        model.mean_module = gpytorch.means.ConstantMean().double()
+        model.eval()(x)
+        strategy = model.prediction_strategy
+        assert not any(t.requires_grad for t in (strategy.residual, strategy.mean_weights, strategy.mean_cache))
+
     @pytest.mark.parametrize("n", [SMALL, 900])
     def test_two_networks(self, n):
         net, second, (x, y), test_x = network(), network(seed=3, width=5), data(n), data(9, seed=1)[0]
