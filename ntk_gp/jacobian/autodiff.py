@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
-from .. import settings
 from ..network import FrozenNetwork, NetworkFunction, normal_tensor
 from .base import Jacobian, JacobianEngine
 
@@ -86,7 +85,7 @@ class AutodiffJacobian(Jacobian):
             return torch.cat([tangents @ rows[0].mT for _, rows in blocks], dim=-1)
         pieces = []
         with self._computation(x):
-            for chunk in x.split(self._points_per_pass(), dim=0):
+            for chunk in x.split(self.function.points_per_pass(), dim=0):
                 push = _pushforward(self.function, chunk, forward_mode=self.modes.forward)
                 pieces.append(self._map_columns(push, tangents, chunk))
         return torch.cat(pieces, dim=-1)
@@ -101,7 +100,7 @@ class AutodiffJacobian(Jacobian):
 
     def _vjp_points(self, x: Tensor, cotangents: Tensor) -> Tensor:
         """(m, d) points and (r, m·C) cotangents to (r, P)."""
-        size = self._points_per_pass()
+        size = self.function.points_per_pass()
         total: Tensor | None = None
         with self._computation(x):
             for chunk, columns in zip(
@@ -175,10 +174,6 @@ class AutodiffJacobian(Jacobian):
         """`apply` to each of the r columns: together where they are small, one by one where not."""
         together = _VMAP_BYTES // max(1, chunk.shape[0] * self.function.bytes_per_point)
         return _each(apply, columns, together if self.modes.vmap else 1)
-
-    def _points_per_pass(self) -> int:
-        budget = settings.memory_budget.bytes(self.x.device)
-        return max(1, budget // (8 * max(1, self.function.bytes_per_point)))
 
     @contextmanager
     def _computation(self, x: Tensor) -> Iterator[None]:

@@ -82,9 +82,10 @@ class Jacobian(ABC):
         budget = settings.memory_budget.bytes(self.x.device)
         return max(1, min(self.num_points, budget // (8 * max(1, self.x.shape[0] * row_bytes))))
 
-    def vectors_per_block(self) -> int:
-        """How many parameter vectors may be held at once: an eighth of the memory budget."""
-        vector_bytes = self.x.shape[0] * self.function.num_parameters * self.x.element_size()
+    def vectors_per_block(self, other: Jacobian | None = None) -> int:
+        """How many vectors, of parameters or of rows, may be held at once: an eighth of the memory budget."""
+        longest = max(self.function.num_parameters, self.num_rows, 0 if other is None else other.num_rows)
+        vector_bytes = len(self.x) * longest * self.x.element_size()
         return max(1, settings.memory_budget.bytes(self.x.device) // (8 * max(1, vector_bytes)))
 
     def report(self) -> list[dict[str, object]]:
@@ -113,9 +114,17 @@ class Jacobian(ABC):
         An engine overrides this when it has something cheaper than one vjp and one jvp.
         """
         variances = self.function.expand_weights(weights).unsqueeze(-2)
-        blocks = rhs.mT.split(self.vectors_per_block(), dim=-2)
-        products = [self.jvp(other.vjp(vectors) * variances) for vectors in blocks]
-        return (products[0] if len(products) == 1 else torch.cat(products, dim=-2)).mT
+        r, size = rhs.shape[-1], self.vectors_per_block(other)
+        if r <= size:
+            return self.jvp(other.vjp(rhs.mT) * variances).mT
+        out = rhs.new_empty(self._results(other, rhs, weights), r, self.num_rows)
+        for i in range(0, r, size):
+            out[:, i : i + size] = self.jvp(other.vjp(rhs[..., i : i + size].mT) * variances)
+        return out.mT
+
+    def _results(self, other: Jacobian, *factors: Tensor) -> int:
+        """How many batches a product of these has."""
+        return max(len(self.x), len(other.x), *map(len, factors))
 
 
 class JacobianEngine(ABC):

@@ -156,7 +156,9 @@ class FrozenNetwork(nn.Module):
             out = flat.new_zeros(0, function.num_outputs)
         else:
             with function.tracing():
-                out = function(function.parameters, normal_tensor(flat))
+                chunks = normal_tensor(flat).split(function.points_per_pass())
+                pieces = [function(function.parameters, chunk) for chunk in chunks]
+            out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         shape = x.shape[:-1] if self.output != ALL_OUTPUTS else (*x.shape[:-1], function.num_outputs)
         return out.reshape(shape)
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 ALL_OUTPUTS = "all"
 
+# What a pass through the network takes, in units of what autograd keeps of it, so that it has half of the budget.
+_PASS_OVERHEAD = 16
 
 MIXES_ROWS = (
     "A row's output changes with the other rows of the batch, so the network is not a function of one input. Expected "
@@ -92,6 +94,10 @@ class NetworkFunction:
     @property
     def device(self) -> torch.device:
         return next(iter(self.parameters.values())).device
+
+    def points_per_pass(self) -> int:
+        """How many points may go through the network at once, with derivatives, within the memory budget."""
+        return max(1, settings.memory_budget.bytes(self.device) // (_PASS_OVERHEAD * max(1, self.bytes_per_point)))
 
     def restrict(self, names: Iterable[str]) -> NetworkFunction:
         """The same function, with only these of the selected parameters as its parameters."""

@@ -26,12 +26,13 @@ logger = logging.getLogger("ntk_gp")
 _VERIFIED_POINTS = 8
 # Relative difference from autograd that may be rounding: some networks compute a part of themselves in float32.
 _TOLERANCE = 1e-5
-# Autograd's intermediate results and gradients take up to about this many times the memory of the factors kept.
-_CAPTURE_OVERHEAD = 8
+# Autograd's intermediate results and gradients take up to about eight times the memory of the factors kept, and may
+# have half of the budget.
+_CAPTURE_OVERHEAD = 16
 # Factors are held if they take this share of the memory budget: they are put together from chunks, so exist twice.
 _HELD_SHARE = 3
-# Otherwise the chunks are smaller: one may still be held while the next is captured.
-_CHUNK_SHARE = 8
+# Otherwise each chunk is what is captured at once; one may still be held while the next is captured.
+_CHUNK_SHARE = _CAPTURE_OVERHEAD
 # A matrix whose per-point gradients are hardly wider than its two factors is kept as them: one product in place of two.
 _DENSE_MARGIN = 16
 

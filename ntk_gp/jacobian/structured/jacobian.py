@@ -317,23 +317,19 @@ class ChunkedJacobian(Jacobian):
         if needs_gradient or not isinstance(other, (StructuredJacobian, ChunkedJacobian)):
             return super().kernel_matmul(other, rhs, weights)
         r = rhs.shape[-1]
-        passes = math.ceil(r / self.vectors_per_block())
+        passes = math.ceil(r / self.vectors_per_block(other))
         if self._columns_cost(other, r, passes) <= self.gram_cost(other):
             return super().kernel_matmul(other, rhs, weights)
         with torch.no_grad():
             return self._blockwise_matmul(other, rhs, weights)
 
     def _blockwise_matmul(self, other: StructuredJacobian | ChunkedJacobian, rhs: Tensor, weights: Tensor) -> Tensor:
-        batch = max(self._results(other, weights), rhs.shape[0])
-        out = rhs.new_zeros(batch, self.num_rows, rhs.shape[-1])
+        out = rhs.new_zeros(self._results(other, rhs, weights), self.num_rows, rhs.shape[-1])
         for rows, columns, block in self._blocks(other, weights):
             out[:, rows] += block @ rhs[:, columns]
             if other is self and rows != columns:
                 out[:, columns] += block.mT @ rhs[:, rows]
         return out
-
-    def _results(self, other: Jacobian, weights: Tensor) -> int:
-        return max(self.x.shape[0], other.x.shape[0], len(weights))
 
     def _blocks(
         self, other: StructuredJacobian | ChunkedJacobian, weights: Tensor
