@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import settings
 from ..jacobian.base import Jacobian
 from ..jacobian.linearization import Linearization
+from ..jacobian.products import JacobianProduct
 from ..network import normal_tensor
 
 
@@ -110,6 +111,13 @@ class System:
     def features(self, alpha: Tensor) -> Tensor:
         """Σ Jᵀ alpha: (B, N, r) to (B, P, r)."""
         return self.parameter_variances.unsqueeze(-1) * self.jacobian.vjp(alpha.mT).mT
+
+    def cross(self, jacobian: Jacobian) -> Tensor:
+        """K(X, x), (B, N, M); differentiable where the inputs of the Jacobian are."""
+        if not jacobian.x.requires_grad:
+            return self.jacobian.gram(jacobian, self.weights)
+        tangents = jacobian.rows() * self.parameter_variances.unsqueeze(-2)
+        return JacobianProduct.apply(tangents, self.jacobian).mT
 
     def fits(self, elements: float) -> bool:
         """Whether so many float64 numbers are within the memory budget."""

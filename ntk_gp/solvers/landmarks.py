@@ -1,0 +1,196 @@
+"""Landmarks: a few training rows that stand for all, by Cholesky with pivots drawn at random.
+
+Epperly, Tropp and Webber, "Embrace rejection: kernel matrix approximation by accelerated randomly pivoted Cholesky",
+2024. A row is drawn with a probability proportional to what is left of its prior variance when those before are known:
+an NTK's rows are so redundant that a few thousand leave less than the noise of any number of training points.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import settings
+from .system import System
+
+_PROPOSALS = 256  # rows that are drawn at once
+_CHECKED = 2000  # rows among which what is left of K is followed as a matrix
+_POWERS = 20
+
+
+class PivotedCholesky:
+    r"""K ≈ Fᵀ F from m landmarks, where K − Fᵀ F is positive semidefinite.
+
+    :param system: K + D, without batches.
+    :param limit: The most landmarks that there may be.
+
+    :ivar Tensor factor: F, (m, N).
+    :ivar Tensor rows: The landmarks, (m,).
+    :ivar Tensor left: The diagonal of K − Fᵀ F, (N,).
+    :ivar Tensor checked: Some rows, (k,), drawn at random.
+    :ivar Tensor checked_variances: About the posterior variances there, (k,).
+    """
+
+    def __init__(self, system: System, limit: int):
+        self.system = system
+        jacobian = system.jacobian
+        self.outputs = jacobian.function.num_outputs
+        self.left = jacobian.diagonal(system.weights)[0].clone()
+        system.check_finite(self.left)
+        self.limit = min(limit, len(self.left))
+        self._memory = self.left.new_empty(self.limit, len(self.left))  # row by row: touched as it is filled
+        self._blocks: list[Tensor] = []
+        self.rows = torch.empty(0, dtype=torch.long, device=self.left.device)
+        # Kernel values are no better than this, and the inverse of their matrix magnifies it.
+        rounding = float(torch.finfo(self.left.dtype).eps * self.left.max())
+        self._jitter = min(max(1e-5 * float(system.noise.min()), 4 * rounding), 1024 * rounding)
+        self._generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(jacobian.num_points, generator=self._generator).to(self.left.device)
+        room = int((settings.memory_budget.bytes(system.x.device) / 128) ** 0.5)
+        points = order[: max(1, min(_CHECKED, room) // self.outputs)]
+        self.checked = self._rows_of(points)
+        checked = jacobian[points]
+        self._checked_left = checked.gram(checked, system.weights)[0]
+        self.checked_variances = self._variances_of_checked()
+
+    @property
+    def rank(self) -> int:
+        return len(self.rows)
+
+    @property
+    def factor(self) -> Tensor:
+        return self._memory[: self.rank]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there can be no more landmarks, or nothing but rounding is left."""
+        return self.rank == self.limit or bool(self.left.max() <= self._jitter)
+
+    def grow(self) -> None:
+        """One block of landmarks more."""
+        points = self._draw()
+        accepted, factor = self._accept(self._rows_of(points))
+        if not len(accepted):
+            return
+        start, stop = self.rank, self.rank + len(accepted)
+        used = torch.isin(points, accepted // self.outputs)
+        block = self._kernel_rows(points[used])[torch.isin(self._rows_of(points[used]), accepted)]
+        block.addmm_(self.factor[:, accepted].mT, self.factor, alpha=-1)
+        new = self._memory[start:stop]
+        new.copy_(torch.linalg.solve_triangular(factor, block, upper=False))
+        self.left.sub_(new.square().sum(0)).clamp_min_(0.0)
+        self.rows = torch.cat([self.rows, accepted])
+        self.left[self.rows] = 0.0  # but for the jitter
+        self._blocks.append(factor)
+        seen = new[:, self.checked]
+        self._checked_left.addmm_(seen.mT, seen, alpha=-1)
+
+    def _rows_of(self, points: Tensor) -> Tensor:
+        return (points.unsqueeze(-1) * self.outputs + torch.arange(self.outputs, device=points.device)).flatten()
+
+    def _draw(self) -> Tensor:
+        """Points whose rows are proposed, in a random order that prefers those with much left."""
+        weights = self.left.unflatten(0, (-1, self.outputs)).sum(-1).cpu()
+        count = max(1, min(_PROPOSALS, self.limit) // self.outputs)
+        count = min(count, int((weights > 0).sum()))
+        # Gumbel's trick: as a draw without replacement, for any number of points.
+        keys = weights.log() - torch.empty_like(weights).exponential_(generator=self._generator).log()
+        return keys.topk(count).indices.to(self.left.device)
+
+    def _kernel_rows(self, points: Tensor) -> Tensor:
+        """The rows of K of some points, (·, N), in memory of its own."""
+        jacobian = self.system.jacobian
+        return jacobian[points].gram(jacobian, self.system.weights)[0]
+
+    def _accept(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The proposed rows that a draw one by one would have kept, and the Cholesky factor of what is left of them."""
+        chosen = self.system.jacobian[rows[:: self.outputs] // self.outputs]
+        known = self.factor[:, rows]
+        matrix = (chosen.gram(chosen, self.system.weights)[0] - known.mT @ known).cpu()
+        proposed = matrix.diagonal().clone()
+        chances = torch.rand(len(rows), generator=self._generator, dtype=matrix.dtype)
+        rest, kept = matrix.clone(), []
+        for i in range(len(rows)):
+            pivot = float(rest[i, i])
+            if pivot <= max(self._jitter, float(chances[i] * proposed[i])) or self.rank + len(kept) == self.limit:
+                continue
+            kept.append(i)
+            column = rest[i:, i] / pivot**0.5
+            rest[i:, i:].addr_(column, column, alpha=-1)
+        # Rows with nothing but rounding left, by this more exact figure, are not drawn again.
+        self.left[rows[(proposed <= self._jitter).to(rows.device)]] = 0.0
+        index = torch.tensor(kept, dtype=torch.long)
+        matrix = matrix[index][:, index]
+        matrix.diagonal().add_(self._jitter)
+        factor = torch.linalg.cholesky(matrix).to(self.left)
+        return rows[index.to(rows.device)], factor
+
+    def _variances_of_checked(self) -> Tensor:
+        """About the posterior variances there: as if these rows, with less noise, stood for all."""
+        noise = self.system.noise[0].expand(len(self.left))[self.checked] * (len(self.checked) / len(self.left))
+        noise = noise.clamp_min(self._jitter)
+        matrix = self._checked_left + noise.diag()
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if info:
+            return noise
+        inverse = torch.cholesky_inverse(factor).diagonal()
+        return (noise - noise.square() * inverse).clamp_min(torch.finfo(noise.dtype).eps * noise)
+
+    def root(self) -> Tensor:
+        """L, (m, m), with L Lᵀ the kernel matrix of the landmarks (and a jitter); F is L⁻¹ times its rows for all."""
+        root = self.factor[:, self.rows].mT.tril(-1)
+        start = 0
+        for block in self._blocks:
+            stop = start + len(block)
+            root[start:stop, start:stop] = block
+            start = stop
+        return root
+
+    def left_if_new(self, rows: Tensor) -> Tensor:
+        """What is left of each of these rows; of a landmark, given the other ones only: what a new point is like."""
+        left = self.left[rows]
+        which, place = (rows.unsqueeze(-1) == self.rows).nonzero(as_tuple=True)
+        unit = left.new_zeros(self.rank, len(which))
+        unit[place, torch.arange(len(which))] = 1.0
+        left[which] = 1 / torch.linalg.solve_triangular(self.root(), unit, upper=False).square().sum(0)
+        return left
+
+    def residual_estimate(self) -> float:
+        r"""About the largest eigenvalue of :math:`D^{-1/2} (K - F^\top F) D^{-1/2}`, from the rows that are checked."""
+        scale = self.system.noise[0].expand(len(self.left))[self.checked].rsqrt()
+        matrix = self._checked_left * scale * scale.unsqueeze(-1)
+        vectors = _random_vectors(len(matrix), 4, self._generator).to(matrix)
+        largest = 0.0
+        for _ in range(_POWERS):
+            vectors = vectors / vectors.norm(dim=0).clamp_min(torch.finfo(matrix.dtype).tiny)
+            images = matrix @ vectors
+            largest, vectors = float((vectors * images).sum(0).max()), images
+        return max(largest, 0.0) * len(self.left) / len(self.checked)
+
+    def residual(self, steps: int = 10) -> float:
+        r"""The largest eigenvalue of :math:`D^{-1/2} (K - F^\top F) D^{-1/2}` by Lanczos, with its error added."""
+        scale = self.system.noise[0].expand(len(self.left)).rsqrt()
+        vector = _random_vectors(len(scale), 1, self._generator)[:, 0].to(scale)
+        basis = scale.new_empty(min(steps, len(scale)), len(scale))
+        matrix = scale.new_zeros(len(basis), len(basis))
+        for step in range(len(basis)):
+            basis[step] = vector / vector.norm()
+            vector = scale * self._left_matmul(scale * basis[step])
+            done = basis[: step + 1]
+            products = done @ vector
+            matrix[step, : step + 1] = matrix[: step + 1, step] = products
+            vector = vector - done.mT @ products
+            vector = vector - done.mT @ (done @ vector)
+            values, vectors = torch.linalg.eigh(matrix[: step + 1, : step + 1])
+            bound = float(vector.norm() * vectors[-1, -1].abs())
+            if bound <= 0.05 * float(values[-1]):
+                break
+        return max(0.0, float(values[-1])) + bound
+
+    def _left_matmul(self, vector: Tensor) -> Tensor:
+        image = self.system.matmul(vector.reshape(1, -1, 1))[0, :, 0] - self.system.noise[0] * vector
+        return image - self.factor.mT @ (self.factor @ vector)
+
+
+def _random_vectors(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float64)
