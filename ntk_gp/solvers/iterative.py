@@ -105,12 +105,12 @@ class IterativeSolver(Solver):
         return self.system.num_rows
 
     def covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
-        cross1 = self._cross(jacobian1)
-        cross2 = cross1 if jacobian2 is jacobian1 else self._cross(jacobian2)
+        cross1 = self.system.cross(jacobian1)
+        cross2 = cross1 if jacobian2 is jacobian1 else self.system.cross(jacobian2)
         return jacobian1.gram(jacobian2, self.system.weights) - cross1.mT @ _Solve.apply(cross2, self)
 
     def variance(self, jacobian: Jacobian) -> Tensor:
-        cross = self._cross(jacobian)
+        cross = self.system.cross(jacobian)
         prior = jacobian.diagonal(self.system.weights)
         return (prior - (cross * _Solve.apply(cross, self)).sum(-2)).clamp_min(0.0)
 
