@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 # What names its engine in every test, or has none.
-ENGINE_NAMED := tests/jacobian tests/test_network.py tests/test_notebooks.py tests/test_readme.py
+ENGINE_NAMED := tests/jacobian tests/test_network.py tests/test_notebooks.py tests/test_peak_memory.py tests/test_readme.py
 
 .PHONY: demo test test-engines lint notebooks benchmark docs clean
 

@@ -29,8 +29,9 @@ _TOLERANCE = 1e-5
 # Autograd's intermediate results and gradients take up to about eight times the memory of the factors kept, and may
 # have half of the budget.
 _CAPTURE_OVERHEAD = 16
-# Factors are held if they take this share of the memory budget: they are put together from chunks, so exist twice.
-_HELD_SHARE = 3
+# Factors are held if they take this share of the memory budget. Caches may take more, a quarter, so that the factors are
+# kept there, and whoever else uses these inputs does not hold them a second time.
+_HELD_SHARE = 5
 # Otherwise each chunk is what is captured at once; one may still be held while the next is captured.
 _CHUNK_SHARE = _CAPTURE_OVERHEAD
 # A matrix whose per-point gradients are hardly wider than its two factors is kept as them: one product in place of two.
@@ -121,7 +122,7 @@ class StructuredEngine(JacobianEngine):
         budget = settings.memory_budget.bytes(x.device)
         per_point = max(plan.bytes_per_point, function.bytes_per_point) * _CAPTURE_OVERHEAD
         size = max(1, budget // (max(1, per_point) * x.shape[0]))
-        parts = []
+        parts: list[list[Term]] = []
         for chunk in x.split(size, dim=1):
             terms = self._terms(function, plan, chunk)
             if terms is None:
@@ -129,9 +130,9 @@ class StructuredEngine(JacobianEngine):
             if self.plan(function, x) is not plan:  # these points have told more about the rules
                 return self.capture(function, x)
             parts.append(terms)
-        terms = [first.concatenate(others) if others else first for first, *others in zip(*parts, strict=True)]
+            del terms
         rest = self.residual.linearize_function(function.restrict(plan.residual), x) if plan.residual else None
-        return StructuredJacobian(function, x, _tidy(terms), rest, plan.labels)
+        return StructuredJacobian(function, x, _tidy(_joined(parts)), rest, plan.labels)
 
     def _all_autodiff(self, function: NetworkFunction, x: Tensor) -> StructuredJacobian:
         logger.debug("The network calls other functions at these inputs than at those it was tried with: autodiff.")
@@ -266,9 +267,18 @@ def _verify(
     return wrong, silent
 
 
+def _joined(parts: list[list[Term]]) -> list[Term]:
+    """The terms of all chunks, term by term; the chunks are emptied, so that only one term at a time exists twice."""
+    terms = []
+    while parts[0]:
+        first, *others = (part.pop() for part in parts)
+        terms.append(_dense(first.concatenate(others) if others else first))
+        del first, others
+    return terms[::-1]
+
+
 def _tidy(terms: list[Term]) -> list[Term]:
     """Small dense blocks beside one another, so that a Gram tile takes one product for all of them."""
-    terms = [_dense(term) for term in terms]
     small = [term for term in terms if isinstance(term, FeatureTerm) and is_tiled(term)]
     others = [term for term in terms if not (isinstance(term, FeatureTerm) and is_tiled(term))]
     return [FeatureTerm.join(small), *others] if small else others

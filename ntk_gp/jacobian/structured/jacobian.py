@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from .engine import Plan, StructuredEngine
 
 
+# Blocks of a Gram matrix captured chunk by chunk have so many chunks' points on the left, which are captured once.
+_HEIGHT = 2
+
+
 class StructuredJacobian(Jacobian):
     """J(X) = the terms' columns, and those of the parameters that no rule serves.
 
@@ -338,25 +342,28 @@ class ChunkedJacobian(Jacobian):
 
         The factors of both sides are held, and one block.
         """
-        size = self._block_points(self._results(other, weights))
-        for rows, left in self._chunks(size):
+        height, width = self._block_points(self._results(other, weights))
+        for rows, left in self._chunks(height):
             if other is self:
-                yield rows, rows, left.gram(left, weights)
-                others = self._chunks(size, start=rows.stop // self.function.num_outputs)
+                yield from _triangle(left, rows.start, width, weights)
+                others = self._chunks(width, start=rows.stop // self.function.num_outputs)
             else:
-                others = _parts(other, size)
+                others = _parts(other, width)
             for columns, right in others:
                 yield rows, columns, left.gram(right, weights)
+            del left  # before the next is captured
 
-    def _block_points(self, results: int = 1) -> int:
-        """How many points of either side a block of the Gram matrix has: it takes an eighth of the memory budget."""
-        elements = settings.memory_budget.bytes(self.x.device) // (8 * results * self.x.element_size())
-        return max(1, min(self.size // 2, math.isqrt(elements) // self.function.num_outputs))
+    def _block_points(self, results: int = 1) -> tuple[int, int]:
+        """The points on the left and on the right of a block of the Gram matrix: it takes an eighth of the budget."""
+        pair_bytes = results * self.function.num_outputs**2 * self.x.element_size()
+        pairs = settings.memory_budget.bytes(self.x.device) // (8 * pair_bytes)
+        width = max(1, min(self.size, math.isqrt(pairs)))
+        return max(1, min(_HEIGHT * self.size, pairs // width)), width
 
     def gram_cost(self, other: Jacobian) -> float:
         """With the captures: every block of rows meets every block of columns."""
         pairs = self.x.shape[0] * self.num_points * other.num_points * (0.5 if other is self else 1.0)
-        captured = self.x.shape[0] * self.num_points + pairs / self._block_points()
+        captured = self.x.shape[0] * self.num_points + pairs / self._block_points()[0]
         return pairs * self.plan.gram_flops + captured * self.plan.capture_flops
 
     def product_cost(self, other: Jacobian) -> float:
@@ -372,6 +379,18 @@ class ChunkedJacobian(Jacobian):
         _, chunk = next(self._chunks())
         scale = self.num_points / chunk.num_points
         return [{**entry, "bytes": int(scale * entry["bytes"])} for entry in chunk.report()]
+
+
+def _triangle(
+    jacobian: StructuredJacobian, start: int, size: int, weights: Tensor
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Blocks of the upper triangle of a Gram matrix, which is itself a block whose first row is `start`."""
+    for columns, part in _parts(jacobian, size):
+        here = slice(start + columns.start, start + columns.stop)
+        yield here, here, part.gram(part, weights)
+        if columns.start:
+            above = jacobian[slice(0, columns.start // jacobian.function.num_outputs)]
+            yield slice(start, here.start), here, above.gram(part, weights)
 
 
 def _parts(jacobian: StructuredJacobian | ChunkedJacobian, size: int) -> Iterator[tuple[slice, StructuredJacobian]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
+from ... import settings
 from .base import Term
 from .view import ParameterView
 
@@ -46,25 +48,51 @@ class CombinedTerm(Term):
 
     def paired(self, other: Term, weights: Tensor) -> Tensor:
         assert isinstance(other, CombinedTerm)
-        left, scale = self._dense(weights)
-        right = left if other is self else other._dense(weights)[0]
-        return (left * right * scale[:, None, None]).sum(-1)
+        scale = self._scale(weights)
+        pieces = []
+        for points in self._slices():
+            left = self._rows(points)
+            right = left if other is self else other._rows(points)
+            pieces.append((left * right * scale[:, None, None]).sum(-1))
+        return torch.cat(pieces, dim=1)
 
     def columns(self, max_columns: int, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        rows, scale = self._dense(weights)
-        yield from zip(rows.flatten(1, 2).split(max_columns, dim=-1), scale.split(max_columns, dim=-1), strict=True)
+        scale, slices = self._scale(weights), list(self._slices())
+        if len(slices) == 1:
+            rows = self._rows(slice(None)).flatten(1, 2)
+            yield from zip(rows.split(max_columns, dim=-1), scale.split(max_columns, dim=-1), strict=True)
+            return
+        for part in torch.arange(scale.shape[-1]).split(max_columns):
+            columns = slice(int(part[0]), int(part[-1]) + 1)
+            block = self.gradients.new_empty(*self.gradients.shape[:3], len(part))
+            for points in slices:  # whole rows again for each block: the uses have none of some columns alone
+                block[:, points] = self._rows(points)[..., columns]
+            yield block.flatten(1, 2), scale[:, columns]
 
-    def _dense(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of J without the columns of other parameters, (B, n, C, p), and each column's variance, (L, p)."""
+    def _slices(self) -> Iterator[slice]:
+        """Slices of points whose whole rows take a sixteenth of the memory budget."""
+        batch, n, outputs = self.gradients.shape[:3]
+        row_bytes = batch * outputs * self._compact()[1] * self.gradients.element_size()
+        size = max(1, settings.memory_budget.bytes(self.gradients.device) // (16 * row_bytes))
+        for start in range(0, n, size):
+            yield slice(start, min(n, start + size))
+
+    def _rows(self, points: slice) -> Tensor:
+        """The rows of J at some points without the columns of other parameters, (B, m, C, p)."""
         shifts, size = self._compact()
-        rows = self.gradients.new_zeros(*self.gradients.shape[:3], size)
+        some = self.map(lambda tensor: tensor[:, points]).relocate(shifts)
+        rows = some.gradients.new_zeros(*some.gradients.shape[:3], size)
+        some.add_rows(rows)
+        return rows
+
+    def _scale(self, weights: Tensor) -> Tensor:
+        """The prior variance of each of these columns, (L, p)."""
+        shifts, size = self._compact()
         scale = weights.new_zeros(weights.shape[0], size)
-        for term in self.uses:
-            term.relocate(shifts).add_rows(rows)
         for view in self.views:
             target = view.shift(shifts[view.name]).read(scale)
             target.copy_(weights[:, view.group].reshape(-1, *[1] * view.ndim).expand_as(target))
-        return rows, scale
+        return scale
 
     def _compact(self) -> tuple[dict[str, int], int]:
         """How far to move each parameter for the parameters of this term to follow one another."""

@@ -1,0 +1,50 @@
+"""With less memory than the factors take, the same numbers, and no more than that memory: by the kernel's own count."""
+
+import os
+
+import pytest
+import torch
+
+import ntk_gp
+from ntk_gp.jacobian.structured import StructuredEngine
+from ntk_gp.jacobian.terms import CombinedTerm
+from tests.jacobian.explicit import weights_for
+from tests.networks import CASES as NETWORKS
+from tests.peak_memory import measure_afresh
+
+BUDGET = 64 << 20  # bytes
+
+MEASURED = [
+    *[("MLP", name) for name in ("Gram", "K v", "J U, 20", "Jᵀ V, 20", "diagonal")],
+    *[("MLP", name) for name in ("posterior mean", "posterior variance")],
+    *[("narrow MLP, 3 outputs", name) for name in ("K v", "J u", "Jᵀ v", "diagonal", "posterior variance")],
+    *[("CNN", name) for name in ("Gram", "K V, 100", "J u", "posterior mean")],
+    *[("transformer", name) for name in ("K v", "Jᵀ v", "diagonal", "posterior mean")],
+]
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel counts no peak here")
+@pytest.mark.parametrize(("case", "operation"), MEASURED)
+def test_peak(case, operation):
+    measured = measure_afresh(case, operation, BUDGET)
+    assert measured["chunked"]
+    assert measured["peak"] <= 1
+    assert measured["error"] <= 1e-5  # float32
+
+
+@pytest.mark.parametrize("name", ["tied_autoencoder"])
+def test_unlike_uses_of_a_parameter(name):
+    """Their dense rows are formed for some points at a time, and are the same."""
+    case = next(case for case in NETWORKS if case.name == name)
+    network = case.frozen()
+    jacobian = StructuredEngine(network).linearize(case.inputs(20))
+    (term,) = [term for term in jacobian.terms if isinstance(term, CombinedTerm)]
+    weights = weights_for(network, 1)
+    expected, diagonal = list(term.columns(7, weights)), term.paired(term, weights)
+    with ntk_gp.settings.memory_budget(16 * 8 * 6 * jacobian.function.num_parameters):
+        assert len(list(term._slices())) > 2
+        for (columns, scale), (block, variances) in zip(term.columns(7, weights), expected, strict=True):
+            assert torch.equal(columns, block)
+            assert torch.equal(scale, variances)
+            assert columns.untyped_storage().nbytes() == columns.nbytes  # no view of whole rows
+        torch.testing.assert_close(term.paired(term, weights), diagonal, rtol=1e-14, atol=0)
