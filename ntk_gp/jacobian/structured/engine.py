@@ -29,8 +29,8 @@ _TOLERANCE = 1e-5
 # Autograd's intermediate results and gradients take up to about eight times the memory of the factors kept, and may
 # have half of the budget.
 _CAPTURE_OVERHEAD = 16
-# Factors are held if they take this share of the memory budget. Caches may take more, a quarter, so that the factors are
-# kept there, and whoever else uses these inputs does not hold them a second time.
+# Factors are held if they take this share of the memory budget. Caches may take more, a quarter, so that the factors
+# are kept there, and whoever else uses these inputs does not hold them a second time.
 _HELD_SHARE = 5
 # Otherwise each chunk is what is captured at once; one may still be held while the next is captured.
 _CHUNK_SHARE = _CAPTURE_OVERHEAD
