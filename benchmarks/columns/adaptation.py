@@ -20,7 +20,7 @@ from .torch_base import TorchColumn
 
 Prediction = tuple[Tensor, Tensor]
 
-# Two hyperparameters are known well from so many points; an eigendecomposition of all of them would take most of the time.
+# Two hyperparameters are known well from so many; an eigendecomposition of all points would take most of the time.
 FITTING_ROWS = 4000
 
 
