@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 
+import torch
+from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
 from .. import settings
 from ..jacobian.base import Jacobian
-from ..jacobian.products import JacobianProduct
 from .system import System
+
+
+# What a factorisation may lose before more is done. Means and variances lose up to ten times as much; they are promised
+# to 1e-8.
+ACCURATE = 3e-10
 
 
 class Solver(ABC):
@@ -36,14 +43,6 @@ class Solver(ABC):
     def mean_weights(self, residual: Tensor) -> Tensor:
         """ŵ = Σ Jᵀ (K + D)⁻¹ r for every row r: (B, r, N) to (B, r, P). The posterior mean is f(x) + J(x) ŵ."""
         return self.system.features(self.solve(residual.mT)).mT
-
-    def _cross(self, jacobian: Jacobian) -> Tensor:
-        """K(X, x), (B, N, M); differentiable where the inputs of the Jacobian are."""
-        system = self.system
-        if not jacobian.x.requires_grad:
-            return system.jacobian.gram(jacobian, system.weights)
-        tangents = jacobian.rows() * system.parameter_variances.unsqueeze(-2)
-        return JacobianProduct.apply(tangents, system.jacobian).mT
 
     @abstractmethod
     def covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
@@ -74,3 +73,21 @@ class Solver(ABC):
         """How many test points' c may be held at once: an eighth of the memory budget."""
         budget = settings.memory_budget.bytes(self.system.x.device)
         return max(1, budget // (8 * 8 * self.system.batch * outputs * max(1, self.half_size())))
+
+
+def rounding_error(cholesky: Tensor) -> float:
+    """About the relative error of a factorised matrix's inverse: its condition number, estimated, times the rounding."""
+    diagonal = cholesky.diagonal(dim1=-2, dim2=-1)
+    condition = (diagonal.amax(-1) / diagonal.amin(-1)).square()
+    return torch.finfo(cholesky.dtype).eps * float(condition.amax())
+
+
+def warn_of_rounding(cholesky: Tensor) -> None:
+    """Says that digits are lost."""
+    warnings.warn(
+        f"With so little noise, rounding leaves a relative error of up to about {10 * rounding_error(cholesky):.0e} in "
+        "the posterior, and there is no memory for a more exact factorisation. Give ntk_gp.settings.memory_budget "
+        "more, or the likelihood more noise.",
+        NumericalWarning,
+        stacklevel=2,
+    )

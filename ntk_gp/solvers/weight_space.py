@@ -11,12 +11,14 @@ from torch import Tensor
 from .. import settings
 from ..jacobian.base import Jacobian
 from ..jacobian.memory import mirror_upper_triangle
-from .base import Solver
+from .base import ACCURATE, Solver, rounding_error, warn_of_rounding
 from .function_space import FunctionSpaceSolver
 from .system import System
 
 # The Gram matrix of the features is accumulated in this many block columns, lower triangle only.
 _BLOCK_COLUMNS = 4
+# Weights lose more digits than variances do, and are cheaper to refine.
+_MEAN_FACTOR = 30
 
 
 class WeightSpaceSolver(Solver):
@@ -24,6 +26,10 @@ class WeightSpaceSolver(Solver):
     :math:`\Phi = J \Sigma^{1/2}`: N·P² + P³/3 flops, 8 P² bytes, and never N×P numbers at once.
 
     The posterior covariance is :math:`\Phi_* \Lambda^{-1} \Phi_*^\top`, a square: no difference of large numbers in it.
+
+    Λ squares the condition number of Φ. Where that costs digits, the features are brought to nearly orthonormal ones by
+    M and factorised once more, which costs twice as much again (Yamamoto, Nakatsukasa, Yanagisawa and Fukaya,
+    "Roundoff error analysis of the CholeskyQR2 algorithm", ETNA 2015).
 
     :param system: K + D.
     :param precision: Λ, where it is known already.
@@ -36,6 +42,25 @@ class WeightSpaceSolver(Solver):
             precision = feature_moment(system)
             precision.diagonal(dim1=-2, dim2=-1).add_(1.0)
         self.cholesky = psd_safe_cholesky(precision)
+        del precision
+        error = rounding_error(self.cholesky)
+        self._mean_is_refined = error > ACCURATE / _MEAN_FACTOR
+        if error > ACCURATE:
+            self._refine()
+
+    def _refine(self) -> None:
+        """M becomes M C, with C Cᵀ = M⁻¹ Λ M⁻ᵀ from the features themselves."""
+        system, factor = self.system, self.cholesky
+        if not system.fits(4.0 * factor.numel()):
+            warn_of_rounding(factor)
+            return
+        inverse = torch.linalg.solve_triangular(
+            factor, torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor), upper=False
+        )
+        near_identity = inverse @ inverse.mT  # the prior's part
+        del inverse
+        near_identity += feature_moment(system, factor)
+        self.cholesky = factor @ psd_safe_cholesky(near_identity)
 
     def extended(self, system: System) -> WeightSpaceSolver | None:
         """Adds m rows to the precision: a rank-m update, and a new factor."""
@@ -48,10 +73,18 @@ class WeightSpaceSolver(Solver):
         return rows * self.root_variances.unsqueeze(-2)
 
     def _project(self, rhs: Tensor) -> Tensor:
-        """Λ⁻¹ Φᵀ D⁻¹ rhs, (B, P, r)."""
+        """Λ⁻¹ Φᵀ D⁻¹ rhs, (B, P, r): least squares, by the normal equations."""
+        weights = torch.cholesky_solve(self._moment(rhs), self.cholesky)
+        if not self._mean_is_refined:
+            return weights
+        # From what the weights leave, with their own rounding in it: the error then is of second order.
+        left = rhs - self.system.jacobian.jvp((self.root_variances.unsqueeze(-1) * weights).mT).mT
+        return weights + torch.cholesky_solve(self._moment(left) - weights, self.cholesky)
+
+    def _moment(self, rhs: Tensor) -> Tensor:
+        """Φᵀ D⁻¹ rhs."""
         weighted = rhs / self.system.noise.unsqueeze(-1)
-        projected = self.root_variances.unsqueeze(-1) * self.system.jacobian.vjp(weighted.mT).mT
-        return torch.cholesky_solve(projected, self.cholesky)
+        return self.root_variances.unsqueeze(-1) * self.system.jacobian.vjp(weighted.mT).mT
 
     def solve(self, rhs: Tensor) -> Tensor:
         solution = self._solve_once(rhs)
@@ -107,20 +140,26 @@ class WeightSpaceSolver(Solver):
         return self.half_at(jacobian).square().sum(-2)
 
 
-def feature_moment(system: System) -> Tensor:
-    """Φᵀ D⁻¹ Φ, (B, P, P), block of training points by block; in float64, since float32 sums lose definiteness."""
+def feature_moment(system: System, factor: Tensor | None = None) -> Tensor:
+    """Φᵀ D⁻¹ Φ, (B, P, P), block of training points by block; in float64, since float32 sums lose definiteness.
+
+    :param factor: M, (B, P, P), for M⁻¹ Φᵀ D⁻¹ Φ M⁻ᵀ instead.
+    """
     jacobian, outputs = system.jacobian, system.jacobian.function.num_outputs
     size, block = system.num_parameters, jacobian.points_per_block()
     edges = torch.linspace(0, size, min(_BLOCK_COLUMNS, size) + 1).long().tolist()
     columns = [slice(a, b) for a, b in pairwise(edges)]
-    scale = system.noise.rsqrt()
+    scale, roots = system.noise.rsqrt(), system.parameter_variances.sqrt()
     moment = torch.zeros(system.batch, size, size, dtype=torch.float64, device=system.x.device)
     for i in settings.progress(range(0, jacobian.num_points, block), "Accumulating features"):
         features = jacobian[slice(i, i + block)].rows() * scale[:, i * outputs : (i + block) * outputs, None]
+        if factor is not None:
+            features = torch.linalg.solve_triangular(factor, (features * roots.unsqueeze(-2)).mT, upper=False).mT
         for j, left in enumerate(columns):
             for right in columns[: j + 1]:
                 moment[:, left, right] += features[..., left].mT @ features[..., right]
     mirror_upper_triangle(moment.mT)
     system.check_finite(moment.diagonal(dim1=-2, dim2=-1))
-    roots = system.parameter_variances.sqrt()
+    if factor is not None:
+        return moment
     return moment.mul_(roots.unsqueeze(-1)).mul_(roots.unsqueeze(-2))
