@@ -1,10 +1,12 @@
 """One adaptation, measured in a process of its own: `python notebooks/scaling.py WIDTHS N`, or :func:`measure`.
 
-WIDTHS are the network's layers, such as 5-200-200-1; N is the number of training points. Prints one line of JSON.
+WIDTHS are the network's layers, such as 5-200-200-1; N is the number of training points. With `--fast`, variances come
+from `gpytorch.settings.fast_pred_var`, and are compared with exact ones at some test points. Prints one line of JSON.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import subprocess
@@ -17,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntk_gp import NetworkMean, NTKKernel
+from ntk_gp import NetworkMean, NTKKernel, settings
 
 NOISE = 0.01
 TEST_POINTS = 50
+CHECKED_POINTS = 4
 
 
 class AdaptedGP(gpytorch.models.ExactGP):
@@ -38,8 +41,11 @@ def make_network(widths: list[int]) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def adapt(widths: str, n: int) -> dict:
-    """Adapts a network at its initialisation to n points, predicts at 50 others, and says what that took."""
+def adapt(widths: str, n: int, fast: bool = False) -> dict:
+    """Adapts a network at its initialisation to n points, predicts at 50 others, and says what that took.
+
+    :param fast: Variances by `gpytorch.settings.fast_pred_var`.
+    """
     torch.manual_seed(0)
     network = make_network([int(width) for width in widths.split("-")])
     x = torch.randn(n + TEST_POINTS, network[0].in_features)
@@ -48,15 +54,15 @@ def adapt(widths: str, n: int) -> dict:
     gp.likelihood.noise = NOISE
     gp.eval()
     start = time.perf_counter()
-    with torch.no_grad():
-        prediction = gp(x[n:])
-        mean = prediction.mean
+    with torch.no_grad(), gpytorch.settings.fast_pred_var(fast):
+        with gpytorch.settings.skip_posterior_variances():
+            mean = gp(x[n:]).mean
         mean_seconds = time.perf_counter() - start
-        variance = prediction.variance
+        variance = gp(x[n:]).variance
     seconds = time.perf_counter() - start
     solver = gp.prediction_strategy.solver
     report = getattr(solver, "report", None)
-    return {
+    measured = {
         "network": widths,
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "n": n,
@@ -67,6 +73,22 @@ def adapt(widths: str, n: int) -> dict:
         "residual": None if report is None else report.residual,
         "rmse": (mean - x[n:].sin().sum(-1)).square().mean().sqrt().item(),
         "mean_standard_deviation": variance.sqrt().mean().item(),
+    }
+    return measured | fast_variances(gp, x[n:], variance) if fast else measured
+
+
+def fast_variances(gp: AdaptedGP, x: Tensor, variance: Tensor) -> dict:
+    """What the fast variances say of themselves, and how much larger than exact ones they are at some test points."""
+    report = gp.prediction_strategy.fast_variance.report
+    checked = slice(0, CHECKED_POINTS)
+    with torch.no_grad(), settings.solve_tolerance(1e-6):
+        exact = gp(x[checked]).variance
+    excess = variance[checked] / exact - 1
+    return {
+        "rank": report.rank,
+        "reported_error": report.error,
+        "tolerance": report.tolerance,
+        "excess": [excess.min().item(), excess.max().item()],
     }
 
 
@@ -83,5 +105,10 @@ def exponent(sizes: list[float], values: list[float]) -> float:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("widths")
+    parser.add_argument("n", type=int)
+    parser.add_argument("--fast", action="store_true")
+    arguments = parser.parse_args()
     adapt("5-8-8-1", 20)  # what is imported and compiled at a first call is not of this size
-    print(json.dumps(adapt(sys.argv[1], int(sys.argv[2]))))
+    print(json.dumps(adapt(arguments.widths, arguments.n, arguments.fast)))

@@ -16,7 +16,7 @@ from .operators._batches import FoldedColumns
 from .operators.exactly_solved import exactly_solved
 from .operators.ntk_posterior_linear_operator import NTKPosteriorLinearOperator
 from .operators.ntk_sum_linear_operator import NTKSumLinearOperator
-from .solvers import LanczosVariance, Solver
+from .solvers import FastVariance, Solver, choose_fast_variance
 
 
 class NTKPredictionStrategy(DefaultPredictionStrategy):
@@ -63,10 +63,10 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
 
     @property
     @cached(name="fast_variance")
-    def fast_variance(self) -> LanczosVariance:
+    def fast_variance(self) -> FastVariance:
         """The low-rank factor that serves variances when `gpytorch.settings.fast_pred_var` is on, built once."""
         with torch.inference_mode(False):
-            return LanczosVariance(self.solver.system)
+            return choose_fast_variance(self.solver.system)
 
     @property
     @cached(name="mean_weights")

@@ -10,7 +10,7 @@ from linear_operator.utils.memoize import cached
 from torch import Size, Tensor
 
 from .. import settings
-from ..solvers import LanczosVariance, Solver
+from ..solvers import FastVariance, Solver
 from ._batches import expand, select
 
 _NO_BATCH = Size()
@@ -28,7 +28,7 @@ class NTKPosteriorLinearOperator(LinearOperator):
     :param batch_shape: The batch shape of the training data, where the solver has batches of its own.
     """
 
-    def __init__(self, x1: Tensor, x2: Tensor, *, source: Solver | LanczosVariance, batch_shape: Size = _NO_BATCH):
+    def __init__(self, x1: Tensor, x2: Tensor, *, source: Solver | FastVariance, batch_shape: Size = _NO_BATCH):
         shape = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2])
         same = x1 is x2
         x1 = expand(x1, shape)

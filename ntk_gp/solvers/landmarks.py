@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from .. import settings
+from ..jacobian.base import Jacobian
 from .system import System
 
-_PROPOSALS = 256  # rows that are drawn at once
+_PROPOSALS = 512  # rows that are drawn at once: each time, factors that are not held are captured again
+_FEWEST_PROPOSALS = 32
 _CHECKED = 2000  # rows among which what is left of K is followed as a matrix
 _POWERS = 20
+_MEASURED = 20_000
 
 
 class PivotedCholesky:
@@ -43,7 +46,8 @@ class PivotedCholesky:
         self.rows = torch.empty(0, dtype=torch.long, device=self.left.device)
         # Kernel values are no better than this, and the inverse of their matrix magnifies it.
         rounding = float(torch.finfo(self.left.dtype).eps * self.left.max())
-        self._jitter = min(max(1e-5 * float(system.noise.min()), 4 * rounding), 1024 * rounding)
+        self._jitter = min(max(1e-6 * float(system.noise.min()), 4 * rounding), 1024 * rounding)
+        self._least = 4 * self._jitter  # what a row must have left to become a landmark
         self._generator = torch.Generator().manual_seed(0)
         order = torch.randperm(jacobian.num_points, generator=self._generator).to(self.left.device)
         room = int((settings.memory_budget.bytes(system.x.device) / 128) ** 0.5)
@@ -64,7 +68,7 @@ class PivotedCholesky:
     @property
     def is_full(self) -> bool:
         """Whether there can be no more landmarks, or nothing but rounding is left."""
-        return self.rank == self.limit or bool(self.left.max() <= self._jitter)
+        return self.rank == self.limit or bool(self.left.max() <= self._least)
 
     def grow(self) -> None:
         """One block of landmarks more."""
@@ -91,7 +95,7 @@ class PivotedCholesky:
     def _draw(self) -> Tensor:
         """Points whose rows are proposed, in a random order that prefers those with much left."""
         weights = self.left.unflatten(0, (-1, self.outputs)).sum(-1).cpu()
-        count = max(1, min(_PROPOSALS, self.limit) // self.outputs)
+        count = max(1, min(_PROPOSALS, max(_FEWEST_PROPOSALS, self.limit // 16)) // self.outputs)
         count = min(count, int((weights > 0).sum()))
         # Gumbel's trick: as a draw without replacement, for any number of points.
         keys = weights.log() - torch.empty_like(weights).exponential_(generator=self._generator).log()
@@ -109,16 +113,17 @@ class PivotedCholesky:
         matrix = (chosen.gram(chosen, self.system.weights)[0] - known.mT @ known).cpu()
         proposed = matrix.diagonal().clone()
         chances = torch.rand(len(rows), generator=self._generator, dtype=matrix.dtype)
-        rest, kept = matrix.clone(), []
+        rest = matrix.clone()
+        kept: list[int] = []
         for i in range(len(rows)):
             pivot = float(rest[i, i])
-            if pivot <= max(self._jitter, float(chances[i] * proposed[i])) or self.rank + len(kept) == self.limit:
+            if pivot <= max(self._least, float(chances[i] * proposed[i])) or self.rank + len(kept) == self.limit:
                 continue
             kept.append(i)
             column = rest[i:, i] / pivot**0.5
             rest[i:, i:].addr_(column, column, alpha=-1)
         # Rows with nothing but rounding left, by this more exact figure, are not drawn again.
-        self.left[rows[(proposed <= self._jitter).to(rows.device)]] = 0.0
+        self.left[rows[(proposed <= self._least).to(rows.device)]] = 0.0
         index = torch.tensor(kept, dtype=torch.long)
         matrix = matrix[index][:, index]
         matrix.diagonal().add_(self._jitter)
@@ -168,14 +173,22 @@ class PivotedCholesky:
         return max(largest, 0.0) * len(self.left) / len(self.checked)
 
     def residual(self, steps: int = 10) -> float:
-        r"""The largest eigenvalue of :math:`D^{-1/2} (K - F^\top F) D^{-1/2}` by Lanczos, with its error added."""
+        r"""The largest eigenvalue of :math:`D^{-1/2} (K - F^\top F) D^{-1/2}` by Lanczos, with its error added.
+
+        Of more than 20,000 points, a random sample stands for all: the eigenvalue then is too large on average.
+        """
+        jacobian, outputs = self.system.jacobian, self.outputs
+        points = torch.randperm(jacobian.num_points, generator=self._generator)[: max(1, _MEASURED // outputs)]
+        points = points.sort().values.to(self.left.device)
+        rows, measured = self._rows_of(points), jacobian if len(points) == jacobian.num_points else jacobian[points]
         scale = self.system.noise[0].expand(len(self.left)).rsqrt()
-        vector = _random_vectors(len(scale), 1, self._generator)[:, 0].to(scale)
-        basis = scale.new_empty(min(steps, len(scale)), len(scale))
+        vector = _random_vectors(len(rows), 1, self._generator)[:, 0].to(scale)
+        basis = scale.new_empty(min(steps, len(rows)), len(rows))
         matrix = scale.new_zeros(len(basis), len(basis))
+        largest = 0.0
         for step in range(len(basis)):
             basis[step] = vector / vector.norm()
-            vector = scale * self._left_matmul(scale * basis[step])
+            vector = scale[rows] * self._left_matmul(measured, rows, scale[rows] * basis[step])
             done = basis[: step + 1]
             products = done @ vector
             matrix[step, : step + 1] = matrix[: step + 1, step] = products
@@ -183,13 +196,17 @@ class PivotedCholesky:
             vector = vector - done.mT @ (done @ vector)
             values, vectors = torch.linalg.eigh(matrix[: step + 1, : step + 1])
             bound = float(vector.norm() * vectors[-1, -1].abs())
-            if bound <= 0.05 * float(values[-1]):
+            largest = max(0.0, float(values[-1])) + bound
+            if bound <= 0.05 * largest:
                 break
-        return max(0.0, float(values[-1])) + bound
+        return max(largest * len(self.left) / len(rows), float((self.left * scale.square()).max()))
 
-    def _left_matmul(self, vector: Tensor) -> Tensor:
-        image = self.system.matmul(vector.reshape(1, -1, 1))[0, :, 0] - self.system.noise[0] * vector
-        return image - self.factor.mT @ (self.factor @ vector)
+    def _left_matmul(self, measured: Jacobian, rows: Tensor, vector: Tensor) -> Tensor:
+        """(K − Fᵀ F) v, for v and the result at some rows."""
+        image = measured.kernel_matmul(measured, vector.reshape(1, -1, 1), self.system.weights)[0, :, 0]
+        everywhere = torch.zeros_like(self.left)
+        everywhere[rows] = vector
+        return image - (self.factor.mT @ (self.factor @ everywhere))[rows]
 
 
 def _random_vectors(rows: int, columns: int, generator: torch.Generator) -> Tensor:

@@ -1,12 +1,14 @@
-"""LOVE: variances from a low-rank factor in weight space, for very many test points or parameters.
+"""Fast variances: from a cache of a limited rank, for very many training points or parameters.
 
-Pleiss, Gardner, Weinberger and Wilson, "Constant-time predictive distributions for Gaussian processes", ICML 2018; with
-the rank chosen to a tolerance, and the factor kept as P×t weights, so that no prediction looks at the training data.
+No prediction looks at the training data, nor costs more the more of them there are.
 """
 
 from __future__ import annotations
 
+import logging
 import warnings
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from gpytorch import settings as gpytorch_settings
@@ -16,40 +18,62 @@ from torch import Tensor
 from .. import settings
 from ..jacobian.base import Jacobian
 from ..jacobian.products import JacobianProduct
+from .function_space import FunctionSpaceSolver
+from .landmarks import PivotedCholesky
 from .system import System
 
+logger = logging.getLogger("ntk_gp")
+
 _PROBES = 64
-_STEPS_BETWEEN_CHECKS = 20
 _STOCK_RANK = 100  # GPyTorch's default for max_root_decomposition_size
+_LARGEST_LOSS = 0.5  # δ
+_SMALL_RESIDUAL = 0.01  # of which the best δ is known
+_TRIANGLE_ROWS = 1024
 
 
-class LanczosVariance:
-    r"""The posterior covariance :math:`J_* (\Sigma - S S^\top) J_*^\top` with :math:`S = \Sigma J^\top R` and
-    :math:`R R^\top \approx (K + D)^{-1}` from t steps of Lanczos.
+@dataclass(frozen=True)
+class VarianceReport:
+    r"""How far fast variances may be from the exact ones.
 
-    Projections explain less than the whole: the variance is never below the exact one, and falls to it with t. Steps
-    are added until the variances at some of the training points change by less than
-    :class:`ntk_gp.settings.love_tolerance`. A `gpytorch.settings.max_root_decomposition_size` that the user has set is
-    the rank instead.
+    :param rank: The landmarks.
+    :param residual: The largest eigenvalue of what they leave of the kernel matrix, in units of the noise.
+    :param error: By what part of itself a variance may be too large, on average: bounded at some training points.
+    :param tolerance: What was asked for.
+    """
+
+    rank: int
+    residual: float
+    error: float
+    tolerance: float
+
+    @property
+    def converged(self) -> bool:
+        return self.error <= self.tolerance
+
+
+class FastVariance(ABC):
+    """What serves variances where `gpytorch.settings.fast_pred_var` is on; everything in float64.
+
+    Variances are never below the exact ones, up to rounding.
 
     :param system: K + D, without batches.
+
+    :ivar int rank: t.
+    :ivar VarianceReport report: How far variances may be from the exact ones, where a tolerance decided.
     """
+
+    rank: int
+    report: VarianceReport | None = None
 
     def __init__(self, system: System):
         if system.batch > 1:
             raise ValueError(f"fast_pred_var serves a model without batches; this one has {system.batch}.")
         self.system = system
-        self.weights = system.features(_inverse_root(system).unsqueeze(0))[0]  # S, (P, t)
 
     @property
-    def rank(self) -> int:
-        """t."""
-        return self.weights.shape[-1]
-
-    @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes held."""
-        return self.weights.nbytes
 
     def half_size(self) -> int:
         """t, what a test point needs in memory."""
@@ -57,7 +81,43 @@ class LanczosVariance:
 
     def points_per_block(self, outputs: int) -> int:
         """How many test points may be served at once: an eighth of the memory budget."""
-        return max(1, settings.memory_budget.bytes(self.system.x.device) // (64 * outputs * max(1, self.rank)))
+        return max(1, settings.memory_budget.bytes(self.system.x.device) // (64 * outputs * max(1, self.half_size())))
+
+    @abstractmethod
+    def covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
+        """The posterior covariance, (B, M₁, M₂)."""
+
+    @abstractmethod
+    def variance(self, jacobian: Jacobian) -> Tensor:
+        """The posterior variance, (B, M). Never negative."""
+
+
+def choose_fast_variance(system: System) -> FastVariance:
+    """By landmarks to a tolerance; a `gpytorch.settings.max_root_decomposition_size` that the user has set is the rank
+    of Lanczos's factor instead."""
+    rank = gpytorch_settings.max_root_decomposition_size.value()
+    return LandmarkVariance(system) if rank == _STOCK_RANK else LanczosVariance(system, rank)
+
+
+class LanczosVariance(FastVariance):
+    r"""The posterior covariance :math:`J_* (\Sigma - S S^\top) J_*^\top` with :math:`S = \Sigma J^\top R` and
+    :math:`R R^\top \approx (K + D)^{-1}` from t steps of Lanczos.
+
+    LOVE: Pleiss, Gardner, Weinberger and Wilson, "Constant-time predictive distributions for Gaussian processes", ICML
+    2018. Projections explain less than the whole: the variance is never below the exact one, and falls to it with t.
+
+    :param system: K + D, without batches.
+    :param rank: t.
+    """
+
+    def __init__(self, system: System, rank: int):
+        super().__init__(system)
+        self.weights = system.features(_inverse_root(system, rank).unsqueeze(0))[0]  # S, (P, t)
+        self.rank = self.weights.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.weights.nbytes
 
     def _half(self, jacobian: Jacobian) -> Tensor:
         """(J S)ᵀ, (B, t, M)."""
@@ -66,82 +126,212 @@ class LanczosVariance:
         return JacobianProduct.apply(self.weights.mT.unsqueeze(0), jacobian)
 
     def covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
-        """The posterior covariance, (B, M₁, M₂)."""
         half1 = self._half(jacobian1)
         half2 = half1 if jacobian2 is jacobian1 else self._half(jacobian2)
         return jacobian1.gram(jacobian2, self.system.weights) - half1.mT @ half2
 
     def variance(self, jacobian: Jacobian) -> Tensor:
-        """The posterior variance, (B, M). Never negative."""
         return (jacobian.diagonal(self.system.weights) - self._half(jacobian).square().sum(-2)).clamp_min(0.0)
 
 
-def _inverse_root(system: System) -> Tensor:
+def _inverse_root(system: System, rank: int) -> Tensor:
     """R, (N, t), with R Rᵀ ≈ (K + D)⁻¹."""
     generator = torch.Generator().manual_seed(0)
     points = torch.randperm(system.jacobian.num_points, generator=generator)[:_PROBES].to(system.x.device)
-    probes = system.jacobian[points]
-    cross = system.jacobian.gram(probes, system.weights)[0]
-    prior = probes.diagonal(system.weights)[0]
+    cross = system.jacobian.gram(system.jacobian[points], system.weights)[0]
     signs = torch.randint(0, 2, (cross.shape[-1],), generator=generator).mul(2).sub(1)
-    basis = [_unit(cross @ signs.to(cross))]
-    diagonal: list[Tensor] = []
-    off_diagonal: list[Tensor] = []
-    limit, fixed = _rank_limit(system)
-    last: tuple[int, Tensor] | None = None
-    change = float("inf")
-    for step in settings.progress(range(1, limit + 1), "Lanczos"):
-        image = system.matmul(basis[-1].reshape(1, -1, 1))[0, :, 0]
-        diagonal.append(image @ basis[-1])
-        q = torch.stack(basis, dim=-1)
-        for _ in range(2):  # once more against rounding
-            image = image - q @ (q.mT @ image)
+    image = cross @ signs.to(cross)
+    limit = min(rank, system.num_rows)
+    basis = image.new_empty(limit, system.num_rows)  # vectors one after another
+    matrix = image.new_zeros(limit, limit)
+    size = 0
+    for size in settings.progress(range(1, limit + 1), "Lanczos"):
         norm = image.norm()
         # Nothing is left but rounding. Less would not do: noise far below the largest eigenvalue still counts.
-        exhausted = step == system.num_rows or bool(norm <= 10 * torch.finfo(norm.dtype).eps * diagonal[0])
-        if not fixed and (step % _STEPS_BETWEEN_CHECKS == 0 or exhausted):
-            half = torch.linalg.solve_triangular(_factor(diagonal, off_diagonal), q.mT @ cross, upper=False)
-            variance = (prior - half.square().sum(0)).clamp_min(torch.finfo(prior.dtype).tiny)
-            if last is not None:
-                change = float(((last[1] - variance) / variance).abs().max()) * last[0] / (step - last[0])
-            if change <= settings.love_tolerance.value() or exhausted:
-                change = 0.0
-                break
-            last = (step, variance)
-        if exhausted or step == limit:
+        if size > 1 and bool(norm <= 10 * torch.finfo(norm.dtype).eps * matrix[0, 0]):
+            size -= 1
             break
-        off_diagonal.append(norm)
-        basis.append(image / norm)
-    if not fixed and change > settings.love_tolerance.value():
-        warnings.warn(
-            f"fast_pred_var stopped at rank {len(diagonal)}, where variances still change by {change:.1e} of "
-            f"themselves; {settings.love_tolerance.value():.1e} was asked for. They are too large by about that. "
-            "Switch fast_pred_var off for exact variances, or give ntk_gp.settings.memory_budget more.",
-            NumericalWarning,
-            stacklevel=2,
-        )
-    q = torch.stack(basis[: len(diagonal)], dim=-1)
-    return torch.linalg.solve_triangular(_factor(diagonal, off_diagonal), q.mT, upper=False).mT
+        basis[size - 1] = image / norm
+        if size > 1:
+            matrix[size - 1, size - 2] = matrix[size - 2, size - 1] = norm
+        image = system.matmul(basis[size - 1].reshape(1, -1, 1))[0, :, 0]
+        matrix[size - 1, size - 1] = image @ basis[size - 1]
+        done = basis[:size]
+        for _ in range(2):  # once more against rounding
+            image = image - done.mT @ (done @ image)
+    factor = torch.linalg.cholesky(matrix[:size, :size])
+    return torch.linalg.solve_triangular(factor, basis[:size], upper=False).mT
 
 
-def _rank_limit(system: System) -> tuple[int, bool]:
-    """The largest rank, and whether the user has fixed it."""
-    rank = gpytorch_settings.max_root_decomposition_size.value()
-    if rank != _STOCK_RANK:
-        return min(rank, system.num_rows), True
+class LandmarkVariance(FastVariance):
+    r"""The posterior covariance from all training points, seen through the kernel at m landmarks among them.
+
+    With :math:`K \approx F^\top F` (:class:`PivotedCholesky`), prior features fall into c = L⁻¹ k(Z, x), which the
+    landmarks Z span, and a rest of size :math:`r^2 = k(x, x) - c^\top c`:
+
+    .. math:: \operatorname{var} = \frac{r^2}{1 - \delta}
+              + c^\top \Big(I + \tfrac{\delta}{\delta + \epsilon} F D^{-1} F^\top\Big)^{-1} c .
+
+    ε is the largest eigenvalue of :math:`D^{-1/2} (K - F^\top F) D^{-1/2}`. Without the two terms in δ this is the
+    variance of a sparse Gaussian process (DTC); with them it is never below the exact one, for any δ between 0 and 1:
+    the precision of the weights, :math:`I + \Phi^\top D^{-1} \Phi`, is never below the block-diagonal one here. The
+    price is about :math:`2 \sqrt{\epsilon r^2 / \mathrm{var}}` of the variance, and vanishes with the landmarks.
+
+    Held are two triangles of m² numbers and the landmarks' inputs; a test point costs m kernel values and 2 m² flops.
+    Landmarks are added until variances are within :class:`ntk_gp.settings.love_tolerance`. If that takes all the
+    training rows, or rounding ends it before (with very little noise), variances are exact where there is memory for it.
+
+    :param system: K + D, without batches.
+    """
+
+    def __init__(self, system: System):
+        super().__init__(system)
+        cholesky = PivotedCholesky(system, _landmark_limit(system))
+        residual = _add_landmarks(cholesky)
+        self.exact: FunctionSpaceSolver | None = None
+        if cholesky.rank < system.num_rows:
+            self.landmarks, self.rows = _system_of_rows(system, cholesky.rows)
+            self.root = cholesky.root()  # L
+            self.lost, self.factor, error = _bounded(cholesky, residual)
+            self.report = VarianceReport(cholesky.rank, residual, error, settings.love_tolerance.value())
+        if cholesky.limit == system.num_rows and not (self.report is not None and self.report.converged):
+            del cholesky
+            self.exact = FunctionSpaceSolver(system)
+            self.report = VarianceReport(system.num_rows, 0.0, 0.0, settings.love_tolerance.value())
+        assert self.report is not None
+        self.rank = self.report.rank
+        logger.debug("Fast variances: %s", self.report)
+        if not self.report.converged:
+            _warn(self.report)
+
+    @property
+    def nbytes(self) -> int:
+        if self.exact is not None:
+            return self.exact.nbytes
+        return self.root.nbytes + self.factor.nbytes + self.landmarks.x.nbytes
+
+    def half_size(self) -> int:
+        return 3 * self.rank if self.exact is None else self.exact.half_size()
+
+    def _halves(self, jacobian: Jacobian) -> tuple[Tensor, Tensor]:
+        """c and L_B⁻¹ c, (B, m, M)."""
+        known = torch.linalg.solve_triangular(self.root, self.landmarks.cross(jacobian)[:, self.rows], upper=False)
+        return known, torch.linalg.solve_triangular(self.factor, known, upper=False)
+
+    def covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
+        if self.exact is not None:
+            return self.exact.covariance(jacobian1, jacobian2)
+        known1, half1 = self._halves(jacobian1)
+        known2, half2 = (known1, half1) if jacobian2 is jacobian1 else self._halves(jacobian2)
+        rest = jacobian1.gram(jacobian2, self.system.weights) - known1.mT @ known2
+        return rest / (1 - self.lost) + half1.mT @ half2
+
+    def variance(self, jacobian: Jacobian) -> Tensor:
+        if self.exact is not None:
+            return self.exact.variance(jacobian)
+        known, half = self._halves(jacobian)
+        rest = (jacobian.diagonal(self.system.weights) - known.square().sum(-2)).clamp_min(0.0)
+        return rest / (1 - self.lost) + half.square().sum(-2)
+
+
+def _warn(report: VarianceReport) -> None:
+    warnings.warn(
+        f"fast_pred_var stopped at rank {report.rank}, where variances may be too large by about {report.error:.1e} of "
+        f"themselves; {report.tolerance:.1e} was asked for. Switch fast_pred_var off for exact variances, or give "
+        "ntk_gp.settings.memory_budget more.",
+        NumericalWarning,
+        stacklevel=3,
+    )
+
+
+def _system_of_rows(system: System, rows: Tensor) -> tuple[System, Tensor]:
+    """The system of the points that some rows belong to, and where the rows are in it."""
+    outputs = system.jacobian.function.num_outputs
+    points, place = (rows // outputs).unique(return_inverse=True)
+    noise = system.noise.unflatten(-1, (-1, outputs))[:, points].flatten(1)
+    return System(system.linearization, system.x[:, points], system.weights, noise), place * outputs + rows % outputs
+
+
+def _landmark_limit(system: System) -> int:
+    """As many landmarks as leave F three quarters of the memory budget, and the triangles the rest."""
     budget = settings.memory_budget.bytes(system.x.device)
-    return max(1, min(system.num_rows, budget // (32 * (system.num_rows + system.num_parameters)))), False
+    return max(1, min(system.num_rows, 3 * budget // (32 * system.num_rows), int((budget / 128) ** 0.5)))
 
 
-def _factor(diagonal: list[Tensor], off_diagonal: list[Tensor]) -> Tensor:
-    """The Cholesky factor of Lanczos's tridiagonal matrix."""
-    size = len(diagonal)
-    matrix = torch.diag(torch.stack(diagonal))
-    if size > 1:
-        beside = torch.stack(off_diagonal[: size - 1])
-        matrix = matrix + torch.diag(beside, 1) + torch.diag(beside, -1)
+def _add_landmarks(cholesky: PivotedCholesky) -> float:
+    """Until bounds are as close as the tolerance asks, or no more fit. Returns ε."""
+    ratio = 1.0
+    for _ in settings.progress(range(cholesky.limit), "Landmarks"):
+        cholesky.grow()
+        if cholesky.is_full:
+            break
+        estimate = cholesky.residual_estimate()
+        if _expected_error(cholesky, ratio * estimate) > settings.love_tolerance.value():
+            continue
+        residual = cholesky.residual()
+        logger.debug("%d landmarks leave %.1e, estimated %.1e", cholesky.rank, residual, estimate)
+        if _expected_error(cholesky, residual) <= settings.love_tolerance.value():
+            return residual
+        ratio = max(ratio, residual / max(estimate, torch.finfo(torch.float64).tiny))
+    return 0.0 if cholesky.rank == len(cholesky.left) else cholesky.residual()
+
+
+def _expected_error(cholesky: PivotedCholesky, residual: float) -> float:
+    """About how far apart :func:`_bounded` will find the bounds."""
+    rest = float((cholesky.left_if_new(cholesky.checked[:_PROBES]) / cholesky.checked_variances[:_PROBES]).mean())
+    lost, gained = _splits(residual, rest)
+    return residual / lost + rest * lost / (1 - lost) + gained + rest * residual * (1 + 1 / gained)
+
+
+def _splits(residual: float, rest: float) -> tuple[float, float]:
+    """Good values for δ in the upper bound, and for its counterpart η in the lower one, from ε and r² / var."""
+    residual, rest = max(residual, 1e-300), max(rest, 1e-300)
+    return min(_LARGEST_LOSS, (residual / rest) ** 0.5), min(1.0, (residual * rest) ** 0.5)
+
+
+def _bounded(cholesky: PivotedCholesky, residual: float) -> tuple[float, Tensor, float]:
+    r"""δ, the Cholesky factor of :math:`I + \tfrac{\delta}{\delta + \epsilon} F D^{-1} F^\top`, and the error.
+
+    That is how far variances at some training points are from lower bounds, as a part of these, on average.
+    The lower bounds come from a precision that is never below the weights',
+    :math:`I + (1 + \eta) F D^{-1} F^\top` and :math:`1 + (1 + 1/\eta) \epsilon` for the rest.
+    """
+    probes = cholesky.checked[:_PROBES]
+    known, rest = cholesky.factor[:, probes], cholesky.left_if_new(probes)
+    precision = _precision(cholesky)
+    lost, gained = _splits(residual, float((rest / cholesky.checked_variances[:_PROBES]).mean()))
+
+    def upper(lost: float) -> tuple[Tensor, Tensor]:
+        factor = _factor(precision, lost / (lost + residual))
+        return factor, rest / (1 - lost) + _quadratic(factor, known)
+
+    factor, variances = upper(lost)
+    while residual > _SMALL_RESIDUAL:  # the estimate is for small ones
+        other, smaller = upper(lost / 2)
+        if smaller.mean() >= 0.99 * variances.mean():
+            break
+        lost, factor, variances = lost / 2, other, smaller
+    lower = rest / (1 + residual * (1 + 1 / gained)) + _quadratic(_factor(precision, 1 + gained), known)
+    return lost, factor, float((variances / lower).mean()) - 1
+
+
+def _precision(cholesky: PivotedCholesky) -> Tensor:
+    """The lower triangle of F D⁻¹ Fᵀ, (m, m). Leaves D^{-1/2} in F."""
+    factor = cholesky.factor.mul_(cholesky.system.noise[0].rsqrt())
+    out = factor.new_zeros(len(factor), len(factor))
+    for start in range(0, len(factor), _TRIANGLE_ROWS):
+        stop = min(start + _TRIANGLE_ROWS, len(factor))
+        torch.mm(factor[start:stop], factor[:stop].mT, out=out[start:stop, :stop])
+    return out
+
+
+def _factor(precision: Tensor, share: float) -> Tensor:
+    """The Cholesky factor of I + share · precision."""
+    matrix = precision * share
+    matrix.diagonal().add_(1.0)
     return torch.linalg.cholesky(matrix)
 
 
-def _unit(vector: Tensor) -> Tensor:
-    return vector / vector.norm()
+def _quadratic(factor: Tensor, known: Tensor) -> Tensor:
+    """The diagonal of knownᵀ (factor factorᵀ)⁻¹ known."""
+    return torch.linalg.solve_triangular(factor, known, upper=False).square().sum(0)

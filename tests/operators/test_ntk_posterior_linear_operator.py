@@ -12,7 +12,7 @@ from ntk_gp import settings
 from ntk_gp.jacobian.linearization import Linearization
 from ntk_gp.network import FrozenNetwork
 from ntk_gp.operators.ntk_posterior_linear_operator import NTKPosteriorLinearOperator
-from ntk_gp.solvers import LanczosVariance, System
+from ntk_gp.solvers import LandmarkVariance, System
 from ntk_gp.solvers.function_space import FunctionSpaceSolver
 from ntk_gp.solvers.weight_space import WeightSpaceSolver
 from tests import references
@@ -78,7 +78,7 @@ class TestRectangularBatch(_Suite, RectangularLinearOperatorTestCase, unittest.T
     x2_shape = (2, 4, 3)
 
 
-@pytest.mark.parametrize("source", [FunctionSpaceSolver, WeightSpaceSolver, LanczosVariance])
+@pytest.mark.parametrize("source", [FunctionSpaceSolver, WeightSpaceSolver, LandmarkVariance])
 @pytest.mark.parametrize("outputs", [1, 2])
 def test_blocks_of_variances(source, outputs, monkeypatch):
     """However many points one block may have, the variances are the same."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from ntk_gp import settings
 from ntk_gp.jacobian.linearization import Linearization
 from ntk_gp.network import FrozenNetwork
-from ntk_gp.solvers import LanczosVariance, Solver, Spectrum, System, choose_solver
+from ntk_gp.solvers import Solver, Spectrum, System, choose_solver
 from ntk_gp.solvers.function_space import FunctionSpaceSolver
 from ntk_gp.solvers.iterative import IterativeSolver
 from ntk_gp.solvers.weight_space import WeightSpaceSolver
@@ -41,6 +41,7 @@ class Problem:
         def uniform(*shape: int) -> Tensor:
             return 0.5 + torch.rand(*shape, dtype=torch.float64, generator=generator)
 
+        self.outputs = outputs
         self.x = data(n, x_batch)[0]
         self.test_x = data(7, x_batch, seed=2)[0]
         self.weights = torch.ones(1, 2, dtype=torch.float64) if unit_weights else uniform(weight_batch, 2)
@@ -229,62 +230,6 @@ def test_spectrum(n, outputs, x_batch, batch):
     inv_quad, logdet = spectrum.inv_quad_logdet(rhs, scale, noise)
     assert_close(inv_quad, (rhs * torch.linalg.solve(matrix, rhs)).sum(-2))
     assert_close(logdet, matrix.logdet())
-
-
-class TestLanczosVariance:
-    @pytest.mark.parametrize(("n", "outputs", "noise"), list(product([SMALL, LARGE], [1, 2], [1.0, 1e-2, 1e-4])))
-    def test_never_below_the_exact_one_and_within_its_tolerance(self, n, outputs, noise):
-        problem = Problem(n, outputs=outputs, noise=noise)
-        exact = problem.covariance.diagonal(dim1=-2, dim2=-1)
-        jacobian = problem.system.jacobian_at(problem.test_x)
-        with settings.love_tolerance(1e-4):
-            love = LanczosVariance(problem.system)
-        variance = love.variance(jacobian)
-        assert (variance >= exact * (1 - 1e-8)).all()
-        assert_close(variance, exact, 1e-3)
-        assert_close(love.covariance(jacobian, jacobian), problem.covariance, 1e-3)
-
-    @pytest.mark.parametrize("noise", [1e-4, 1e-6, 1e-8])
-    def test_noise_far_below_the_largest_eigenvalue(self, noise):
-        """Directions that Lanczos reaches late count as long as their eigenvalues are not below the noise."""
-        net = network(width=40)
-        x, test_x = data(150, 1)[0], data(50, 1, seed=2)[0]
-        ones = torch.ones(1, 1, dtype=torch.float64)
-        system = System(Linearization(FrozenNetwork(net)), x, ones, noise * ones.expand(1, 150))
-        jacobian = system.jacobian_at(test_x)
-        exact = WeightSpaceSolver(system).variance(jacobian)
-        ratio = LanczosVariance(system).variance(jacobian) / exact
-        assert (ratio >= 1 - 1e-4).all()
-        assert (ratio <= 1 + 5e-3).all()
-
-    def test_few_points_are_all_of_them(self, recwarn):
-        """Rank N is exact: no warning that it did not settle."""
-        problem = Problem(SMALL, noise=1e-6)
-        love = LanczosVariance(problem.system)
-        jacobian = problem.system.jacobian_at(problem.test_x)
-        assert_close(love.variance(jacobian), problem.covariance.diagonal(dim1=-2, dim2=-1), 1e-6)
-        assert not [w for w in recwarn if issubclass(w.category, NumericalWarning)]
-
-    def test_a_rank_that_the_user_sets(self):
-        problem = Problem(LARGE)
-        jacobian = problem.system.jacobian_at(problem.test_x)
-        exact = problem.covariance.diagonal(dim1=-2, dim2=-1)
-        last = jacobian.diagonal(problem.weights)
-        for rank in (1, 5, 20):
-            with gpytorch.settings.max_root_decomposition_size(rank):
-                love = LanczosVariance(problem.system)
-            assert love.rank == rank
-            variance = love.variance(jacobian)
-            assert (variance >= exact * (1 - 1e-10)).all()
-            assert (variance <= last).all()
-            last = variance
-
-    def test_a_rank_too_small_warns(self):
-        problem = Problem(LARGE, noise=1e-4)
-        rank = 3
-        budget = 32 * rank * (problem.system.num_rows + problem.system.num_parameters)
-        with settings.memory_budget(budget), pytest.warns(NumericalWarning, match="rank 3"):
-            LanczosVariance(problem.system)
 
 
 class TestChoice:
