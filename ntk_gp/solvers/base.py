@@ -13,7 +13,6 @@ from .. import settings
 from ..jacobian.base import Jacobian
 from .system import System
 
-
 # What a factorisation may lose before more is done. Means and variances lose up to ten times as much; they are promised
 # to 1e-8.
 ACCURATE = 3e-10
@@ -76,7 +75,7 @@ class Solver(ABC):
 
 
 def rounding_error(cholesky: Tensor) -> float:
-    """About the relative error of a factorised matrix's inverse: its condition number, estimated, times the rounding."""
+    """About the relative error of a factorised matrix's inverse: its condition number, estimated, times eps."""
     diagonal = cholesky.diagonal(dim1=-2, dim2=-1)
     condition = (diagonal.amax(-1) / diagonal.amin(-1)).square()
     return torch.finfo(cholesky.dtype).eps * float(condition.amax())

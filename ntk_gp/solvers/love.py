@@ -179,7 +179,7 @@ class LandmarkVariance(FastVariance):
 
     Held are two triangles of m² numbers and the landmarks' inputs; a test point costs m kernel values and 2 m² flops.
     Landmarks are added until variances are within :class:`ntk_gp.settings.love_tolerance`. If that takes all the
-    training rows, or rounding ends it before (with very little noise), variances are exact where there is memory for it.
+    training rows, or rounding ends it before (with very little noise), variances are exact where memory allows.
 
     :param system: K + D, without batches.
     """

@@ -1,4 +1,4 @@
-"""Little noise: posteriors keep the digits that K + D, whose condition number is that of the features squared, loses."""
+"""Little noise: posteriors keep the digits that K + D loses, whose condition number is the features' squared."""
 
 import pytest
 import torch
