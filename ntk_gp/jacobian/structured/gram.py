@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import settings
+from ..matmul import matmul
 from ..memory import empty, mirror_upper_triangle
 from ..terms import FeatureTerm, Term
 
@@ -93,9 +94,9 @@ class Gram:
         out = rhs.new_zeros(self.num_results, self.n, C, r)
         rhs = rhs.unflatten(1, (self.m, C))
         for rows, columns, tile in self.tiles():
-            _add_block(out, rows, tile @ rhs[:, columns].transpose(1, 2).flatten(1, 2))
+            _add_block(out, rows, matmul(tile, rhs[:, columns].transpose(1, 2).flatten(1, 2)))
             if self.symmetric and rows != columns:
-                _add_block(out, columns, tile.mT @ rhs[:, rows].transpose(1, 2).flatten(1, 2))
+                _add_block(out, columns, matmul(tile.mT, rhs[:, rows].transpose(1, 2).flatten(1, 2)))
         return out.flatten(1, 2)
 
     def tiles(self, out: Tensor | None = None) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -131,11 +132,11 @@ class Gram:
         for i, factors in left.items():
             term = self.right[i]
             if isinstance(term, FeatureTerm):
-                total = _add(total, factors[0] @ right[i][0], target)
+                total = _add(total, matmul(factors[0], right[i][0]), target)
                 continue
             for k, l in term.pairs():
                 a = term.input_product(factors[k][0], right[i][l][0])
-                g = factors[k][1] @ right[i][l][1]
+                g = matmul(factors[k][1], right[i][l][1])
                 total = _multiply_add(total, a, g, self.outputs, target)
         assert total is not None
         return total
@@ -175,13 +176,8 @@ class Gram:
         step = max(64, min(_BLOCK_ROWS, out.shape[1] // 4)) if self.symmetric else max(1, out.shape[1])
         for i in range(0, out.shape[1], step):
             first = i if self.symmetric else 0
-            target = out[:, i : i + step, first:]
-            if coefficients is not None:
-                target.add_(coefficients[:, None, None] * (left[:, i : i + step] @ right[:, first:].mT))
-            elif target.shape[0] == 1:
-                target[0].addmm_(left[0, i : i + step], right[0, first:].mT)
-            else:
-                target.baddbmm_(left[:, i : i + step], right[:, first:].mT.expand(len(target), -1, -1))
+            block = matmul(left[:, i : i + step], right[:, first:].mT)
+            out[:, i : i + step, first:].add_(block if coefficients is None else coefficients[:, None, None] * block)
 
 
 def is_tiled(term: Term) -> bool:

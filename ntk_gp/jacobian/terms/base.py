@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ... import settings
+from ..matmul import matmul
 from .view import ParameterView
 
 Self = TypeVar("Self", bound="Term")
@@ -76,7 +77,7 @@ class Term(ABC):
 
     def input_product(self, left: Tensor, right: Tensor) -> Tensor:
         """The Gram matrix of two input factors: (B, m, m')."""
-        return left @ right.mT
+        return matmul(left, right.mT)
 
     def output_factor(self, k: int, points: slice) -> Tensor:
         """G_k at some points, output-major: (B, C·m, d)."""

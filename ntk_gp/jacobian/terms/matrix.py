@@ -8,6 +8,7 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..matmul import matmul
 from .base import Term, cached_elements, split_points
 from .view import ParameterView
 
@@ -78,7 +79,7 @@ class MatrixTerm(Term):
             pieces = []
             for points in slices:
                 left = self.inputs_at(points).permute(0, 3, 1, 2, 4)  # (B, H, m, T, columns)
-                z = (left.flatten(2, 3) @ right).unflatten(2, left.shape[2:4]).unflatten(-1, part.shape[1:4:2])
+                z = matmul(left.flatten(2, 3), right).unflatten(2, left.shape[2:4]).unflatten(-1, part.shape[1:4:2])
                 pieces.append(_contract_outputs(z, self.gradients[:, points]))
             blocks.append(_join(pieces, dim=2))
         return _join(blocks, dim=1)
@@ -88,7 +89,7 @@ class MatrixTerm(Term):
             total: Tensor | None = None
             for points in slices:
                 left = self._weighed(cotangents[:, vectors, points], self.gradients[:, points])
-                part = left @ self.inputs_at(points).permute(0, 3, 1, 2, 4).flatten(2, 3)
+                part = matmul(left, self.inputs_at(points).permute(0, 3, 1, 2, 4).flatten(2, 3))
                 total = part if total is None else total.add_(part)
             assert total is not None
             self.add_to(out[:, vectors], total.unflatten(2, (-1, self.gradients.shape[-1])).transpose(1, 2))
