@@ -1,12 +1,13 @@
 r"""Gram matrices from factors: tile by tile for factored terms, by per-point gradients for the others.
 
-A tile is a block of about 256 × 256 rows, so that its Gram matrices of inputs and of output gradients stay in cache
+A tile is a block of about 500 × 500 rows, so that its Gram matrices of inputs and of output gradients stay in cache
 while they are multiplied and added. Inside a tile rows are output-major (output·m + point): the input factor, which
 the outputs share, then broadcasts over whole blocks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,8 +19,11 @@ from ..matmul import matmul
 from ..memory import empty, mirror_upper_triangle
 from ..terms import FeatureTerm, Term
 
-# Rows of a tile: on a CPU two tiles fit in a core's cache, on a GPU one tile fills the device.
-_TILE_ROWS = {"cpu": 256, "cuda": 4096}
+# Most and fewest rows of a tile: on a CPU its products stay in cache, on a GPU one tile fills the device.
+_TILE_ROWS = {"cpu": 512, "cuda": 4096}
+_MIN_TILE_ROWS = {"cpu": 192, "cuda": 1024}
+# A symmetric matrix has at least so many tiles to a side: those on the diagonal are computed whole.
+_TILES_TO_A_SIDE = 8
 # Wider dense features are streamed through whole rows of the Gram matrix instead of tiles.
 _TILE_FEATURES = 1024
 # Most rows of the blocks in which a symmetric Gram matrix's triangle is formed by columns.
@@ -104,7 +108,7 @@ class Gram:
 
         :param out: The whole matrix, of one output, for tiles that are views of it.
         """
-        size = max(8, _TILE_ROWS.get(self.weights.device.type, 4096) // self.outputs)
+        size = self._points_per_tile()
         passes = self._passes(self.tiled)
         blocks = [slice(j, min(self.m, j + size)) for j in range(0, self.m, size)]
         right = _RightFactors(self.right, self.tiled, keep=self.outputs == 1)
@@ -114,6 +118,14 @@ class Gram:
             for columns in blocks[i // size :] if self.symmetric else blocks:
                 target = None if out is None else out[:, rows, columns]
                 yield rows, columns, self._tile(passes, left, right[columns], target)
+
+    def _points_per_tile(self) -> int:
+        device = self.weights.device.type
+        rows = _TILE_ROWS.get(device, 4096)
+        if self.symmetric:
+            few = _MIN_TILE_ROWS.get(device, 1024)
+            rows = min(rows, max(few, math.ceil(self.n * self.outputs / _TILES_TO_A_SIDE)))
+        return max(8, rows // self.outputs)
 
     def _tile(self, passes: list[_Pass], left: list[dict], right: dict, target: Tensor | None) -> Tensor:
         if passes[0].coefficients is None:
