@@ -60,7 +60,9 @@ class solve_tolerance(_value_context):
 
 
 class love_tolerance(_value_context):
-    """How far variances may still fall, as a part of themselves, where `gpytorch.settings.fast_pred_var` stops.
+    """How far variances may be above the exact ones, as a part of themselves, with `gpytorch.settings.fast_pred_var`.
+
+    On average over training points; single test points far from all training points may be off by a few times as much.
 
     (Default: 1e-3.)
     """

