@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# Multiplications of a product that is worth the longer call.
+# Multiplications of a product that is worth the longer call, and the size from which a matrix is not a bundle of vectors.
 _WORTHWHILE = 1 << 18
+_NARROW = 16
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -21,11 +22,12 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     """
     if not _is_served(left, right):
         return left @ right
-    columns = right.shape[-1]
-    product = torch.ops.mkldnn._linear_pointwise(
-        left.reshape(-1, left.shape[-1]), right.reshape(-1, columns).mT, None, "none", [], ""
-    )
-    return product.reshape(*torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]), left.shape[-2], columns)
+    lead, columns = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]), right.shape[-1]
+    right = right.reshape(-1, columns)
+    if not (right.is_contiguous() or right.mT.is_contiguous()):
+        right = right.contiguous()  # with gaps between its rows, oneDNN would be a thousand times slower
+    product = torch.ops.mkldnn._linear_pointwise(left.reshape(-1, left.shape[-1]), right.mT, None, "none", [], "")
+    return product.reshape(*lead, left.shape[-2], columns)
 
 
 def _is_served(left: Tensor, right: Tensor) -> bool:
@@ -33,7 +35,7 @@ def _is_served(left: Tensor, right: Tensor) -> bool:
         left.dtype == right.dtype == torch.float32
         and left.device.type == right.device.type == "cpu"
         and min(left.dim(), right.dim()) >= 2
-        and min(left.shape[-2], right.shape[-1]) > 1
+        and min(left.shape[-2], right.shape[-1]) >= _NARROW
         and left.shape[-2] * left.shape[-1] * right.shape[-1] >= _WORTHWHILE
         and left.shape[:-2].numel() == right.shape[:-2].numel() == 1
         and not (torch.is_grad_enabled() and (left.requires_grad or right.requires_grad))
