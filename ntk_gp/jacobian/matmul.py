@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# Multiplications of a product that is worth the longer call, and the size from which a matrix is not a bundle of vectors.
+# Multiplications of a product that is worth the longer call, and the width of more than a few vectors.
 _WORTHWHILE = 1 << 18
 _NARROW = 16
 
