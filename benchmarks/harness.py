@@ -18,6 +18,8 @@ import numpy as np
 from . import peers
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+# Processes keep what they have freed: to get a page from the system can take longer than to compute what is on it.
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_MMAP_THRESHOLD_": str(1 << 25)}
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Worker:
 
     def _start(self) -> subprocess.Popen:
         command = [self.python, "-m", "benchmarks.worker", self.column.module, self.column.class_name]
-        environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(self.threads))}
+        environment = {**os.environ, **KEEP_MEMORY, **dict.fromkeys(THREAD_VARIABLES, str(self.threads))}
         return subprocess.Popen(
             [*command, *self.column.arguments],
             stdin=subprocess.PIPE,

@@ -7,7 +7,6 @@ the outputs share, then broadcasts over whole blocks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,11 +18,8 @@ from ..matmul import matmul
 from ..memory import empty, mirror_upper_triangle
 from ..terms import FeatureTerm, Term
 
-# Most and fewest rows of a tile: on a CPU its products stay in cache, on a GPU one tile fills the device.
+# Rows of a tile: on a CPU its products stay in cache, on a GPU one tile fills the device.
 _TILE_ROWS = {"cpu": 512, "cuda": 4096}
-_MIN_TILE_ROWS = {"cpu": 192, "cuda": 1024}
-# A symmetric matrix has at least so many tiles to a side: those on the diagonal are computed whole.
-_TILES_TO_A_SIDE = 8
 # Wider dense features are streamed through whole rows of the Gram matrix instead of tiles.
 _TILE_FEATURES = 1024
 # Most rows of the blocks in which a symmetric Gram matrix's triangle is formed by columns.
@@ -108,7 +104,7 @@ class Gram:
 
         :param out: The whole matrix, of one output, for tiles that are views of it.
         """
-        size = self._points_per_tile()
+        size = max(8, _TILE_ROWS.get(self.weights.device.type, 4096) // self.outputs)
         passes = self._passes(self.tiled)
         blocks = [slice(j, min(self.m, j + size)) for j in range(0, self.m, size)]
         right = _RightFactors(self.right, self.tiled, keep=self.outputs == 1)
@@ -118,14 +114,6 @@ class Gram:
             for columns in blocks[i // size :] if self.symmetric else blocks:
                 target = None if out is None else out[:, rows, columns]
                 yield rows, columns, self._tile(passes, left, right[columns], target)
-
-    def _points_per_tile(self) -> int:
-        device = self.weights.device.type
-        rows = _TILE_ROWS.get(device, 4096)
-        if self.symmetric:
-            few = _MIN_TILE_ROWS.get(device, 1024)
-            rows = min(rows, max(few, math.ceil(self.n * self.outputs / _TILES_TO_A_SIDE)))
-        return max(8, rows // self.outputs)
 
     def _tile(self, passes: list[_Pass], left: list[dict], right: dict, target: Tensor | None) -> Tensor:
         if passes[0].coefficients is None:
