@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import pickle
 import weakref
 
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ntk_gp import settings
 from ntk_gp.jacobian.autodiff import AutodiffEngine
 from ntk_gp.jacobian.structured import ChunkedJacobian, StructuredEngine, StructuredJacobian
+from ntk_gp.jacobian.terms import ConvolutionTerm
 from ntk_gp.network import FrozenNetwork
 from tests.jacobian.explicit import assert_close, check_every_operation, explicit, weighted, weights_for
 from tests.networks import ADVERSARIAL, CASES, Case, mlp
@@ -268,3 +270,25 @@ def test_float32_stays_float32():
     assert gram.dtype == torch.float32
     exact = explicit(network, x.double())
     assert_close(gram.double(), exact @ exact.mT, 1e-6)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize(("stride", "dilation", "groups", "bias"), [(1, 1, 1, True), (2, 1, 2, False), (1, 2, 4, True)])
+def test_float32_convolutions_agree_with_float64(dims, stride, dilation, groups, bias):
+    """Their per-point gradients are found in another way."""
+    layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    shape = (4, *(9, 7, 8)[:dims])
+    convolution = layer(4, 8, 3, stride, padding=1, dilation=dilation, groups=groups, bias=bias)
+    size = convolution(torch.zeros(1, *shape)).numel()
+    network = nn.Sequential(convolution, nn.Tanh(), nn.Flatten(), nn.Linear(size, 1)).double()
+    engine = StructuredEngine(FrozenNetwork(network, input_shape=shape))
+    x = torch.randn(2, 5, math.prod(shape), dtype=torch.float64)
+    weights = torch.ones(1, 1, dtype=torch.float64)
+    exact, rounded = engine.linearize(x), engine.linearize(x.float())
+    assert any(isinstance(term, ConvolutionTerm) for term in rounded.terms)
+    for actual, expected in (
+        (rounded.rows(), exact.rows()),
+        (rounded.diagonal(weights.float()), exact.diagonal(weights)),
+        (rounded.gram(rounded, weights.float()), exact.gram(exact, weights)),
+    ):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))

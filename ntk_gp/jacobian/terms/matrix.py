@@ -74,25 +74,49 @@ class MatrixTerm(Term):
         matrix = self.read(tangents)
         blocks = []
         for vectors, slices in self._blocks(matrix.shape[1], tangents.device):
-            part = matrix[:, vectors]
-            right = part.permute(0, 2, 4, 1, 3).flatten(-2)  # (B or 1, H, columns, r·d_out)
-            pieces = []
-            for points in slices:
-                left = self.inputs_at(points).permute(0, 3, 1, 2, 4)  # (B, H, m, T, columns)
-                z = matmul(left.flatten(2, 3), right).unflatten(2, left.shape[2:4]).unflatten(-1, part.shape[1:4:2])
-                pieces.append(_contract_outputs(z, self.gradients[:, points]))
+            pieces = [self._jvp_at(points, matrix[:, vectors]) for points in slices]
             blocks.append(_join(pieces, dim=2))
         return _join(blocks, dim=1)
+
+    def _jvp_at(self, points: slice, matrix: Tensor) -> Tensor:
+        """⟨g ⊗ a, W⟩ at some points for W (B or 1, r, H, d_out, columns): (B, r, m, C)."""
+        a, g = self.inputs_at(points), self.gradients[:, points]
+        if self._is_wide:
+            z = matmul(g[:, :, 0].flatten(1, 3), matrix[:, :, 0].transpose(1, 2).flatten(2))  # (B, m·T, r·columns)
+            z = z.unflatten(-1, (-1, a.shape[-1])).unflatten(1, a.shape[1:3])
+            return z.mul_(a).sum((2, 4)).transpose(1, 2).unsqueeze(-1)
+        left = a.permute(0, 3, 1, 2, 4)  # (B, H, m, T, columns)
+        right = matrix.permute(0, 2, 4, 1, 3).flatten(-2)  # (B or 1, H, columns, r·d_out)
+        z = matmul(left.flatten(2, 3), right).unflatten(2, left.shape[2:4])
+        return _contract_outputs(z.unflatten(-1, (-1, g.shape[-1])), g)
 
     def vjp(self, cotangents: Tensor, out: Tensor) -> None:
         for vectors, slices in self._blocks(cotangents.shape[1], cotangents.device):
             total: Tensor | None = None
             for points in slices:
-                left = self._weighed(cotangents[:, vectors, points], self.gradients[:, points])
-                part = matmul(left, self.inputs_at(points).permute(0, 3, 1, 2, 4).flatten(2, 3))
+                part = self._vjp_at(points, cotangents[:, vectors, points])
                 total = part if total is None else total.add_(part)
             assert total is not None
-            self.add_to(out[:, vectors], total.unflatten(2, (-1, self.gradients.shape[-1])).transpose(1, 2))
+            self.add_to(out[:, vectors], total)
+
+    def _vjp_at(self, points: slice, cotangents: Tensor) -> Tensor:
+        """Σ v g ⊗ a over some points for v (B, r, m, C): (B, r, H, d_out, columns)."""
+        a, g = self.inputs_at(points), self.gradients[:, points]
+        r = cotangents.shape[1]
+        if self._is_wide:
+            left = (
+                (a[:, None, :, :, 0] * cotangents.unsqueeze(-1)).flatten(2, 3).mT.flatten(1, 2)
+            )  # (B, r·columns, m·T)
+            return matmul(left, g[:, :, 0].flatten(1, 3)).unflatten(1, (r, -1)).mT.unsqueeze(2)
+        left = self._weighed(cotangents, g)
+        return matmul(left, a.permute(0, 3, 1, 2, 4).flatten(2, 3)).unflatten(2, (r, -1)).transpose(1, 2)
+
+    @property
+    def _is_wide(self) -> bool:
+        """Whether the gradients, for one output and one block, are wider than the inputs: it is them to multiply by W
+        then, and what has to be multiplied element by element is small."""
+        _, _, outputs, _, heads, d_out = self.gradients.shape
+        return outputs == heads == 1 and self.num_columns < d_out
 
     def _blocks(self, r: int, device: torch.device) -> Iterator[tuple[slice, list[slice]]]:
         """Slices of vectors, and for each those of points, whose products stay in cache.
