@@ -47,9 +47,9 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
         """What was built for an equal system before: operators are rebuilt at every call, the linearization stays."""
 
         def compute(x: Tensor, weights: Tensor, noise: Tensor) -> Any:
-            return build(System(system.linearization, x, weights, noise))
+            return build(System(system.linearization, x, weights, noise, system.dtype))
 
-        return system.linearization.keep(kind, (system.x, system.weights, system.noise), compute)
+        return system.linearization.keep(f"{kind} {system.dtype}", (system.x, system.weights, system.noise), compute)
 
     @property
     def _system(self) -> System:

@@ -13,9 +13,9 @@ from .. import settings
 from ..jacobian.base import Jacobian
 from .system import System
 
-# What a factorisation may lose before more is done. Means and variances lose up to ten times as much; they are promised
-# to 1e-8.
-ACCURATE = 3e-10
+# What a factorisation may lose before more is done, by the dtype of the inputs. Means and variances lose up to ten
+# times as much; they are promised to 1e-8 and 5e-3.
+ACCURATE = {torch.float64: 3e-10, torch.float32: 1e-5}
 
 
 class Solver(ABC):
@@ -79,6 +79,11 @@ def rounding_error(cholesky: Tensor) -> float:
     diagonal = cholesky.diagonal(dim1=-2, dim2=-1)
     condition = (diagonal.amax(-1) / diagonal.amin(-1)).square()
     return torch.finfo(cholesky.dtype).eps * float(condition.amax())
+
+
+def accuracy(system: System) -> float:
+    """How large a rounding error may be."""
+    return ACCURATE.get(system.dtype, ACCURATE[torch.float32])
 
 
 def warn_of_rounding(cholesky: Tensor) -> None:

@@ -7,7 +7,7 @@ from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor
 
 from ..jacobian.base import Jacobian
-from .base import ACCURATE, Solver, rounding_error
+from .base import Solver, accuracy, rounding_error
 from .system import System
 
 
@@ -25,7 +25,7 @@ class FunctionSpaceSolver(Solver):
     def __init__(self, system: System, cholesky: Tensor | None = None):
         super().__init__(system)
         self.cholesky = _cholesky_in_place(system) if cholesky is None else cholesky
-        self.is_refined = rounding_error(self.cholesky) > ACCURATE
+        self.is_refined = rounding_error(self.cholesky) > accuracy(system)
 
     def extended(self, system: System) -> FunctionSpaceSolver | None:
         """Adds m rows to the factor: N² m flops in place of N³/3."""

@@ -25,10 +25,19 @@ class System:
     :param x: The training inputs, (B, n, d).
     :param weights: The prior variance of every group of parameters, (W, G); W is 1 or B. Not negative.
     :param noise: The diagonal of D, (B or 1, N). Positive.
+    :param dtype: The precision that is asked of solutions; that of the inputs by default.
     """
 
-    def __init__(self, linearization: Linearization, x: Tensor, weights: Tensor, noise: Tensor):
+    def __init__(
+        self,
+        linearization: Linearization,
+        x: Tensor,
+        weights: Tensor,
+        noise: Tensor,
+        dtype: torch.dtype | None = None,
+    ):
         self.linearization = linearization
+        self.dtype = x.dtype if dtype is None else dtype
         self.x, self.weights, self.noise = (normal_tensor(tensor.detach()).double() for tensor in (x, weights, noise))
         self.state = linearization.network.fingerprint()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import settings
 from ..jacobian.base import Jacobian
 from ..jacobian.memory import mirror_upper_triangle
-from .base import ACCURATE, Solver, rounding_error, warn_of_rounding
+from .base import Solver, accuracy, rounding_error, warn_of_rounding
 from .function_space import FunctionSpaceSolver
 from .system import System
 
@@ -43,9 +43,9 @@ class WeightSpaceSolver(Solver):
             precision.diagonal(dim1=-2, dim2=-1).add_(1.0)
         self.cholesky = psd_safe_cholesky(precision)
         del precision
-        error = rounding_error(self.cholesky)
-        self._mean_is_refined = error > ACCURATE / _MEAN_FACTOR
-        if error > ACCURATE:
+        error, allowed = rounding_error(self.cholesky), accuracy(system)
+        self._mean_is_refined = error > allowed / _MEAN_FACTOR
+        if error > allowed:
             self._refine()
 
     def _refine(self) -> None:

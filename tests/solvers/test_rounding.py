@@ -58,8 +58,9 @@ def test_errors_stay_within_the_promise(way, n, batches, outputs, monkeypatch):
     problem = Problem(n, batches, outputs, noise=NOISE)
     found = errors(way(problem.system), problem)
     assert max(found.values()) < PROMISE, found
-    for module in (base, function_space, weight_space):
-        monkeypatch.setattr(module, "ACCURATE", float("inf"))
+    monkeypatch.setattr(base, "accuracy", lambda system: float("inf"))
+    for module in (function_space, weight_space):
+        monkeypatch.setattr(module, "accuracy", base.accuracy)
     if (
         base.rounding_error(way(problem.system).cholesky) > 1e-7
     ):  # where the plain way loses digits, this way had to act
@@ -96,3 +97,13 @@ def test_without_memory_it_is_said():
         pytest.warns(NumericalWarning, match="rounding leaves a relative error"),
     ):
         WeightSpaceSolver(problem.system)
+
+
+@pytest.mark.parametrize("way", [FunctionSpaceSolver, WeightSpaceSolver])
+def test_single_precision_asks_for_less(way):
+    problem = Problem(LARGE, noise=1e-7)
+    single = problem.system.__class__(
+        problem.system.linearization, problem.x, problem.weights, problem.noise, torch.float32
+    )
+    assert base.accuracy(single) > base.accuracy(problem.system)
+    assert max(errors(way(single), problem).values()) < 5e-3
