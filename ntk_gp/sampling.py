@@ -117,7 +117,7 @@ def draw_functions(
     strategy = _prediction_strategy(model)
     system = strategy.solver.system
     device = system.x.device
-    roots = system.parameter_variances.sqrt()
+    roots = system.root_variances
     weights = _normal((num_functions, system.num_parameters), generator, device) * roots
     if not prior:
         noise = _normal((num_functions, system.num_rows), generator, device) * system.noise.sqrt()

@@ -277,8 +277,6 @@ def _each(apply: Callable[[Tensor], Tensor], vectors: Tensor, together: int) -> 
     if together > 1 and vectors.shape[0] > 1:
         with _quiet_batching_rules():
             return vmap(apply, chunk_size=together)(vectors)
-    if vectors.shape[0] == 1:
-        return apply(vectors[0]).unsqueeze(0)
     return torch.stack([apply(vector) for vector in vectors])
 
 

@@ -45,10 +45,10 @@ class FunctionSpaceSolver(Solver):
         return torch.cholesky_solve(rhs, self.cholesky)
 
     def mean_weights(self, residual: Tensor) -> Tensor:
-        weights = super().mean_weights(residual)
+        alpha = self.solve(residual.mT)
+        weights = self.system.features(alpha).mT
         if not self.is_refined:
             return weights
-        alpha = self.solve(residual.mT)
         left = residual - self.system.jacobian.jvp(weights) - self.system.noise.unsqueeze(-2) * alpha.mT
         return weights + super().mean_weights(left)
 
@@ -101,7 +101,7 @@ class FunctionSpaceSolver(Solver):
         """φ(x) − Φᵀα and D^{1/2} α beside it, (B, M, P + N)."""
         system = self.system
         alpha = self.solve(system.cross(jacobian)).mT
-        features = (jacobian.rows() - system.jacobian.vjp(alpha)) * system.parameter_variances.sqrt().unsqueeze(-2)
+        features = (jacobian.rows() - system.jacobian.vjp(alpha)) * system.root_variances.unsqueeze(-2)
         return torch.cat([features, system.noise.sqrt().unsqueeze(-2) * alpha], dim=-1)
 
 

@@ -73,6 +73,11 @@ class System:
         """The diagonal of Σ, (W, P)."""
         return self.jacobian.function.expand_weights(self.weights)
 
+    @cached_property
+    def root_variances(self) -> Tensor:
+        """The diagonal of Σ^{1/2}, (W, P): Φ = J Σ^{1/2}."""
+        return self.parameter_variances.sqrt()
+
     def jacobian_at(self, x: Tensor) -> Jacobian:
         """J at test inputs (B, m, d), in float64; differentiable where they require gradients."""
         return self.linearization.jacobian(x.double(), keep=False)

@@ -37,7 +37,6 @@ class WeightSpaceSolver(Solver):
 
     def __init__(self, system: System, precision: Tensor | None = None):
         super().__init__(system)
-        self.root_variances = system.parameter_variances.sqrt()
         if precision is None:
             precision = feature_moment(system)
             precision.diagonal(dim1=-2, dim2=-1).add_(1.0)
@@ -70,7 +69,7 @@ class WeightSpaceSolver(Solver):
         return WeightSpaceSolver(system, precision)
 
     def _whiten(self, rows: Tensor) -> Tensor:
-        return rows * self.root_variances.unsqueeze(-2)
+        return rows * self.system.root_variances.unsqueeze(-2)
 
     def _project(self, rhs: Tensor) -> Tensor:
         """Λ⁻¹ Φᵀ D⁻¹ rhs, (B, P, r): least squares, by the normal equations."""
@@ -78,24 +77,24 @@ class WeightSpaceSolver(Solver):
         if not self._mean_is_refined:
             return weights
         # From what the weights leave, with their own rounding in it: the error then is of second order.
-        left = rhs - self.system.jacobian.jvp((self.root_variances.unsqueeze(-1) * weights).mT).mT
+        left = rhs - self.system.jacobian.jvp((self.system.root_variances.unsqueeze(-1) * weights).mT).mT
         return weights + torch.cholesky_solve(self._moment(left) - weights, self.cholesky)
 
     def _moment(self, rhs: Tensor) -> Tensor:
         """Φᵀ D⁻¹ rhs."""
         weighted = rhs / self.system.noise.unsqueeze(-1)
-        return self.root_variances.unsqueeze(-1) * self.system.jacobian.vjp(weighted.mT).mT
+        return self.system.root_variances.unsqueeze(-1) * self.system.jacobian.vjp(weighted.mT).mT
 
     def solve(self, rhs: Tensor) -> Tensor:
         solution = self._solve_once(rhs)
         return solution + self._solve_once(rhs - self.system.matmul(solution))
 
     def _solve_once(self, rhs: Tensor) -> Tensor:
-        weights = self.root_variances.unsqueeze(-1) * self._project(rhs)
+        weights = self.system.root_variances.unsqueeze(-1) * self._project(rhs)
         return (rhs - self.system.jacobian.jvp(weights.mT).mT) / self.system.noise.unsqueeze(-1)
 
     def mean_weights(self, residual: Tensor) -> Tensor:
-        return self.root_variances.unsqueeze(-2) * self._project(residual.mT).mT
+        return self.system.root_variances.unsqueeze(-2) * self._project(residual.mT).mT
 
     def logdet(self) -> Tensor:
         half = self.cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -149,7 +148,7 @@ def feature_moment(system: System, factor: Tensor | None = None) -> Tensor:
     size, block = system.num_parameters, jacobian.points_per_block()
     edges = torch.linspace(0, size, min(_BLOCK_COLUMNS, size) + 1).long().tolist()
     columns = [slice(a, b) for a, b in pairwise(edges)]
-    scale, roots = system.noise.rsqrt(), system.parameter_variances.sqrt()
+    scale, roots = system.noise.rsqrt(), system.root_variances
     moment = torch.zeros(system.batch, size, size, dtype=torch.float64, device=system.x.device)
     for i in settings.progress(range(0, jacobian.num_points, block), "Accumulating features"):
         features = jacobian[slice(i, i + block)].rows() * scale[:, i * outputs : (i + block) * outputs, None]

@@ -114,9 +114,8 @@ class ConvolutionTerm(MatrixTerm):
     def _grouped_gradients(self, points: slice, heads: slice, outputs: slice) -> Tensor:
         """Per-point gradients, for one output and one signal: of a convolution with a group for each point and head."""
         count = self.weight.shape[0]
-        signals = (
-            self.inputs[:, points, 0].unflatten(2, (count, -1))[:, :, heads].flatten(0, 1)
-        )  # (N, H, channels, *size)
+        # (N, H, channels, *size) each
+        signals = self.inputs[:, points, 0].unflatten(2, (count, -1))[:, :, heads].flatten(0, 1)
         maps = self.maps[:, points, 0, 0].unflatten(2, (count, -1))[:, :, heads, outputs].flatten(0, 1)
         size = max(1, _GROUPED_ELEMENTS // max(1, signals[0].numel()))
         pieces = [self._grouped(*pair) for pair in zip(signals.split(size), maps.split(size), strict=True)]

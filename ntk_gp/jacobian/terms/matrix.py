@@ -104,9 +104,8 @@ class MatrixTerm(Term):
         a, g = self.inputs_at(points), self.gradients[:, points]
         r = cotangents.shape[1]
         if self._is_wide:
-            left = (
-                (a[:, None, :, :, 0] * cotangents.unsqueeze(-1)).flatten(2, 3).mT.flatten(1, 2)
-            )  # (B, r·columns, m·T)
+            left = a[:, None, :, :, 0] * cotangents.unsqueeze(-1)  # (B, r, m, T, columns)
+            left = left.flatten(2, 3).mT.flatten(1, 2)
             return matmul(left, g[:, :, 0].flatten(1, 3)).unflatten(1, (r, -1)).mT.unsqueeze(2)
         left = self._weighed(cotangents, g)
         return matmul(left, a.permute(0, 3, 1, 2, 4).flatten(2, 3)).unflatten(2, (r, -1)).transpose(1, 2)
