@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from gpytorch.constraints import Interval, Positive
@@ -182,6 +182,10 @@ class NTKKernel(Kernel):
         self._check_inputs(x1, x2)
         kernel_matrix = NTKLinearOperator(x1, x2, variance, linearization=self._linearization)
         return kernel_matrix._diagonal() if diag else kernel_matrix
+
+    def named_sub_kernels(self) -> Iterator[tuple[str, Kernel]]:
+        """None; GPyTorch would look for some among the modules of the network, whenever it needs the batch shape."""
+        return iter(())
 
     def _check_inputs(self, x1: Tensor, x2: Tensor | None = None) -> None:
         x2 = x1 if x2 is None else x2

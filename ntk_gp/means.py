@@ -6,6 +6,7 @@ import torch
 from gpytorch.means import Mean
 from torch import Tensor, nn
 
+from .jacobian.matmul import FullRateLayers
 from .network import FrozenNetwork
 
 
@@ -55,7 +56,8 @@ class NetworkMean(Mean):
         """f(x), reusing what the last inputs began with: GPyTorch puts the training inputs before every test input."""
         state = self.network.fingerprint()
         known = 0 if self._prefix is None else self._prefix.length_in(x, state)
-        values = self.network(x[..., known:, :])
+        with FullRateLayers():
+            values = self.network(x[..., known:, :])
         if self._prefix is not None and known:
             begin = self._prefix.values[:known]
             values = torch.cat([begin.expand(*x.shape[:-2], *begin.shape), values], dim=x.dim() - 2)
@@ -85,6 +87,8 @@ class _Prefix:
         if state != self.state or (x.dtype, x.device, x.shape[-1]) != (old.dtype, old.device, old.shape[-1]):
             return 0
         length = min(x.shape[-2], len(old))
+        if torch.equal(x[..., :length, :], old[:length].expand(*x.shape[:-2], length, -1)):
+            return length
         different = (x[..., :length, :] != old[:length]).any(-1).reshape(x.shape[:-2].numel(), length)
         first = different.any(0).nonzero()
         return length if len(first) == 0 else int(first[0])

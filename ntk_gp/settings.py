@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -81,6 +82,7 @@ def progress(steps: Sequence[int], description: str) -> Iterable[int]:
     return tqdm(steps, desc=description)
 
 
+@functools.cache  # it is asked for in every prediction
 def _device_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory

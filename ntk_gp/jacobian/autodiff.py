@@ -14,10 +14,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import jvp, vjp, vmap
 
 from ..network import FrozenNetwork, NetworkFunction, normal_tensor
 from .base import Jacobian, JacobianEngine
+from .matmul import FullRateLayers
 
 # Below this many bytes of activations a pass is bound by call overhead, and several columns go through it together;
 # above it one column saturates the cores, and batching columns only pushes them out of cache.
@@ -211,6 +213,8 @@ class _Modes:
                 )
 
             forward = pushes(forward_mode=True, together=1)
+            with torch.enable_grad():  # and as it is done for inputs that require gradients
+                forward = forward and pushes(forward_mode=True, together=1)
             twice = forward or pushes(forward_mode=False, together=1)
             batched = (
                 _agrees(lambda: vmap(_rows_at_one_point(function, loop=False))(x.unsqueeze(-2)), reference)
@@ -243,10 +247,24 @@ def _pushforward(function: NetworkFunction, x: Tensor, forward_mode: bool) -> Ca
         return function(parameters, x).reshape(-1)
 
     if forward_mode:
-        return lambda tangent: jvp(at, (function.parameters,), (function.split(tangent),))[1]
+        return lambda tangent: _forward_mode(at, function.parameters, function.split(tangent))
     out, pull = vjp(at, function.parameters)  # type: ignore[misc]
     _, transpose = vjp(lambda cotangent: pull(cotangent)[0], torch.zeros_like(out))  # type: ignore[misc]
     return lambda tangent: transpose(function.split(tangent))[0]
+
+
+def _forward_mode(
+    at: Callable[[dict[str, Tensor]], Tensor], parameters: dict[str, Tensor], tangents: dict[str, Tensor]
+) -> Tensor:
+    """What `torch.func.jvp` gives: by itself where other derivatives are taken as well, and otherwise from dual numbers
+    without its bookkeeping, and with faster linear layers."""
+    transformed = forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    if transformed or torch.is_grad_enabled():
+        return jvp(at, (parameters,), (tangents,))[1]
+    with forward_ad.dual_level(), FullRateLayers():
+        out = at({name: forward_ad.make_dual(tensor, tangents[name]) for name, tensor in parameters.items()})
+        value, tangent = forward_ad.unpack_dual(out)
+    return torch.zeros_like(value) if tangent is None else tangent
 
 
 def _pullback(function: NetworkFunction, x: Tensor) -> Callable[[Tensor], Tensor]:
