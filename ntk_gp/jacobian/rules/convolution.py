@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..memory import empty
 from ..terms import ConvolutionTerm, FeatureTerm, MatrixTerm, ParameterView, Term
 from ..terms.convolution import unfold
 from .registry import Rule, UnsupportedUse, Use, register_rule
@@ -31,15 +30,16 @@ def convolution(dims: int) -> Rule:
         if not isinstance(weight, ParameterView):
             return _bias_only(bias, maps)
         spacing, kernel_size = _each(dilation, dims), weight.shape[2:]
-        padded = _pad(signals, _padding(padding, kernel_size, spacing))
+        signals, margins = _with_equal_margins(signals, _padding(padding, kernel_size, spacing))
         matrix = _flat(weight.unflatten(0, (groups, -1)), 2)
         term = ConvolutionTerm(
             matrix,
             _grouped(bias, groups),
-            padded.unsqueeze(0),
+            signals.unsqueeze(0),
             maps.unsqueeze(0),
             kernel_size,
             _each(stride, dims),
+            margins,
             spacing,
         )
         if not term.is_factored:
@@ -134,29 +134,24 @@ def _each(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
     return tuple(value) * dims if len(value) == 1 else tuple(value)
 
 
-def _pad(signals: Tensor, margins: Sequence[int]) -> Tensor:
-    """`torch.nn.functional.pad` of (n, S, channels, *size), into memory that is quick to touch."""
-    if not any(margins):
-        return signals
-    ends = [(0, 0)] * 3 + list(zip(margins[-2::-2], margins[::-2], strict=True))
-    shape = [before + size + after for size, (before, after) in zip(signals.shape, ends, strict=True)]
-    padded = empty(shape, signals).zero_()
-    inside = tuple(slice(before, before + size) for size, (before, _) in zip(signals.shape, ends, strict=True))
-    padded[inside] = signals
-    return padded
+Margins = list[tuple[int, int]]  # before and after, for each dimension
 
 
-def _padding(padding: int | str | Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int]) -> list[int]:
-    """As `torch.nn.functional.pad` wants it: the last dimension first, both ends."""
+def _with_equal_margins(signals: Tensor, margins: Margins) -> tuple[Tensor, tuple[int, ...]]:
+    """Signals (n, S, channels, *size), with zeros added where there are more on one side, and what is left to add."""
+    equal = tuple(min(ends) for ends in margins)
+    rest = [end - margin for ends, margin in zip(margins, equal, strict=True) for end in reversed(ends)]
+    return F.pad(signals, rest[::-1]) if any(rest) else signals, equal
+
+
+def _padding(padding: int | str | Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int]) -> Margins:
     if padding == "valid":
         padding = 0
     if padding == "same":
         totals = [spacing * (k - 1) for k, spacing in zip(kernel_size, dilation, strict=True)]
-        ends = [(total // 2, total - total // 2) for total in totals]
-    else:
-        assert not isinstance(padding, str)
-        ends = [(margin, margin) for margin in _each(padding, len(kernel_size))]
-    return [margin for pair in reversed(ends) for margin in pair]
+        return [(total // 2, total - total // 2) for total in totals]
+    assert not isinstance(padding, str)
+    return [(margin, margin) for margin in _each(padding, len(kernel_size))]
 
 
 _CONVOLUTIONS: tuple[Callable, ...] = (F.conv1d, F.conv2d, F.conv3d)

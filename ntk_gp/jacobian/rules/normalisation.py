@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..terms import ParameterView, Term
 from ..terms.base import split_points
-from .registry import Use, register_rule
+from .registry import UnsupportedUse, Use, register_rule
 
 Parameter = ParameterView | None
 
@@ -52,10 +52,38 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Iterable[Term]:
-    def normalise(x: Tensor) -> Tensor:
-        return F.batch_norm(x, running_mean, running_var, None, None, training, momentum, eps)
+    if training or running_mean is None or running_var is None:
+        raise UnsupportedUse("statistics of the batch")
+    use.keep_first()
+    shift = use.features(bias, _sum_by_channel(use, use.gradients))
+    if not isinstance(weight, ParameterView):
+        return shift
+    # Normalising the sums over positions, not each of these, is exact for statistics that are constants.
+    gradients = shift[0].gradients[0] if shift else _sum_by_channel(use, use.gradients)
+    slices = split_points(len(input), use.gradients[0].numel(), input.device)
+    products = [_sum_by_channel(use, use.gradients[points] * input[points].unsqueeze(1)) for points in slices]
+    normalised = (torch.cat(products) - running_mean * gradients) * (running_var + eps).rsqrt()
+    return [*shift, *use.features(weight, normalised)]
 
-    return _by_channel(use, input, normalise, weight, bias)
+
+def evaluate_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Scaled and shifted by constants: the derivative of torch's own reads the input again, for statistics' sake."""
+    if training or running_mean is None or running_var is None:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    scale = (running_var + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    shift = -running_mean * scale if bias is None else bias - running_mean * scale
+    shape = (-1, *[1] * (input.dim() - 2))
+    return (input * scale.view(shape)).add_(shift.view(shape))
 
 
 def instance_norm(
@@ -89,11 +117,9 @@ def _by_element(use: Use, input: Tensor, normalise: Normalise, weight: Parameter
 def _by_channel(use: Use, input: Tensor, normalise: Normalise, weight: Parameter, bias: Parameter) -> Iterable[Term]:
     """Layers whose parameters belong to channels, the dimension after the points (and windows)."""
     use.keep_first()
-    channel_dim = 2 + use.split
-    others = [dim for dim in range(2, use.gradients.dim()) if dim != channel_dim]
 
     def by_channel(values: Tensor) -> Tensor:
-        return values.sum(others) if others else values
+        return _sum_by_channel(use, values)
 
     def flat(x: Tensor) -> Tensor:
         return normalise(x.flatten(0, 1)).view_as(x) if use.split else normalise(x)
@@ -102,6 +128,13 @@ def _by_channel(use: Use, input: Tensor, normalise: Normalise, weight: Parameter
     if isinstance(weight, ParameterView):
         terms += use.features(weight, _scaled(use, input, flat, by_channel))
     return terms
+
+
+def _sum_by_channel(use: Use, values: Tensor) -> Tensor:
+    """Sums (n, C, *rest) over everything but points, outputs and channels."""
+    channel_dim = 2 + use.split
+    others = [dim for dim in range(2, values.dim()) if dim != channel_dim]
+    return values.sum(others) if others else values
 
 
 def _scaled(use: Use, input: Tensor, normalise: Normalise, total: Callable[[Tensor], Tensor]) -> Tensor:
@@ -113,7 +146,7 @@ def _scaled(use: Use, input: Tensor, normalise: Normalise, total: Callable[[Tens
 register_rule(F.layer_norm, layer_norm)
 register_rule(torch.layer_norm, layer_norm)
 register_rule(F.group_norm, group_norm)
-register_rule(F.batch_norm, batch_norm)
+register_rule(F.batch_norm, batch_norm, evaluate=evaluate_batch_norm)
 register_rule(F.instance_norm, instance_norm)
 if hasattr(F, "rms_norm"):  # torch 2.4
     register_rule(F.rms_norm, rms_norm, parameters=("weight",))

@@ -1,9 +1,9 @@
 """Recording a network's uses of its parameters: what each was multiplied with, and the gradients at its result.
 
 One forward pass runs under a mode that sees every function call. A call with a selected parameter in it, for which
-there is a rule, is made with that parameter *detached*, and a zero perturbation is added to its result: one backward
-pass for each output then gives the gradients at every use. Whatever still depends on a parameter afterwards is a use
-that no rule has seen, and shows in the graph that autograd has recorded: that parameter is left to autodiff.
+there is a rule, is made with that parameter *detached*: one backward pass for each output then gives the gradients at
+every use's result. Whatever still depends on a parameter afterwards is a use that no rule has seen, and shows in the
+graph that autograd has recorded: that parameter is left to autodiff.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from ...network import NetworkFunction
@@ -27,12 +28,13 @@ _BATCHED_ELEMENTS = 1 << 20
 
 @dataclass
 class RecordedUse:
-    """One call: its rule, its arguments (parameters replaced by views), its result's shape and perturbation."""
+    """One call: its rule, its arguments (parameters replaced by views), its result's shape, and where the result is in
+    autograd's graph."""
 
     rule: RegisteredRule
     arguments: dict[str, Any]
     shape: torch.Size
-    perturbation: Tensor
+    edge: GradientEdge
     versions: list[tuple[Tensor, int]]
 
     @property
@@ -75,29 +77,30 @@ class Recording:
         if not self.uses:
             return []
         n, outputs = self.output.shape
-        perturbations = [use.perturbation for use in self.uses]
+        edges = [use.edge for use in self.uses]
         identity = torch.eye(outputs, dtype=self.output.dtype, device=self.output.device)
         if not self.output.requires_grad:
-            return [torch.zeros_like(p).expand(outputs, *p.shape) for p in perturbations]
+            return [self.output.new_zeros(outputs, *use.shape) for use in self.uses]
 
         def pull(cotangents: Tensor, batched: bool) -> Sequence[Tensor | None]:
             return torch.autograd.grad(
-                self.output, perturbations, cotangents, retain_graph=True, is_grads_batched=batched, allow_unused=True
+                self.output, edges, cotangents, retain_graph=True, is_grads_batched=batched, allow_unused=True
             )
 
-        if outputs > 1 and sum(p.numel() for p in perturbations) <= _BATCHED_ELEMENTS:
+        if outputs > 1 and sum(use.shape.numel() for use in self.uses) <= _BATCHED_ELEMENTS:
             try:
                 rows = pull(identity[:, None].expand(outputs, n, outputs), True)
             except RuntimeError:  # an operator that vmap cannot differentiate
                 pass
             else:
                 return [
-                    p.new_zeros(outputs, *p.shape) if g is None else g for g, p in zip(rows, perturbations, strict=True)
+                    self.output.new_zeros(outputs, *use.shape) if g is None else g
+                    for g, use in zip(rows, self.uses, strict=True)
                 ]
         passes = [pull(row.expand(n, outputs), False) for row in identity]
         columns = [
-            [torch.zeros_like(p) if g is None else g for g in column]
-            for p, column in zip(perturbations, zip(*passes, strict=True), strict=True)
+            [self.output.new_zeros(use.shape) if g is None else g for g in column]
+            for use, column in zip(self.uses, zip(*passes, strict=True), strict=True)
         ]
         return [torch.stack(column) if outputs > 1 else column[0].unsqueeze(0) for column in columns]
 
@@ -155,13 +158,17 @@ class _Recorder(TorchFunctionMode):
         for name in views:
             bound.arguments[name] = bound.arguments[name].detach()
         kept = {name: _kept(value, self.copy) for name, value in bound.arguments.items()}
-        result = function(*bound.args, **bound.kwargs)
+        result = (rule.evaluate or function)(*bound.args, **bound.kwargs)
         in_place = any(result is value for value in bound.arguments.values())
-        perturbation = result.new_zeros(()).expand(result.shape).requires_grad_()
-        result = result.add_(perturbation) if in_place else result + perturbation
+        if in_place or result._is_view() or not result.requires_grad:  # the graph has no place for it alone yet
+            perturbation = result.new_zeros(()).expand(result.shape).requires_grad_()
+            edge = get_gradient_edge(perturbation)
+            result = result.add_(perturbation) if in_place else result + perturbation
+        else:
+            edge = get_gradient_edge(result)
         arguments = {**kept, **views}
         versions = [(value, value._version) for value in arguments.values() if isinstance(value, Tensor)]
-        self.uses.append(RecordedUse(rule, arguments, result.shape, perturbation, versions))
+        self.uses.append(RecordedUse(rule, arguments, result.shape, edge, versions))
         return result
 
     def view(self, value: Any) -> ParameterView | None:

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Term, split_points
-from .matrix import MatrixTerm, weigh_outputs
+from .matrix import MatrixTerm, join, weigh_outputs
 from .view import ParameterView
 
-# Elements of the signals in one convolution with a group for each point: with more, it is slower.
-_GROUPED_ELEMENTS = 1 << 17
+# A convolution with a group for each point is slower with more points than these, or with more elements of the signals.
+_GROUPED_POINTS = 32
+_GROUPED_ELEMENTS = 1 << 19
 
 
 class ConvolutionTerm(MatrixTerm):
@@ -22,7 +23,7 @@ class ConvolutionTerm(MatrixTerm):
 
     :param weight: The kernels, (groups, channels out per group, channels in per group · kernel elements).
     :param bias: (groups, channels out per group), or None.
-    :param inputs: The padded input, (B, n, S, channels in, *size): S signals for each point.
+    :param inputs: The input without its padding, (B, n, S, channels in, *size): S signals for each point.
     :param gradients: g, (B, n, C, S, channels out, *output size).
     """
 
@@ -36,6 +37,7 @@ class ConvolutionTerm(MatrixTerm):
         gradients: Tensor,
         kernel_size: Sequence[int],
         stride: Sequence[int],
+        padding: Sequence[int],
         dilation: Sequence[int],
     ):
         self.weight = weight
@@ -44,6 +46,7 @@ class ConvolutionTerm(MatrixTerm):
         self.maps = gradients
         self.kernel_size = tuple(kernel_size)
         self.stride = tuple(stride)
+        self.padding = tuple(padding)
         self.dilation = tuple(dilation)
 
     @property
@@ -56,6 +59,8 @@ class ConvolutionTerm(MatrixTerm):
     @property
     def _gradient_elements(self) -> int:
         """The patches, too, are put together for each point."""
+        if self._has_quick_gradients:
+            return max(super()._gradient_elements, self.inputs[0, 0].numel())
         patches = self.weight.shape[0] * self.num_columns * self.num_positions
         return max(super()._gradient_elements, patches)
 
@@ -64,13 +69,13 @@ class ConvolutionTerm(MatrixTerm):
         return self.maps.shape[3] * math.prod(self.maps.shape[5:])
 
     def key(self) -> Hashable:
-        return ("convolution", self.views, self.kernel_size, self.stride, self.dilation)
+        return ("convolution", self.views, self.kernel_size, self.stride, self.padding, self.dilation)
 
     def inputs_at(self, points: slice) -> Tensor:
         signals = self.inputs[:, points]
         batch, m, count, channels = signals.shape[:4]
         heads = self.weight.shape[0]
-        patches = unfold(signals.flatten(0, 2), self.kernel_size, self.stride, self.dilation)
+        patches = self._patches(signals.flatten(0, 2))
         dims = len(self.kernel_size)
         patches = patches.unflatten(1, (heads, channels // heads))
         # (N, H, channels, *out, *kernel) to (N, *out, H, channels, *kernel)
@@ -83,12 +88,18 @@ class ConvolutionTerm(MatrixTerm):
         out[..., columns:] = 1
         return out
 
+    def _patches(self, signals: Tensor) -> Tensor:
+        """Of signals (N, channels, *size): (N, channels, *output size, *kernel size)."""
+        margins = [margin for margin in reversed(self.padding) for _ in range(2)]
+        padded = F.pad(signals, margins) if any(margins) else signals
+        return unfold(padded, self.kernel_size, self.stride, self.dilation)
+
     def gradient_rows(self, points: slice, heads: slice = slice(None), outputs: slice = slice(None)) -> Tensor:
         if self._has_quick_gradients:
             return self._grouped_gradients(points, heads, outputs)
         # With the positions last, as the signals lie in memory, patches are copied in long runs.
         signals, dims = self.inputs[:, points], len(self.kernel_size)
-        patches = unfold(signals.flatten(0, 2), self.kernel_size, self.stride, self.dilation)
+        patches = self._patches(signals.flatten(0, 2))
         patches = patches.unflatten(1, (self.weight.shape[0], -1))[:, heads]
         patches = patches.permute(0, 1, 2, *range(3 + dims, 3 + 2 * dims), *range(3, 3 + dims))
         h, columns = patches.shape[1], self.weight.shape[-1]
@@ -117,9 +128,9 @@ class ConvolutionTerm(MatrixTerm):
         # (N, H, channels, *size) each
         signals = self.inputs[:, points, 0].unflatten(2, (count, -1))[:, :, heads].flatten(0, 1)
         maps = self.maps[:, points, 0, 0].unflatten(2, (count, -1))[:, :, heads, outputs].flatten(0, 1)
-        size = max(1, _GROUPED_ELEMENTS // max(1, signals[0].numel()))
+        size = max(1, min(_GROUPED_POINTS, _GROUPED_ELEMENTS // max(1, signals[0].numel())))
         pieces = [self._grouped(*pair) for pair in zip(signals.split(size), maps.split(size), strict=True)]
-        rows = torch.cat(pieces).flatten(3)  # (N, H, d_out, columns without the bias)
+        rows = join(pieces, dim=0).flatten(3)  # (N, H, d_out, columns without the bias)
         if self.bias is not None:
             rows = torch.cat([rows, maps.flatten(3).sum(-1, keepdim=True)], dim=-1)
         return rows.unflatten(0, (self.inputs.shape[0], -1)).unsqueeze(2)
@@ -129,7 +140,7 @@ class ConvolutionTerm(MatrixTerm):
         flat_signals, flat_maps = (t.reshape(1, -1, *t.shape[3:]) for t in (signals, maps))
         kernels = maps.new_empty(groups * maps.shape[2], signals.shape[2], *self.kernel_size)
         gradient = torch.ops.aten.convolution_backward(
-            flat_maps, flat_signals, kernels, None, self.stride, [0] * dims, self.dilation, False, [0] * dims, groups,
+            flat_maps, flat_signals, kernels, None, self.stride, self.padding, self.dilation, False, [0] * dims, groups,
             [False, True, False],
         )[1]  # fmt: skip
         return gradient.unflatten(0, maps.shape[:3])
@@ -145,7 +156,7 @@ class ConvolutionTerm(MatrixTerm):
         pieces = []
         for points in split_points(n, batch * r * self.maps[0, 0, 0].numel(), tangents.device):
             signals = self.inputs[:, points]
-            z = _convolve(signals.flatten(0, 2), kernels, bias, self.stride, self.dilation, heads)
+            z = self._convolve(signals.flatten(0, 2), kernels, bias)
             z = z.flatten(2).unflatten(1, (heads, r, d_out))  # (N, H, r, d_out, T)
             z = z.unflatten(0, signals.shape[:3]).permute(0, 1, 4, 2, 3, 5, 6)  # (B, m, r, S, H, d_out, T)
             g = self.maps[:, points].flatten(3)
@@ -155,6 +166,10 @@ class ConvolutionTerm(MatrixTerm):
             else:
                 pieces.append((z.flatten(3) @ g.mT).transpose(1, 2))
         return torch.cat(pieces, dim=2)
+
+    def _convolve(self, signals: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.stride) - 1]
+        return convolve(signals, kernels, bias, self.stride, self.padding, self.dilation, self.weight.shape[0])
 
     def _kernels(self, matrix: Tensor) -> Tensor:
         """(r, H, d_out, columns) to the kernels of one convolution: (H·r·d_out, channels per group, *kernel)."""
@@ -196,7 +211,7 @@ class ConvolutionTerm(MatrixTerm):
         dims = len(self.kernel_size)
         empty = signals.new_empty(heads * r * d_out, self._channels_per_head, *self.kernel_size)
         return torch.ops.aten.convolution_backward(
-            h, signals, empty, None, self.stride, [0] * dims, self.dilation, False, [0] * dims, heads,
+            h, signals, empty, None, self.stride, self.padding, self.dilation, False, [0] * dims, heads,
             [False, True, False],
         )[1]  # fmt: skip
 
@@ -216,10 +231,3 @@ def unfold(signals: Tensor, kernel_size: Sequence[int], stride: Sequence[int], d
     for dim, (size, step, spacing) in enumerate(zip(kernel_size, stride, dilation, strict=True), start=2):
         signals = signals.unfold(dim, (size - 1) * spacing + 1, step)[..., ::spacing]
     return signals
-
-
-def _convolve(
-    signals: Tensor, kernels: Tensor, bias: Tensor | None, stride: Sequence[int], dilation: Sequence[int], groups: int
-) -> Tensor:
-    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(stride) - 1]
-    return convolve(signals, kernels, bias, stride, 0, dilation, groups)

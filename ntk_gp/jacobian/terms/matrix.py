@@ -75,8 +75,8 @@ class MatrixTerm(Term):
         blocks = []
         for vectors, slices in self._blocks(matrix.shape[1], tangents.device):
             pieces = [self._jvp_at(points, matrix[:, vectors]) for points in slices]
-            blocks.append(_join(pieces, dim=2))
-        return _join(blocks, dim=1)
+            blocks.append(join(pieces, dim=2))
+        return join(blocks, dim=1)
 
     def _jvp_at(self, points: slice, matrix: Tensor) -> Tensor:
         """⟨g ⊗ a, W⟩ at some points for W (B or 1, r, H, d_out, columns): (B, r, m, C)."""
@@ -166,6 +166,7 @@ class MatrixTerm(Term):
         batch, n, outputs, positions, heads, d_out = self.gradients.shape
         by_positions = positions * (self.num_columns + d_out) <= d_out * self.num_columns
         per_point = outputs * heads * positions**2 if by_positions else self._gradient_elements
+        uniform = self.bias is None or self.bias.group == self.weight.group
         pieces = []
         for points in split_points(n, batch * per_point, weights.device):
             if by_positions:
@@ -175,6 +176,10 @@ class MatrixTerm(Term):
                 pieces.append((a.unsqueeze(2) * g).sum((-1, -2, -3)))
             else:
                 rows = self.gradient_rows(points)
+                if other is self and uniform:
+                    squares = torch.linalg.vector_norm(rows.flatten(3), dim=-1).square_()  # in one sweep
+                    pieces.append(squares * scale[:, :1, None])
+                    continue
                 other_rows = rows if other is self else other.gradient_rows(points)
                 pieces.append((rows * other_rows * scale[:, None, None, None, None]).sum((-1, -2, -3)))
         return torch.cat(pieces, dim=1)
@@ -236,7 +241,7 @@ class MatrixTerm(Term):
         return ("matrix", self.views)
 
 
-def _join(parts: list[Tensor], dim: int) -> Tensor:
+def join(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
