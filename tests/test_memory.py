@@ -15,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ntk_gp
 from ntk_gp import NetworkMean, NTKKernel
+from ntk_gp.jacobian import linearization
 from ntk_gp.jacobian.memory import mirror_upper_triangle
+from ntk_gp.jacobian.structured.jacobian import StructuredJacobian
 from tests import references
 
 POINTS = 600
@@ -171,6 +173,38 @@ def test_caches_stay_within_the_budget():
             kernel(inputs()[i : i + 100]).to_dense()
     kept = kernel._linearization._cache._entries.values()
     assert sum(_nbytes(keys, value) for _, keys, value in kept) <= BUDGET
+
+
+def test_a_large_gram_matrix_is_stored_when_it_is_asked_for_again(monkeypatch):
+    monkeypatch.setattr(linearization, "_LARGE", 1)
+    kernel, x = NTKKernel(make_network()), inputs()
+    formed = []
+    original = StructuredJacobian.gram
+    monkeypatch.setattr(StructuredJacobian, "gram", lambda *args: formed.append(1) or original(*args))
+    entries = kernel._linearization._cache._entries.values()
+
+    def stored() -> list[Tensor]:
+        return [value for (kind, _), _, value in entries if kind == "gram"]
+
+    matrices = [kernel(x).to_dense() for _ in range(2)]
+    assert len(formed) == 2 and len(stored()) == 1
+    matrices += [kernel(x).to_dense() for _ in range(2)]
+    assert len(formed) == 2
+    for matrix in matrices:
+        torch.testing.assert_close(matrix, matrices[0], rtol=1e-15, atol=0)
+        assert matrix.data_ptr() != stored()[0].data_ptr()
+
+
+def test_products_store_a_large_gram_matrix_once_it_has_paid(monkeypatch):
+    monkeypatch.setattr(linearization, "_LARGE", 1)
+    kernel, x = NTKKernel(make_network()), inputs()
+    formed = []
+    original = StructuredJacobian.gram
+    monkeypatch.setattr(StructuredJacobian, "gram", lambda *args: formed.append(1) or original(*args))
+    operator, rhs = kernel(x).evaluate_kernel(), torch.randn(POINTS, 100, dtype=torch.float64)
+    products = [operator @ rhs for _ in range(5)]
+    assert len(formed) == 1
+    torch.testing.assert_close(products[-1], products[0], rtol=1e-12, atol=1e-12)
 
 
 def _nbytes(keys: tuple[Tensor, ...], value: object) -> int:

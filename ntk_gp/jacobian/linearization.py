@@ -17,8 +17,14 @@ from .. import settings
 from ..network import FrozenNetwork, full_precision, normal_tensor
 from .autodiff import AutodiffEngine
 from .base import Jacobian, JacobianEngine
+from .memory import empty
 from .products import JacobianProduct, TransposedJacobianProduct
 from .structured import StructuredEngine
+
+# A Gram matrix of so many entries, at so few flops for each, is not copied for the sake of a second time that may never
+# come.
+_LARGE = 1 << 24
+_COPY = 1000.0
 
 
 def _in_full_precision(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -86,11 +92,13 @@ class Linearization:
             return jacobian1.gram(jacobian2, weights)
         if jacobian2.x.requires_grad:
             return jacobian2.gram(jacobian1, weights).mT
-        if keep and self.keeps_gram(jacobian1, jacobian2):
+        if keep and self.keeps_gram(jacobian1, jacobian2) and self._pays_to_keep(jacobian1, jacobian2):
             gram = self._kept_gram(jacobian1, jacobian2)
-            if self.network.num_groups == 1:
+            if self.network.num_groups > 1:
+                return torch.einsum("wg,gnm->wnm", weights, gram)
+            if weights.requires_grad or len(weights) > 1:
                 return gram * weights.unsqueeze(-1)
-            return torch.einsum("wg,gnm->wnm", weights, gram)
+            return torch.mul(gram, weights.unsqueeze(-1), out=empty(gram.shape, like=gram))
         return _Gram.apply(weights, jacobian1, jacobian2)
 
     @_in_full_precision
@@ -122,6 +130,7 @@ class Linearization:
         pair.flops += rhs.shape[-1] * jacobian1.product_cost(jacobian2)
         if pair.flops < jacobian1.gram_cost(jacobian2):
             return jacobian1.kernel_matmul(jacobian2, rhs, weights)
+        pair.is_formed_again = True
         return self.gram(jacobian1, jacobian2, weights) @ rhs
 
     @staticmethod
@@ -146,6 +155,16 @@ class Linearization:
         batch = max(jacobian1.x.shape[0], jacobian2.x.shape[0])
         size = groups * batch * jacobian1.num_rows * jacobian2.num_rows * jacobian1.x.element_size()
         return (groups == 1 or batch == 1) and size <= _Cache.capacity(jacobian1.x.device)
+
+    def _pays_to_keep(self, jacobian1: Jacobian, jacobian2: Jacobian) -> bool:
+        """Whether it is cheaper to store the Gram matrix and to copy it than to form it here.
+
+        A large one of a small network costs little more than its memory: it is stored when it is asked for again.
+        """
+        pair = self._pair(jacobian1, jacobian2)
+        entries = jacobian1.num_rows * jacobian2.num_rows
+        again, pair.is_formed_again = pair.is_formed_again, True
+        return again or entries < _LARGE or jacobian1.gram_cost(jacobian2) > _COPY * entries
 
     def _kept_gram(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
         def compute(*_: Tensor) -> Tensor:
@@ -190,10 +209,11 @@ def _one_hot(weights: Tensor, group: int) -> Tensor:
 
 
 class _Pair:
-    """The flops that products of two Jacobians have cost so far, and their Gram matrix while the cache holds it."""
+    """What products of two Jacobians have cost so far, in flops, and their Gram matrix while the cache holds it."""
 
     flops = 0.0
     gram: weakref.ref[Tensor] | None = None
+    is_formed_again = False  # when it is asked for next
 
 
 class _Cache:

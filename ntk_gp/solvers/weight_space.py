@@ -12,6 +12,7 @@ from .. import settings
 from ..jacobian.base import Jacobian
 from ..jacobian.memory import mirror_upper_triangle
 from .base import Solver, accuracy, rounding_error, warn_of_rounding
+from .cholesky import cholesky_solve
 from .function_space import FunctionSpaceSolver
 from .system import System
 
@@ -73,12 +74,12 @@ class WeightSpaceSolver(Solver):
 
     def _project(self, rhs: Tensor) -> Tensor:
         """Λ⁻¹ Φᵀ D⁻¹ rhs, (B, P, r): least squares, by the normal equations."""
-        weights = torch.cholesky_solve(self._moment(rhs), self.cholesky)
+        weights = cholesky_solve(self.cholesky, self._moment(rhs))
         if not self._mean_is_refined:
             return weights
         # From what the weights leave, with their own rounding in it: the error then is of second order.
         left = rhs - self.system.jacobian.jvp((self.system.root_variances.unsqueeze(-1) * weights).mT).mT
-        return weights + torch.cholesky_solve(self._moment(left) - weights, self.cholesky)
+        return weights + cholesky_solve(self.cholesky, self._moment(left) - weights)
 
     def _moment(self, rhs: Tensor) -> Tensor:
         """Φᵀ D⁻¹ rhs."""
