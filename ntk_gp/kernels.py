@@ -175,7 +175,10 @@ class NTKKernel(Kernel):
     def forward(
         self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **params
     ) -> NTKLinearOperator | Tensor:
-        variance = self.variance.to(x1.device, x1.dtype)
+        if "raw_variance" in self._parameters:
+            variance = self.variance.to(x1.device, x1.dtype)
+        else:
+            variance = x1.new_ones(*self.batch_shape, 1, 1)
         if last_dim_is_batch:
             x1, x2 = (x.transpose(-1, -2).unsqueeze(-1) for x in (x1, x2))
             variance = variance.unsqueeze(-3)

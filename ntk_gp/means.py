@@ -6,7 +6,7 @@ import torch
 from gpytorch.means import Mean
 from torch import Tensor, nn
 
-from .jacobian.matmul import FullRateLayers
+from .jacobian.layers import FullRateLayers
 from .network import FrozenNetwork
 
 

@@ -19,7 +19,7 @@ from torch.func import jvp, vjp, vmap
 
 from ..network import FrozenNetwork, NetworkFunction, normal_tensor
 from .base import Jacobian, JacobianEngine
-from .matmul import FullRateLayers
+from .layers import FullRateLayers
 
 # Below this many bytes of activations a pass is bound by call overhead, and several columns go through it together;
 # above it one column saturates the cores, and batching columns only pushes them out of cache.

@@ -5,13 +5,12 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 
-# Multiplications of a product that is worth the longer call, and the width of more than a few vectors.
+# Multiplications of a product that is worth the longer call, and the width of more than a single vector.
 _WORTHWHILE = 1 << 18
-_NARROW = 16
+_NARROW = 2
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -21,48 +20,16 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     make it. oneDNN, which comes with PyTorch too, uses all of it: twice the rate on AMD's processors with AVX-512. Its
     product has no derivatives, so it serves where none are recorded.
     """
-    if forward_ad._current_level >= 0 or not _is_served(left, right):
+    if min(left.dim(), right.dim()) >= 2 and left.stride(-2) == 1 and right.shape[-1] < left.shape[-2]:
+        return matmul(right.mT, left.mT).mT  # both libraries are slow where a tall factor is transposed
+    if forward_ad._current_level >= 0 or not is_product_served(left, right):
         return left @ right
-    return _product(left, right)
+    return onednn_product(left, right)
 
 
-class FullRateLayers(TorchFunctionMode):
-    """Linear layers by the same products, with their derivatives in a level of :mod:`torch.autograd.forward_ad`."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        return _linear(*args, **kwargs) if function is nn.functional.linear else function(*args, **kwargs)
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    x, x_tangent = forward_ad.unpack_dual(input)
-    w, w_tangent = forward_ad.unpack_dual(weight)
-    b, b_tangent = (None, None) if bias is None else forward_ad.unpack_dual(bias)
-    if not _is_layer_served(x, w, b):
-        return nn.functional.linear(input, weight, bias)
-    value = _product(x, w.mT, b)
-    tangents = []
-    if w_tangent is not None:
-        tangents.append(_product(x, w_tangent.mT, b_tangent))
-    elif b_tangent is not None:
-        tangents.append(b_tangent.expand_as(value))
-    if x_tangent is not None:
-        tangents.append(_product(x_tangent, w.mT))
-    return forward_ad.make_dual(value, sum(tangents[1:], tangents[0])) if tangents else value
-
-
-def _is_layer_served(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    return (
-        x.dim() == 2
-        and not torch.is_autocast_enabled("cpu")
-        and _is_served(x, weight.mT)
-        and (bias is None or (bias.dtype == x.dtype and not (torch.is_grad_enabled() and bias.requires_grad)))
-    )
-
-
-def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """left @ right + bias, by oneDNN."""
-    lead, columns = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]), right.shape[-1]
+def onednn_product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """left @ right + bias, by oneDNN, of matrices behind dimensions of one."""
+    lead, columns = max(left.shape[:-2], right.shape[:-2], key=len), right.shape[-1]
     right = right.reshape(-1, columns)
     if not (right.is_contiguous() or right.mT.is_contiguous()):
         right = right.contiguous()  # with gaps between its rows, oneDNN would be a thousand times slower
@@ -70,17 +37,28 @@ def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     return product.reshape(*lead, left.shape[-2], columns)
 
 
-def _is_served(left: Tensor, right: Tensor) -> bool:
+def is_product_served(left: Tensor, right: Tensor) -> bool:
+    """Whether oneDNN takes this product, and would be faster; what derivatives in forward mode it has is not asked."""
     return (
-        left.dtype == right.dtype == torch.float32
-        and left.device.type == right.device.type == "cpu"
-        and min(left.dim(), right.dim()) >= 2
+        min(left.dim(), right.dim()) >= 2
         and min(left.shape[-2], right.shape[-1]) >= _NARROW
         and left.shape[-2] * left.shape[-1] * right.shape[-1] >= _WORTHWHILE
         and left.shape[:-2].numel() == right.shape[:-2].numel() == 1
-        and not (torch.is_grad_enabled() and (left.requires_grad or right.requires_grad))
-        and not _is_transformed(left)
-        and not _is_transformed(right)
+        and are_served(left, right)
+    )
+
+
+def are_served(*tensors: Tensor) -> bool:
+    """Whether oneDNN takes these tensors: no autograd graph reaches into it, and no transform."""
+    recording = torch.is_grad_enabled()
+    return (
+        all(
+            tensor.dtype == torch.float32
+            and tensor.device.type == "cpu"
+            and not (recording and tensor.requires_grad)
+            and not _is_transformed(tensor)
+            for tensor in tensors
+        )
         and _has_onednn()
         and torch._C._get_mkldnn_enabled()
     )

@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.func import jvp, vmap
 
 from ntk_gp.jacobian import matmul as module
-from ntk_gp.jacobian.matmul import FullRateLayers, matmul
+from ntk_gp.jacobian.matmul import matmul
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,33 +65,3 @@ def test_whoever_switches_onednn_off_is_heard(monkeypatch):
     left, right = torch.randn(30, 20), torch.randn(20, 40)
     with torch.backends.mkldnn.flags(enabled=False):
         torch.testing.assert_close(matmul(left, right), left @ right)
-
-
-@pytest.mark.parametrize("moving", ["input", "weight", "bias", "weight bias", "input weight bias"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_linear_layers_in_forward_mode(moving, dtype):
-    x, weight, bias = torch.randn(30, 20, dtype=dtype), torch.randn(40, 20, dtype=dtype), torch.randn(40, dtype=dtype)
-    primals = {"input": x, "weight": weight, "bias": bias}
-    tangents = {name: torch.randn_like(primals[name]) for name in moving.split()}
-
-    def linear(**moved):
-        return torch.nn.functional.linear(**{**primals, **moved})
-
-    expected = jvp(lambda moved: linear(**moved), ({name: primals[name] for name in tangents},), (tangents,))
-    with torch.no_grad(), forward_ad.dual_level(), FullRateLayers():
-        duals = {name: forward_ad.make_dual(primals[name], tangents[name]) for name in tangents}
-        actual = forward_ad.unpack_dual(linear(**duals))
-    torch.testing.assert_close(tuple(actual), expected, rtol=0.0, atol=1e2 * torch.finfo(dtype).eps)
-
-
-def test_linear_layers_keep_to_the_rules_around_them():
-    x, layer = torch.randn(30, 20), torch.nn.Linear(20, 40)
-    with FullRateLayers():
-        assert layer(x).requires_grad
-        with torch.no_grad():
-            torch.testing.assert_close(layer(x[None]), layer(x)[None])
-            torch.testing.assert_close(vmap(layer)(x), layer(x))
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                assert layer(x).dtype == torch.bfloat16
-            with torch.backends.mkldnn.flags(enabled=False):
-                torch.testing.assert_close(layer(x), x @ layer.weight.mT + layer.bias)

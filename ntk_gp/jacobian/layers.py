@@ -1,0 +1,59 @@
+"""Layers of the network at the processor's full rate, in values and in forward mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+from .matmul import are_served, is_product_served, onednn_product
+
+# Elements of a tensor that is worth three calls and two copies.
+_WORTHWHILE = 1 << 14
+
+
+class FullRateLayers(TorchFunctionMode):
+    """Linear layers and tanh by oneDNN, where it serves (see :mod:`.matmul`); a layer's other operations as they are.
+
+    With AVX-512 tanh takes a fifth of PyTorch's time, which is as long as a layer's product; it is as accurate. Neither
+    has derivatives, so those of forward mode are written out, for dual numbers of :mod:`torch.autograd.forward_ad`.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return _FULL_RATE.get(function, function)(*args, **(kwargs or {}))
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    x, x_tangent = forward_ad.unpack_dual(input)
+    w, w_tangent = forward_ad.unpack_dual(weight)
+    b, b_tangent = (None, None) if bias is None else forward_ad.unpack_dual(bias)
+    served = x.dim() == 2 and is_product_served(x, w.mT) and (b is None or are_served(b))
+    if not served or torch._C._is_any_autocast_enabled():
+        return nn.functional.linear(input, weight, bias)
+    value = onednn_product(x, w.mT, b)
+    tangents = []
+    if w_tangent is not None:
+        tangents.append(onednn_product(x, w_tangent.mT, b_tangent))
+    elif b_tangent is not None:
+        tangents.append(b_tangent.expand_as(value))
+    if x_tangent is not None:
+        tangents.append(onednn_product(x_tangent, w.mT))
+    return forward_ad.make_dual(value, sum(tangents[1:], tangents[0])) if tangents else value
+
+
+def _tanh(input: Tensor) -> Tensor:
+    x, tangent = forward_ad.unpack_dual(input)
+    if x.numel() < _WORTHWHILE or not (x.is_contiguous() and are_served(x)):
+        return torch.tanh(input)
+    value = x.view(-1).to_mkldnn().tanh().to_dense().view(x.shape)
+    return value if tangent is None else forward_ad.make_dual(value, torch.ops.aten.tanh_backward(tangent, value))
+
+
+_FULL_RATE: dict[Callable, Callable] = {
+    nn.functional.linear: _linear,
+    torch.tanh: _tanh,
+    Tensor.tanh: _tanh,
+}
