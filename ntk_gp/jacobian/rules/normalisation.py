@@ -66,26 +66,6 @@ def batch_norm(
     return [*shift, *use.features(weight, normalised)]
 
 
-def evaluate_batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """Scaled and shifted by constants: the derivative of torch's own reads the input again, for statistics' sake."""
-    if training or running_mean is None or running_var is None:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    scale = (running_var + eps).rsqrt()
-    scale = scale if weight is None else scale * weight
-    shift = -running_mean * scale if bias is None else bias - running_mean * scale
-    shape = (-1, *[1] * (input.dim() - 2))
-    return (input * scale.view(shape)).add_(shift.view(shape))
-
-
 def instance_norm(
     use: Use,
     input: Tensor,
@@ -146,7 +126,7 @@ def _scaled(use: Use, input: Tensor, normalise: Normalise, total: Callable[[Tens
 register_rule(F.layer_norm, layer_norm)
 register_rule(torch.layer_norm, layer_norm)
 register_rule(F.group_norm, group_norm)
-register_rule(F.batch_norm, batch_norm, evaluate=evaluate_batch_norm)
+register_rule(F.batch_norm, batch_norm)
 register_rule(F.instance_norm, instance_norm)
 if hasattr(F, "rms_norm"):  # torch 2.4
     register_rule(F.rms_norm, rms_norm, parameters=("weight",))

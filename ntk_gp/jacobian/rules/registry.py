@@ -97,13 +97,11 @@ class RegisteredRule:
     """A rule and how to read the calls it is for.
 
     :param elementwise: The call's tensors broadcast against one another.
-    :param evaluate: What is called in place of the function while it is recorded.
     """
 
     rule: Rule
     parameters: tuple[str, ...]
     elementwise: bool = False
-    evaluate: Callable[..., Tensor] | None = None
     signature: inspect.Signature = field(init=False)
 
     def __post_init__(self) -> None:
@@ -127,12 +125,7 @@ _DECOMPOSITIONS: dict[Any, Callable] = {}
 
 
 def register_rule(
-    function: Callable,
-    rule: Rule,
-    *,
-    parameters: tuple[str, ...] = ("weight", "bias"),
-    elementwise: bool = False,
-    evaluate: Callable[..., Tensor] | None = None,
+    function: Callable, rule: Rule, *, parameters: tuple[str, ...] = ("weight", "bias"), elementwise: bool = False
 ) -> None:
     """Teaches the structured engine how a function uses its parameters. See `docs/adding-a-rule.md`.
 
@@ -142,12 +135,10 @@ def register_rule(
         In place of a selected parameter it gets a :class:`ParameterView`. It may raise :class:`UnsupportedUse`.
     :param parameters: The names of the arguments that may be parameters.
     :param elementwise: The function's tensors broadcast: the rule gets them expanded to the result's shape.
-    :param evaluate: A function of the same arguments and result, which is quicker to differentiate with respect to the
-        arguments that are not parameters; called in its place while it is recorded.
 
     A rule that is wrong is found out: the engine compares each parameter's gradients with autograd's first.
     """
-    _RULES[function] = RegisteredRule(rule, tuple(parameters), elementwise, evaluate)
+    _RULES[function] = RegisteredRule(rule, tuple(parameters), elementwise)
 
 
 def register_decomposition(function: Callable, decomposition: Callable) -> None:

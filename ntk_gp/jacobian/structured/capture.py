@@ -21,6 +21,7 @@ from ...network import NetworkFunction
 from ..rules import UnsupportedUse, Use, find_decomposition, find_rule
 from ..rules.registry import RegisteredRule
 from ..terms import ParameterView, Term
+from .recorded_layers import RECORDED_AS
 
 # Below this many elements at all the uses together, outputs are differentiated side by side instead of one by one.
 _BATCHED_ELEMENTS = 1 << 20
@@ -82,26 +83,20 @@ class Recording:
         if not self.output.requires_grad:
             return [self.output.new_zeros(outputs, *use.shape) for use in self.uses]
 
-        def pull(cotangents: Tensor, batched: bool) -> Sequence[Tensor | None]:
-            return torch.autograd.grad(
-                self.output, edges, cotangents, retain_graph=True, is_grads_batched=batched, allow_unused=True
+        def pull(row: Tensor) -> tuple[Tensor, ...]:
+            found = torch.autograd.grad(
+                self.output, edges, row.expand(n, outputs), retain_graph=True, allow_unused=True
+            )
+            return tuple(
+                self.output.new_zeros(use.shape) if g is None else g for g, use in zip(found, self.uses, strict=True)
             )
 
         if outputs > 1 and sum(use.shape.numel() for use in self.uses) <= _BATCHED_ELEMENTS:
             try:
-                rows = pull(identity[:, None].expand(outputs, n, outputs), True)
+                return list(torch.vmap(pull)(identity))
             except RuntimeError:  # an operator that vmap cannot differentiate
                 pass
-            else:
-                return [
-                    self.output.new_zeros(outputs, *use.shape) if g is None else g
-                    for g, use in zip(rows, self.uses, strict=True)
-                ]
-        passes = [pull(row.expand(n, outputs), False) for row in identity]
-        columns = [
-            [self.output.new_zeros(use.shape) if g is None else g for g in column]
-            for use, column in zip(self.uses, zip(*passes, strict=True), strict=True)
-        ]
+        columns = zip(*map(pull, identity), strict=True)
         return [torch.stack(column) if outputs > 1 else column[0].unsqueeze(0) for column in columns]
 
 
@@ -147,18 +142,18 @@ class _Recorder(TorchFunctionMode):
         rule = find_rule(function)
         bound = None if rule is None else rule.bind(args, kwargs)
         if rule is None or bound is None:
-            return function(*args, **kwargs)
+            return _call(function, *args, **kwargs)
         found = {name: self.view(bound.arguments.get(name)) for name in rule.parameters}
         views = {name: view for name, view in found.items() if view is not None}
         if not views:
-            return function(*args, **kwargs)
+            return _call(function, *args, **kwargs)
         return self._use(function, rule, bound, views)
 
     def _use(self, function: Callable, rule: RegisteredRule, bound: Any, views: dict[str, ParameterView]) -> Any:
         for name in views:
             bound.arguments[name] = bound.arguments[name].detach()
         kept = {name: _kept(value, self.copy) for name, value in bound.arguments.items()}
-        result = (rule.evaluate or function)(*bound.args, **bound.kwargs)
+        result = _call(function, *bound.args, **bound.kwargs)
         in_place = any(result is value for value in bound.arguments.values())
         if in_place or result._is_view() or not result.requires_grad:  # the graph has no place for it alone yet
             perturbation = result.new_zeros(()).expand(result.shape).requires_grad_()
@@ -184,6 +179,14 @@ class _Recorder(TorchFunctionMode):
         offset = start + int(value.storage_offset()) - int(parameter.storage_offset())
         view = ParameterView(name, group, offset, tuple(value.shape), tuple(value.stride()))
         return None if view.overlaps_itself else view
+
+
+def _call(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    try:
+        replacement = RECORDED_AS.get(function, function)
+    except TypeError:  # a callable that cannot be hashed
+        replacement = function
+    return replacement(*args, **kwargs)
 
 
 def _kept(value: Any, copy: bool) -> Any:

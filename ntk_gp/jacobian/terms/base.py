@@ -146,3 +146,9 @@ def split_points(n: int, elements_per_point: int, device: torch.device) -> Itera
     size = max(1, cached_elements(device) // max(1, elements_per_point))
     for start in range(0, n, size):
         yield slice(start, min(n, start + size))
+
+
+def inner(left: Tensor, right: Tensor, dims: int = 1) -> Tensor:
+    """⟨left, right⟩ over the last dimensions; of a tensor with itself in one sweep, without an intermediate result."""
+    last = list(range(-dims, 0))
+    return torch.linalg.vector_norm(left, dim=last).square_() if left is right else (left * right).sum(last)

@@ -9,7 +9,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from .base import Term
+from ..matmul import matmul
+from .base import Term, inner
 from .view import ParameterView
 
 
@@ -52,19 +53,21 @@ class FeatureTerm(Term):
         return torch.cat(parts, dim=-1)
 
     def jvp(self, tangents: Tensor) -> Tensor:
-        columns = self.features.flatten(1, 2) @ self.read(tangents).mT  # (B, n·C, r)
+        columns = matmul(self.features.flatten(1, 2), self.read(tangents).mT)  # (B, n·C, r)
         return columns.mT.unflatten(-1, self.features.shape[1:3])
 
     def vjp(self, cotangents: Tensor, out: Tensor) -> None:
-        self.add_to(out, cotangents.flatten(2) @ self.features.flatten(1, 2))
+        self.add_to(out, matmul(cotangents.flatten(2), self.features.flatten(1, 2)))
 
     def add_rows(self, out: Tensor) -> None:
         self.add_to(out, self.features)
 
     def paired(self, other: Term, weights: Tensor) -> Tensor:
         assert isinstance(other, FeatureTerm)
-        scaled = self.features * self.column_weights(weights)[:, None, None]
-        return (scaled * other.features).sum(-1)
+        groups = {view.group for view in self._views}
+        if len(groups) == 1:
+            return inner(self.features, other.features) * weights[:, groups.pop(), None, None]
+        return inner(self.features * self.column_weights(weights)[:, None, None], other.features)
 
     def columns(self, max_columns: int, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         flat, scale = self.features.flatten(1, 2), self.column_weights(weights)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..matmul import matmul
-from .base import Term, cached_elements, split_points
+from .base import Term, cached_elements, inner, split_points
 from .view import ParameterView
 
 # Columns of a product that is efficient.
@@ -162,27 +162,35 @@ class MatrixTerm(Term):
 
     def paired(self, other: Term, weights: Tensor) -> Tensor:
         assert isinstance(other, MatrixTerm)
-        scale = self.column_weights(weights)
+        if self.bias is None or self.bias.group == self.weight.group:
+            return self._paired(other, None) * weights[:, self.weight.group, None, None]
+        return self._paired(other, self.column_weights(weights))
+
+    def _paired(self, other: MatrixTerm, scale: Tensor | None) -> Tensor:
+        """The inner products of rows, with variances of the matrix's columns, (L, columns), or without."""
         batch, n, outputs, positions, heads, d_out = self.gradients.shape
-        by_positions = positions * (self.num_columns + d_out) <= d_out * self.num_columns
-        per_point = outputs * heads * positions**2 if by_positions else self._gradient_elements
-        uniform = self.bias is None or self.bias.group == self.weight.group
-        pieces = []
-        for points in split_points(n, batch * per_point, weights.device):
-            if by_positions:
-                left = self.inputs_at(points) * scale[:, None, None, None]
-                a = torch.einsum("bnthi,bnshi->bnhts", left, other.inputs_at(points))
-                g = torch.einsum("bnctho,bncsho->bnchts", self.gradients[:, points], other.gradients[:, points])
-                pieces.append((a.unsqueeze(2) * g).sum((-1, -2, -3)))
-            else:
-                rows = self.gradient_rows(points)
-                if other is self and uniform:
-                    squares = torch.linalg.vector_norm(rows.flatten(3), dim=-1).square_()  # in one sweep
-                    pieces.append(squares * scale[:, :1, None])
-                    continue
-                other_rows = rows if other is self else other.gradient_rows(points)
-                pieces.append((rows * other_rows * scale[:, None, None, None, None]).sum((-1, -2, -3)))
-        return torch.cat(pieces, dim=1)
+        if positions == 1 or positions * (self.num_columns + d_out) <= d_out * self.num_columns:
+            paired, per_point = self._paired_by_positions, outputs * heads * positions**2
+        else:
+            paired, per_point = self._paired_by_rows, self._gradient_elements
+        slices = split_points(n, batch * per_point, self.gradients.device)
+        return torch.cat([paired(other, points, scale) for points in slices], dim=1)
+
+    def _paired_by_positions(self, other: MatrixTerm, points: slice, scale: Tensor | None) -> Tensor:
+        a, g = self.inputs_at(points), self.gradients[:, points]
+        other_a, other_g = (a, g) if other is self else (other.inputs_at(points), other.gradients[:, points])
+        a = a if scale is None else a * scale[:, None, None, None]
+        if self.num_positions == 1:
+            return (inner(a, other_a).unsqueeze(2) * inner(g, other_g)).sum((-1, -2))
+        a = torch.einsum("bnthi,bnshi->bnhts", a, other_a)
+        g = torch.einsum("bnctho,bncsho->bnchts", g, other_g)
+        return (a.unsqueeze(2) * g).sum((-1, -2, -3))
+
+    def _paired_by_rows(self, other: MatrixTerm, points: slice, scale: Tensor | None) -> Tensor:
+        rows = self.gradient_rows(points)
+        other_rows = rows if other is self else other.gradient_rows(points)
+        rows = rows if scale is None else rows * scale[:, None, None, None, None]
+        return inner(rows, other_rows, dims=3)
 
     @property
     def is_factored(self) -> bool:
@@ -250,12 +258,13 @@ def _contract_outputs(z: Tensor, gradients: Tensor) -> Tensor:
     if gradients.shape[2] == 1:
         g = gradients[:, :, 0].permute(0, 3, 1, 2, 4).unsqueeze(4)
         return z.mul_(g).sum((1, 3, 5)).transpose(1, 2).unsqueeze(-1)
-    return torch.einsum("bhmtro,bmctho->brmc", z, gradients)
+    left = z.permute(0, 2, 4, 3, 1, 5).flatten(3)  # (B, m, r, T·H·d_out)
+    return (left @ gradients.flatten(3).mT).transpose(1, 2)
 
 
 def weigh_outputs(cotangents: Tensor, gradients: Tensor) -> Tensor:
     """Σ_c v_c g_c: (B, r, m, C) with (B, m, C, …) to (B, r, m, …)."""
     if gradients.shape[2] == 1:
         return cotangents.reshape(*cotangents.shape[:3], *[1] * (gradients.dim() - 3)) * gradients[:, None, :, 0]
-    flat = gradients.flatten(3)
-    return torch.einsum("brmc,bmcz->brmz", cotangents, flat).unflatten(-1, gradients.shape[3:])
+    weighed = cotangents.transpose(1, 2) @ gradients.flatten(3)
+    return weighed.transpose(1, 2).unflatten(-1, gradients.shape[3:])
