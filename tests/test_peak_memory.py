@@ -15,7 +15,7 @@ from tests.peak_memory import measure_afresh
 BUDGET = 64 << 20  # bytes
 
 MEASURED = [
-    *[("MLP", name) for name in ("Gram", "K v", "K V, 100", "Jᵀ v", "diagonal", "posterior mean")],
+    *[("MLP", name) for name in ("Gram", "K v", "K V, 100", "Jᵀ v", "diagonal", "posterior mean", "iterated mean")],
     *[("narrow MLP, 3 outputs", name) for name in ("K v", "J u", "Jᵀ V, 20", "diagonal", "posterior variance")],
     *[("CNN", name) for name in ("Gram", "K V, 100", "J U, 20", "posterior mean")],
     *[("transformer", name) for name in ("Gram", "K v", "Jᵀ v", "diagonal", "posterior mean")],

@@ -20,8 +20,10 @@ from .system import System
 
 logger = logging.getLogger("ntk_gp")
 
-# An NTK's eigenvalues fall fast: with so many landmarks a handful of steps is left (benchmarks/questions/solvers.py).
+# An NTK's eigenvalues fall fast: with so many landmarks a handful of steps is left.
 _LANDMARKS = 1000
+# Matrices of landmarks and rows that must fit in the memory budget: those that are made at once, and room for the rest.
+_COPIES = 8
 _STOCK_TOLERANCES = (1, 0.01)  # GPyTorch's defaults for training and prediction: far too loose for an NTK
 
 
@@ -143,7 +145,7 @@ class NystromPreconditioner:
     def __init__(self, system: System):
         jacobian, outputs = system.jacobian, system.jacobian.function.num_outputs
         budget = settings.memory_budget.bytes(system.x.device)
-        rank = max(1, min(_LANDMARKS, system.num_rows // 2, budget // (4 * 8 * system.num_rows)) // outputs)
+        rank = max(1, min(_LANDMARKS, system.num_rows // 2, budget // (_COPIES * 8 * system.num_rows)) // outputs)
         generator = torch.Generator().manual_seed(0)
         landmarks = torch.randperm(jacobian.num_points, generator=generator)[:rank].sort().values
         chosen = jacobian[landmarks.to(system.x.device)]
@@ -155,6 +157,7 @@ class NystromPreconditioner:
         size = core.diagonal().mean()  # jitter is for matrices of size one
         core = psd_safe_cholesky(core / size) * size.sqrt()
         factor = torch.linalg.solve_triangular(core.mT, cross, upper=True, left=False)
+        del cross
         values, vectors = torch.linalg.eigh(factor.mT @ factor)
         values = values.clamp_min(values[-1] * 1e-14)
         self.basis = factor @ (vectors * values.rsqrt())
