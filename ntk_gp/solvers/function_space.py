@@ -83,9 +83,7 @@ class FunctionSpaceSolver(Solver):
 
     def covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
         if self._is_refined_at(jacobian1, jacobian2):
-            left1 = self._left_at(jacobian1)
-            left2 = left1 if jacobian2 is jacobian1 else self._left_at(jacobian2)
-            return left1 @ left2.mT
+            return self._refined_covariance(jacobian1, jacobian2)
         prior = jacobian1.gram(jacobian2, self.system.weights)
         half1 = self.half_at(jacobian1)
         half2 = half1 if jacobian2 is jacobian1 else self.half_at(jacobian2)
@@ -101,6 +99,22 @@ class FunctionSpaceSolver(Solver):
     def _is_refined_at(self, *jacobians: Jacobian) -> bool:
         """Gradients come by the other formula, whose steps can be differentiated."""
         return self.is_refined and not any(jacobian.x.requires_grad for jacobian in jacobians)
+
+    def _refined_covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
+        """Block by block of as many test points as the memory budget has room for twice."""
+        outputs, same = jacobian1.function.num_outputs, jacobian2 is jacobian1
+        size = max(1, self.points_per_block(outputs) // 2)
+        out = jacobian1.x.new_empty(self.system.batch, jacobian1.num_rows, jacobian2.num_rows)
+        for i in range(0, jacobian1.num_points, size):
+            left = self._left_at(jacobian1[slice(i, i + size)])
+            rows = slice(i * outputs, i * outputs + left.shape[1])
+            for j in range(i if same else 0, jacobian2.num_points, size):
+                right = left if same and i == j else self._left_at(jacobian2[slice(j, j + size)])
+                columns = slice(j * outputs, j * outputs + right.shape[1])
+                out[:, rows, columns] = block = left @ right.mT
+                if same and i != j:
+                    out[:, columns, rows] = block.mT
+        return out
 
     def _left_at(self, jacobian: Jacobian) -> Tensor:
         """φ(x) − Φᵀα and D^{1/2} α beside it, (B, M, P + N)."""

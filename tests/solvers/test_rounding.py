@@ -107,3 +107,21 @@ def test_single_precision_asks_for_less(way):
     )
     assert base.accuracy(single) > base.accuracy(problem.system)
     assert max(errors(way(single), problem).values()) < 5e-3
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_a_covariance_is_formed_in_blocks_that_fit(outputs, monkeypatch):
+    problem = Problem(LARGE, (1, 1, 1), outputs, noise=NOISE)
+    solver = FunctionSpaceSolver(problem.system)
+    assert solver.is_refined
+    jacobian, other = problem.system.jacobian_at(problem.test_x), problem.system.jacobian_at(problem.test_x + 0.1)
+    expected = [solver.covariance(jacobian, second) for second in (jacobian, other)]
+    heights = []
+    original = solver._left_at
+    monkeypatch.setattr(solver, "_left_at", lambda block: heights.append(block.num_points) or original(block))
+    with settings.memory_budget(8 * 8 * outputs * solver.half_size() * 6):
+        found = [solver.covariance(jacobian, second) for second in (jacobian, other)]
+    assert max(heights) == 3 < jacobian.num_points
+    for covariance, whole in zip(found, expected, strict=True):
+        assert error(covariance, whole) < 1e-10  # of 1e-9: what is left of features of size one
+    torch.testing.assert_close(found[0], found[0].mT, rtol=1e-12, atol=0)
