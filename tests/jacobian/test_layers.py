@@ -14,6 +14,7 @@ def however_small(monkeypatch):
     monkeypatch.setattr(matmul, "_WORTHWHILE", 0)
     monkeypatch.setattr(matmul, "_NARROW", 2)
     monkeypatch.setattr(layers, "_WORTHWHILE", 1)
+    monkeypatch.setattr(layers, "_PIECE", 700)
 
 
 @pytest.mark.parametrize("moving", ["input", "weight", "bias", "weight bias", "input weight bias"])
