@@ -8,6 +8,7 @@ can be differentiated just once (distances, embedding bags), it is formed from t
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ from .layers import FullRateLayers
 # Below this many bytes of activations a pass is bound by call overhead, and several columns go through it together;
 # above it one column saturates the cores, and batching columns only pushes them out of cache.
 _VMAP_BYTES = 1 << 18
+
+# PyTorch has one level of dual numbers, which all threads share: one of them at a time.
+_dual_numbers = threading.RLock()
 
 
 class AutodiffEngine(JacobianEngine):
@@ -258,13 +262,14 @@ def _forward_mode(
 ) -> Tensor:
     """What `torch.func.jvp` gives: by itself where other derivatives are taken as well, and otherwise from dual numbers
     without its bookkeeping, and with faster linear layers."""
-    transformed = forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-    if transformed or torch.is_grad_enabled():
-        return jvp(at, (parameters,), (tangents,))[1]
-    with forward_ad.dual_level(), FullRateLayers():
-        out = at({name: forward_ad.make_dual(tensor, tangents[name]) for name, tensor in parameters.items()})
-        value, tangent = forward_ad.unpack_dual(out)
-    return torch.zeros_like(value) if tangent is None else tangent
+    with _dual_numbers:
+        transformed = forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+        if transformed or torch.is_grad_enabled():
+            return jvp(at, (parameters,), (tangents,))[1]
+        with forward_ad.dual_level(), FullRateLayers():
+            out = at({name: forward_ad.make_dual(tensor, tangents[name]) for name, tensor in parameters.items()})
+            value, tangent = forward_ad.unpack_dual(out)
+        return torch.zeros_like(value) if tangent is None else tangent
 
 
 def _pullback(function: NetworkFunction, x: Tensor) -> Callable[[Tensor], Tensor]:

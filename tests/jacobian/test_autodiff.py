@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -146,3 +148,29 @@ def test_a_network_linear_in_its_parameters_is_its_own_linearisation():
     with torch.no_grad():
         assert torch.equal(jacobian.rows()[0], torch.tanh(features(x)))
         assert_close(jacobian.jvp(head.weight.unsqueeze(0))[0, 0], network(x).squeeze(-1), tolerance=1e-15)
+
+
+def test_several_threads_at_once():
+    network = nn.Sequential(nn.Linear(3, 50), nn.Tanh(), nn.Linear(50, 1)).double()
+    engine = AutodiffEngine(FrozenNetwork(network))
+    inputs = torch.randn(64, 1, 100, 3, dtype=torch.float64)
+    tangents = torch.randn(1, 1, sum(parameter.numel() for parameter in network.parameters()), dtype=torch.float64)
+    expected = [engine.linearize(x).jvp(tangents) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        actual = pool.map(lambda x: engine.linearize(x).jvp(tangents), inputs)
+        for result, reference in zip(actual, expected, strict=True):
+            assert_close(result, reference)
+
+
+def test_within_the_users_own_transforms():
+    network = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    expected = references.jacobian(network, x)
+    jacobian = linearize(network, x.unsqueeze(0))
+    u = torch.randn(1, 1, expected.shape[1], dtype=x.dtype)
+    scale = torch.tensor(2.0, dtype=x.dtype)
+    product, slope = torch.func.jvp(lambda s: jacobian.jvp(s * u), (scale,), (torch.ones_like(scale),))
+    assert_close(product[0], 2.0 * u[0] @ expected.mT)
+    assert_close(slope[0], u[0] @ expected.mT)
+    many = torch.func.vmap(lambda s: jacobian.jvp(s * u))(torch.arange(3.0, dtype=x.dtype))
+    assert_close(many[:, 0], torch.arange(3.0, dtype=x.dtype)[:, None, None] * (u[0] @ expected.mT))
