@@ -291,8 +291,8 @@ def _dense(term: Term) -> Term:
     if heads * d_out * term.num_columns > heads * (d_out + term.num_columns) + _DENSE_MARGIN:
         return term
     rows = term.gradient_rows(slice(None))  # (B, n, C, H, d_out, columns)
-    if term.bias is None:
-        return FeatureTerm([term.weight], rows.flatten(3))
+    if term.bias is None or heads * d_out == 1:  # the columns are in the parameters' order
+        return FeatureTerm(term.views, rows.flatten(3))
     return FeatureTerm(
         [term.weight, term.bias], torch.cat([rows[..., :-1].flatten(3), rows[..., -1].flatten(3)], dim=-1)
     )

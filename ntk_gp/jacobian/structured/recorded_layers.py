@@ -22,28 +22,41 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """a Wᵀ + b at the processor's full rate, W and b being constants; of many a at once, it is one product."""
+    """a Wᵀ + b at the processor's full rate, W and b being constants."""
 
     @staticmethod
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        rows = input.reshape(-1, input.shape[-1])
-        if not is_product_served(rows, weight.mT):
-            return F.linear(input, weight, bias)
-        product = onednn_product(rows, weight.mT, bias)
-        return torch.ops.aten._unsafe_view(product, (*input.shape[:-1], product.shape[-1]))  # a tensor of its own
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
+    def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return _linear(input, weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return _Linear.apply(grad, weight.mT, None), None, None
+        many = torch._C._functorch.is_functorch_wrapped_tensor(grad)
+        return _Products.apply(grad, weight) if many else _linear(grad, weight.mT), None, None
+
+
+class _Products(torch.autograd.Function):
+    """g W, which `torch.vmap` takes for one product of all g at once."""
 
     @staticmethod
-    def vmap(info, in_dims: tuple, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
-        return _Linear.apply(input.movedim(in_dims[0], 0), weight, bias), 0
+    def forward(grad: Tensor, weight: Tensor) -> Tensor:
+        return _linear(grad, weight.mT)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None: ...
+
+    @staticmethod
+    def vmap(info, in_dims: tuple, grad: Tensor, weight: Tensor) -> tuple[Tensor, int]:
+        return _linear(grad.movedim(in_dims[0], 0), weight.mT), 0
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    rows = input.reshape(-1, input.shape[-1])
+    if not is_product_served(rows, weight.mT):
+        return F.linear(input, weight, bias)
+    product = onednn_product(rows, weight.mT, bias)
+    return torch.ops.aten._unsafe_view(product, (*input.shape[:-1], product.shape[-1]))  # a tensor of its own
 
 
 def tanh(input: Tensor) -> Tensor:
@@ -56,12 +69,10 @@ class _Tanh(torch.autograd.Function):
     """By oneDNN, which takes a fifth of the time with AVX-512 and is as accurate."""
 
     @staticmethod
-    def forward(input: Tensor) -> Tensor:
-        return input.to_mkldnn().tanh().to_dense()
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    def forward(ctx, input: Tensor) -> Tensor:
+        output = input.to_mkldnn().tanh().to_dense()
         ctx.save_for_backward(output)
+        return output
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
