@@ -244,7 +244,7 @@ def test_attention(data, heads, per_head, length, same):
     width = heads * per_head
     attention = nn.MultiheadAttention(width, heads, batch_first=True).double()
     shapes = {name.replace(".", "_"): tuple(p.shape) for name, p in attention.named_parameters()}
-    causal = torch.ones(length, length, dtype=torch.bool).triu(1)
+    causal = torch.ones(length, length, dtype=torch.bool).triu(1) if data.draw(st.booleans()) else None
     weights_wanted = data.draw(st.booleans())
 
     def call(net: nn.Module, x: Tensor) -> Tensor:
