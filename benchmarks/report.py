@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import platform
@@ -20,12 +21,34 @@ RESULTS = Path(__file__).parent / "results"
 QUICK_RESULTS = Path(__file__).parent.parent / "output" / "benchmarks"
 
 
+# What tells rows apart.
+IDENTITY = ("threads", "part", "data", "network", "P", "n", "dtype", "operation")
+
+
 def write(folder: Path, name: str, results: dict, markdown: str) -> None:
     """Writes `NAME.json`, with the machine it was measured on, and `NAME.md`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")
     (folder / f"{name}.md").write_text(markdown.rstrip() + "\n")
-    print(f"\n{markdown}\n\nWritten to {folder / name}.json and .md")
+
+
+def earlier(arguments: argparse.Namespace, name: str) -> dict:
+    """What an earlier run wrote there, if it is to be kept where this one measures nothing new."""
+    file = arguments.output / f"{name}.json"
+    return json.loads(file.read_text()) if arguments.keep and file.exists() else {"rows": []}
+
+
+def merged(rows: list[dict], new: list[dict]) -> list[dict]:
+    """Rows with these in place of those that measured the same; the cells of a row always come from one run."""
+    replacements = {_identity(row): row for row in new}
+    known = {_identity(row) for row in rows}
+    kept = [replacements.get(_identity(row), row) for row in rows]
+    return kept + [row for row in new if _identity(row) not in known]
+
+
+def _identity(row: dict) -> tuple:
+    column = row["cells"][0]["column"] if len(row["cells"]) == 1 else None  # where each column has a row of its own
+    return (*(row.get(name) for name in IDENTITY), column)
 
 
 def machine() -> dict[str, str]:
@@ -75,6 +98,11 @@ def line(row: dict, ours: str) -> str:
     return f"{row['network']} n={row['n']:,} {row['operation']}: {cells}"
 
 
+def titles(rows: Sequence[dict]) -> list[str]:
+    """The columns that any of the rows has."""
+    return list(dict.fromkeys(cell["column"] for row in rows for cell in row["cells"]))
+
+
 def table(rows: Sequence[dict], ours: str) -> str:
     """Rows of cells as Markdown: the median and, in brackets, how many times ours that is.
 
@@ -82,15 +110,15 @@ def table(rows: Sequence[dict], ours: str) -> str:
     """
     if not rows:
         return ""
-    titles = [cell["column"] for cell in rows[0]["cells"]]
     lines, notes = [], {}
     for row in rows:
-        cells = [cell_text(cell, median(row, ours)) for cell in row["cells"]]
+        texts = {cell["column"]: cell_text(cell, median(row, ours)) for cell in row["cells"]}
+        cells = [texts.get(title, "") for title in titles(rows)]
         worst = max(((max(cell["errors"]), cell["column"]) for cell in row["cells"] if cell["errors"]), default=None)
         difference = f"{worst[0]:.0e} ({worst[1]})" if worst else ""
         lines.append([row["network"], f"{row['n']:,}", f"{row['P']:,}", row["operation"], *cells, difference])
         notes.update({f"{cell['column']}: {cell['note']}": None for cell in row["cells"] if _is_worth_a_note(cell)})
-    header = ["network", "n", "P", "", *titles, "max rel. difference"]
+    header = ["network", "n", "P", "", *titles(rows), "max rel. difference"]
     footnotes = "\n".join(f"- {note}" for note in notes)
     return markdown_table(header, lines) + (f"\n\n{footnotes}" if notes else "")
 

@@ -15,7 +15,15 @@ QUESTIONS = ["engines", "posterior", "condition", "fit", "serve", "uci", "large"
 DEFAULT = ["engines", "posterior"]
 
 
-DEFAULTS = {"quick": False, "threads": None, "repeats": None, "slowest": 60.0, "limit": 900.0, "output": None}
+DEFAULTS = {
+    "quick": False,
+    "threads": None,
+    "repeats": None,
+    "slowest": 60.0,
+    "limit": 900.0,
+    "output": None,
+    "keep": False,
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--slowest", type=float, help="a cell that takes more seconds is timed only once (default: 60)")
     common.add_argument("--limit", type=float, help="a call that takes more seconds is given up (default: 900)")
     common.add_argument("--output", type=Path, help=f"folder of the results (default: {report.RESULTS})")
+    common.add_argument("--keep", action="store_true", help="keep earlier results that this run does not measure again")
     top = argparse.ArgumentParser("python -m benchmarks.run", description=__doc__.splitlines()[0], parents=[common])
     choices = top.add_subparsers(dest="question", metavar="QUESTION")
     for name in QUESTIONS:
@@ -52,7 +61,9 @@ def _with_defaults(given: argparse.Namespace) -> argparse.Namespace:
 def main() -> None:
     arguments = parser().parse_args()
     if arguments.question is not None:
-        arguments.run(_with_defaults(arguments))
+        arguments = _with_defaults(arguments)
+        arguments.run(arguments)
+        print(f"Written to {arguments.output}")
         return
     for name in peers.names():
         peers.setup(name)

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """One line per size and dtype, one cell per noise: time, the larger error, and whether the package warned."""
     timing = Timing(max(arguments.threads), 1, arguments.slowest, arguments.limit)
-    rows = []
+    rows = report.earlier(arguments, "condition")["rows"]
     for n, dtype in tqdm(list(product(arguments.sizes or (QUICK_SIZES if arguments.quick else SIZES), PROMISE))):
         case = problems.Case(NETWORK, n, dtype=dtype)
         arrays = case.arrays()
@@ -35,11 +35,9 @@ def run(arguments: argparse.Namespace) -> None:
             Operation(f"{noise:g}", "posterior", {"noise": noise}, lambda answer=answer: answer)
             for noise, answer in zip(NOISES, expected, strict=True)
         ]
-        rows += [
-            {"n": n, "dtype": dtype, **row} for row in measure([OURS], case.description(), arrays, operations, timing)
-        ]
-    results = {"network": NETWORK, "rows": rows}
-    report.write(arguments.output, "condition", results, _markdown(rows))
+        measured = measure([OURS], case.description(), arrays, operations, timing)
+        rows = report.merged(rows, [{"n": n, "dtype": dtype, **row} for row in measured])
+        report.write(arguments.output, "condition", {"network": NETWORK, "rows": rows}, _markdown(rows))
 
 
 def _markdown(rows: list[dict]) -> str:

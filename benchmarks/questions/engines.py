@@ -82,16 +82,16 @@ def run(arguments: argparse.Namespace) -> None:
     columns = [column for column in COLUMNS if arguments.columns is None or column.title in arguments.columns]
     cases = QUICK_CASES if arguments.quick else CASES
     cases = [case for case in cases if arguments.networks is None or case.network in arguments.networks]
-    rows: list[dict] = []
-    rates = {threads: report.gemm_rate(threads) for threads in arguments.threads}
+    results = report.earlier(arguments, "engines")
+    rates = results.setdefault("gemm_rates", {})
+    rates |= {str(threads): report.gemm_rate(threads) for threads in arguments.threads}
     for threads, case in tqdm(list(product(arguments.threads, cases))):
         timing = Timing(threads, arguments.repeats, arguments.slowest, arguments.limit)
-        for row in _measure(case, columns, timing, arguments.operations or ALL):
-            rows.append(row)
-            tqdm.write(report.line(row, OURS))
-    results = {"gemm_rates": {str(threads): rate for threads, rate in rates.items()}, "rows": rows}
-    report.write(arguments.output, "engines", results, _markdown(rows, rates))
-    _figure(rows, arguments.output / "engines.png")
+        rows = _measure(case, columns, timing, arguments.operations or ALL)
+        tqdm.write("\n".join(report.line(row, OURS) for row in rows))
+        results["rows"] = report.merged(results["rows"], rows)
+        report.write(arguments.output, "engines", results, _markdown(**results))
+    _figure(results["rows"], arguments.output / "engines.png")
 
 
 def _measure(case: Case, columns: list[Column], timing: Timing, wanted: Sequence[str]) -> list[dict]:
@@ -152,9 +152,9 @@ def _useful_flops(case: Case) -> float | None:
     return 2.0 * case.n**2 * terms
 
 
-def _markdown(rows: list[dict], rates: dict[int, float]) -> str:
+def _markdown(rows: list[dict], gemm_rates: dict[str, float], **_: object) -> str:
     parts = ["# Engines", report.machine_line()]
-    for threads, rate in rates.items():
+    for threads, rate in ((int(number), rate) for number, rate in sorted(gemm_rates.items())):
         mine = [row for row in rows if row["threads"] == threads]
         parts += [f"## {threads} thread{'s' if threads > 1 else ''}", report.table(mine, OURS)]
         parts += [f"float32 GEMM: {rate / 1e9:.0f} Gflop/s.", _rates_table(mine, rate), _exponents_table(mine)]
@@ -183,7 +183,7 @@ def _exponents_table(rows: list[dict]) -> str:
         series = [row for row in series if row["operation"] == GRAM]
         sizes = [size(row) for row in series]
         model = report.exponent(sizes, [row["useful_flops"] for row in series])
-        for column in _titles(rows):
+        for column in report.titles(rows):
             fitted = report.exponent(sizes, [report.median(row, column) for row in series])
             if fitted is not None and model is not None:
                 expected = f"{model:.2f}" if column == OURS else ""
@@ -197,10 +197,6 @@ def _width(row: dict) -> int | None:
     return sizes[1] if len(sizes) == 4 and sizes[1] == sizes[2] and sizes[3] == 1 else None
 
 
-def _titles(rows: list[dict]) -> list[str]:
-    return [cell["column"] for cell in rows[0]["cells"]] if rows else []
-
-
 def _figure(rows: list[dict], file: Path) -> None:
     """Time of the Gram matrix against n and against P, on the most threads."""
     most = max((row["threads"] for row in rows), default=0)
@@ -209,4 +205,4 @@ def _figure(rows: list[dict], file: Path) -> None:
         f"n ({MLP})": ("n", [row for row in grams if row["network"] == MLP]),
         "P (two hidden layers, n = 1000)": ("P", [row for row in grams if row["n"] == 1000 and _width(row)]),
     }
-    report.figure(series, _titles(rows), "Gram matrix, seconds", file)
+    report.figure(series, report.titles(rows), "Gram matrix, seconds", file)

@@ -62,21 +62,27 @@ QUICK = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--largest", type=int, help="leave out sizes beyond this many points")
+    parser.add_argument("--sizes", type=int, nargs="+", help="only these numbers of points")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Each size once, in a process of its own: seconds, peak memory, and the error where a closed form can be had."""
     parts = QUICK if arguments.quick else PARTS
     timing = Timing(max(arguments.threads), 0, arguments.slowest, arguments.limit)
-    sections, rows = ["# Large problems", report.machine_line()], []
+    rows = report.earlier(arguments, "large")["rows"]
     for name in arguments.parts:
-        part = parts[name]
-        cases = [case for case in part.cases if arguments.largest is None or case.n <= arguments.largest]
-        measured = [_measure(case, part.operation, timing) for case in tqdm(cases, desc=name)]
-        rows += [{"part": name, **row} for row in measured]
-        sections += [f"## {part.title}", _table(part, measured)]
-    report.write(arguments.output, "large", {"rows": rows}, "\n\n".join(sections))
+        cases = [case for case in parts[name].cases if arguments.sizes is None or case.n in arguments.sizes]
+        for case in tqdm(cases, desc=name):
+            rows = report.merged(rows, [{"part": name, **_measure(case, parts[name].operation, timing)}])
+            report.write(arguments.output, "large", {"rows": rows}, _markdown(parts, rows))
+
+
+def _markdown(parts: dict[str, Part], rows: list[dict]) -> str:
+    sections = ["# Large problems", report.machine_line()]
+    for name, part in parts.items():
+        mine = [row for row in rows if row["part"] == name]
+        sections += [f"## {part.title}", _table(part, mine)] if mine else []
+    return "\n\n".join(sections)
 
 
 def _measure(case: Case, operation: str, timing: Timing) -> dict:
@@ -100,18 +106,18 @@ def _expected(problem: Problem, case: Case, operation: str) -> Sequence[np.ndarr
 
 
 def _table(part: Part, rows: list[dict]) -> str:
-    lines = []
-    for index, row in enumerate(rows):
+    lines, sizes = [], [case.n for case in part.cases]
+    for row in rows:
         (cell,) = row["cells"]
         errors = report.errors(cell, 1 if part.operation == "mean" else 2)
         costs = [report.duration(cell["median"]), report.size(cell["peak_bytes"])]
-        published = [f"{seconds[index]:g} s" for _, seconds in part.published]
+        published = [f"{seconds[sizes.index(row['n'])]:g} s" for _, seconds in part.published]
         lines.append(
             [row["network"], f"{row['n']:,}", f"{row['P']:,}", *costs, *errors, *published, report.remarks(cell)]
         )
     headings = ["error of mean"] if part.operation == "mean" else ["error of mean", "of variance"]
     header = ["network", "n", "P", "time", "peak memory", *headings, *(title for title, _ in part.published), ""]
-    sizes, seconds = [row["n"] for row in rows], [report.median(row, OURS.title) for row in rows]
-    slope = report.exponent(sizes, seconds)
+    seconds = [report.median(row, OURS.title) for row in rows]
+    slope = report.exponent([row["n"] for row in rows], seconds)
     text = f"\n\nFitted exponent of the time in n: {slope:.2f}." if slope is not None else ""
     return report.markdown_table(header, lines) + text

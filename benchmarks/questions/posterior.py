@@ -35,22 +35,24 @@ def run(arguments: argparse.Namespace) -> None:
     """Measures the whole way from a trained network and data to predictions at 500 inputs."""
     sizes = arguments.sizes or (QUICK_SIZES if arguments.quick else SIZES)
     cases = [problems.Case(NETWORK, n, dtype=dtype) for n in sizes for dtype in arguments.dtypes]
-    rows = []
+    rows = report.earlier(arguments, "posterior")["rows"]
     for case in tqdm(cases):
         problem = Problem(problems.trained(case.network), case.arrays())
         expected = problem.closed_form(problems.NOISE)
         operation = Operation("posterior", "posterior", {"noise": problems.NOISE}, lambda expected=expected: expected)
         for threads in arguments.threads:
             timing = Timing(threads, arguments.repeats, arguments.slowest, arguments.limit)
-            for row in measure(COLUMNS, case.description(), case.arrays(), [operation], timing):
-                rows.append({"network": case.network, "n": case.n, "dtype": case.dtype, **row})
+            (row,) = measure(COLUMNS, case.description(), case.arrays(), [operation], timing)
+            rows = report.merged(rows, [{"network": case.network, "n": case.n, "dtype": case.dtype, **row}])
+            report.write(arguments.output, "posterior", {"rows": rows}, _markdown(rows))
+
+
+def _markdown(rows: list[dict]) -> str:
     header = ["network", "n", "dtype", "threads", "", "time", "first call", "error of mean", "of variance", "peak", ""]
     table = report.markdown_table(header, [line for row in rows for line in _lines(row)])
     title = f"# Posterior mean and variance at 500 inputs, noise {problems.NOISE}"
     details = f"P = {networks.num_parameters(networks.build(NETWORK)):,}. Errors are against a float64 closed form."
-    report.write(
-        arguments.output, "posterior", {"rows": rows}, f"{title}\n\n{report.machine_line()} {details}\n\n{table}"
-    )
+    return f"{title}\n\n{report.machine_line()} {details}\n\n{table}"
 
 
 def _lines(row: dict) -> list[list[str]]:

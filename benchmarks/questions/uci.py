@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Trains a network on half of the training rows of fold 0 and adapts it with the others, in every way."""
     folder = _data_folder(arguments.data)
     timing = Timing(max(arguments.threads), 0, arguments.slowest, arguments.limit)
-    rows = []
+    rows = report.earlier(arguments, "uci")["rows"]
     for name, hidden in tqdm(list(product(arguments.datasets, HIDDEN))):
         source, arrays, y_test = _split(*_load(folder / name), QUICK_ROWS if arguments.quick else None)
         widths = f"{arrays['x'].shape[1]}-{hidden}-1"
@@ -46,12 +46,11 @@ def run(arguments: argparse.Namespace) -> None:
         steps = 50 if arguments.quick else TRAINING_STEPS
         problems.fit_network(network, *source, steps)
         arrays |= {f"network.{key}": tensor.numpy() for key, tensor in network.state_dict().items()}
-        rows += [
-            {"data": name, "network": widths, "P": networks.num_parameters(network), "n": len(arrays["y"]), **row}
-            for column, options in WAYS.items()
-            for row in measure([column], {"network": widths}, arrays, [_operation(options, y_test)], timing)
-        ]
-    report.write(arguments.output, "uci", {"rows": rows}, _markdown(rows))
+        common = {"data": name, "network": widths, "P": networks.num_parameters(network), "n": len(arrays["y"])}
+        for column, options in WAYS.items():
+            (row,) = measure([column], {"network": widths}, arrays, [_operation(options, y_test)], timing)
+            rows = report.merged(rows, [common | row])
+            report.write(arguments.output, "uci", {"rows": rows}, _markdown(rows))
 
 
 def _operation(options: dict, y_test: np.ndarray) -> Operation:
