@@ -22,7 +22,7 @@ QUICK_RESULTS = Path(__file__).parent.parent / "output" / "benchmarks"
 
 
 # What tells rows apart.
-IDENTITY = ("threads", "part", "data", "network", "P", "n", "dtype", "operation")
+IDENTITY = ("threads", "part", "data", "network", "P", "n", "dtype", "operation", "way")
 
 
 def write(folder: Path, name: str, results: dict, markdown: str) -> None:
@@ -47,8 +47,7 @@ def merged(rows: list[dict], new: list[dict]) -> list[dict]:
 
 
 def _identity(row: dict) -> tuple:
-    column = row["cells"][0]["column"] if len(row["cells"]) == 1 else None  # where each column has a row of its own
-    return (*(row.get(name) for name in IDENTITY), column)
+    return tuple(row.get(name) for name in IDENTITY)
 
 
 def machine() -> dict[str, str]:

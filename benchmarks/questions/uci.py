@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
         common = {"data": name, "network": widths, "P": networks.num_parameters(network), "n": len(arrays["y"])}
         for column, options in WAYS.items():
             (row,) = measure([column], {"network": widths}, arrays, [_operation(options, y_test)], timing)
-            rows = report.merged(rows, [common | row])
+            rows = report.merged(rows, [{**common, "way": column.title, **row}])
             report.write(arguments.output, "uci", {"rows": rows}, _markdown(rows))
 
 
