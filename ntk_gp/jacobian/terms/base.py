@@ -148,7 +148,9 @@ def split_points(n: int, elements_per_point: int, device: torch.device) -> Itera
         yield slice(start, min(n, start + size))
 
 
-def inner(left: Tensor, right: Tensor, dims: int = 1) -> Tensor:
-    """⟨left, right⟩ over the last dimensions; of a tensor with itself in one sweep, without an intermediate result."""
-    last = list(range(-dims, 0))
-    return torch.linalg.vector_norm(left, dim=last).square_() if left is right else (left * right).sum(last)
+def inner(left: Tensor, right: Tensor) -> Tensor:
+    """⟨left, right⟩ over the last dimension; of a tensor with itself in one sweep, without an intermediate result.
+
+    Norms are plain sums, which are less exact than pairwise ones where a dimension is long: sum several in two steps.
+    """
+    return torch.linalg.vector_norm(left, dim=-1).square_() if left is right else (left * right).sum(-1)

@@ -190,7 +190,7 @@ class MatrixTerm(Term):
         rows = self.gradient_rows(points)
         other_rows = rows if other is self else other.gradient_rows(points)
         rows = rows if scale is None else rows * scale[:, None, None, None, None]
-        return inner(rows, other_rows, dims=3)
+        return inner(rows, other_rows).sum((-1, -2))
 
     @property
     def is_factored(self) -> bool:
