@@ -19,14 +19,15 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     """An uninitialised tensor of the dtype and on the device of `like`.
 
     Large ones on a CPU come from numpy, which asks for huge pages: touching a matrix for the first time in small pages
-    takes as long as a fifth of a Gram matrix's arithmetic. Each page is touched here, by one thread: threads that meet
-    in the same huge page for the first time can wait for one another twenty times as long as its clearing takes.
+    takes as long as a fifth of a Gram matrix's arithmetic. Each page is touched here, by threads that are far apart:
+    those that meet in the same huge page for the first time can wait for one another twenty times as long as its
+    clearing takes.
     """
     dtype = _NUMPY_DTYPES.get(like.dtype)
     if like.device.type == "cpu" and dtype is not None and math.prod(shape) * like.element_size() >= _LARGE:
-        array = np.empty(tuple(shape), dtype)
-        array.reshape(-1)[:: mmap.PAGESIZE // array.itemsize] = 0
-        return torch.from_numpy(array)
+        tensor = torch.from_numpy(np.empty(tuple(shape), dtype))
+        tensor.view(-1)[:: mmap.PAGESIZE // tensor.element_size()].zero_()
+        return tensor
     return like.new_empty(tuple(shape))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..jacobian.matmul import matmul
 
 _LARGE = 1024  # rows; LAPACK's own is as quick below
-_PANEL = 256  # columns
+_PANEL = 384  # columns
 
 
 def cholesky(matrix: Tensor, noise: Tensor, tolerance: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,9 @@ from .base import Solver, accuracy, rounding_error
 from .cholesky import cholesky, cholesky_solve
 from .system import System
 
-# What factorising partly in single precision may change of a posterior variance, by the dtype of the inputs: a bound
-# that rounding errors, of either sign, stay a thousand times below.
-LOST_TO_SINGLE_PRECISION = {torch.float32: 1e-3}
+# What factorising partly in single precision may change of a posterior variance, by the dtype of the inputs: less than
+# is promised, by a bound that rounding errors, of either sign, stay hundreds of times below.
+LOST_TO_SINGLE_PRECISION = {torch.float32: 4e-3}
 
 
 class FunctionSpaceSolver(Solver):

@@ -1,12 +1,13 @@
 r"""Gram matrices from factors: tile by tile for factored terms, by per-point gradients for the others.
 
-A tile is a block of about 500 × 500 rows, so that its Gram matrices of inputs and of output gradients stay in cache
+A tile is a block of about 500 × 500 entries, so that its Gram matrices of inputs and of output gradients stay in cache
 while they are multiplied and added. Inside a tile rows are output-major (output·m + point): the input factor, which
 the outputs share, then broadcasts over whole blocks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,8 +19,8 @@ from ..matmul import matmul
 from ..memory import empty, mirror_upper_triangle
 from ..terms import FeatureTerm, Term
 
-# Rows of a tile: on a CPU its products stay in cache, on a GPU one tile fills the device.
-_TILE_ROWS = {"cpu": 512, "cuda": 4096}
+# Bytes of a tile: on a CPU its products stay in cache, on a GPU one tile fills the device.
+_TILE_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
 # Wider dense features are streamed through whole rows of the Gram matrix instead of tiles.
 _TILE_FEATURES = 1024
 # Most rows of the blocks in which a symmetric Gram matrix's triangle is formed by columns.
@@ -104,7 +105,7 @@ class Gram:
 
         :param out: The whole matrix, of one output, for tiles that are views of it.
         """
-        size = max(8, _TILE_ROWS.get(self.weights.device.type, 4096) // self.outputs)
+        size = max(8, _tile_rows(self.weights) // self.outputs)
         passes = self._passes(self.tiled)
         blocks = [slice(j, min(self.m, j + size)) for j in range(0, self.m, size)]
         right = _RightFactors(self.right, self.tiled, keep=self.outputs == 1)
@@ -225,6 +226,12 @@ def _left_factors(terms: Sequence[Term], sweep: _Pass, rows: slice) -> dict[int,
                 for k in range(term.num_products)
             ]
     return factors
+
+
+def _tile_rows(like: Tensor) -> int:
+    """Of a square tile of that dtype on that device: a multiple of what vectors and caches come in."""
+    available = _TILE_BYTES.get(like.device.type, _TILE_BYTES["cuda"])
+    return math.isqrt(available // like.element_size()) // 32 * 32
 
 
 def _add(total: Tensor | None, block: Tensor, target: Tensor | None) -> Tensor:
