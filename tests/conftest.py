@@ -1,11 +1,16 @@
 from collections.abc import Iterator
 
 import gpytorch
+import hypothesis
 import pytest
 import torch
 
 from ntk_gp import NTKKernel
 from ntk_gp.jacobian.linearization import Linearization
+
+# How long an example takes is the machine's affair.
+hypothesis.settings.register_profile("ntk_gp", deadline=None)
+hypothesis.settings.load_profile("ntk_gp")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

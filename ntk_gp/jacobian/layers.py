@@ -9,19 +9,14 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from .matmul import are_served, is_product_served, onednn_product
-
-# Elements of a tensor that is worth three calls and two copies.
-_WORTHWHILE = 1 << 14
-# Elements at once: the copies then stay in caches, and in memory that the system need not give anew every time.
-_PIECE = 1 << 18
+from .matmul import are_served, is_product_served, is_tanh_served, onednn_product, onednn_tanh
 
 
 class FullRateLayers(TorchFunctionMode):
     """Linear layers and tanh by oneDNN, where it serves (see :mod:`.matmul`); a layer's other operations as they are.
 
-    With AVX-512 tanh takes a fifth of PyTorch's time, which is as long as a layer's product; it is as accurate. Neither
-    has derivatives, so those of forward mode are written out, for dual numbers of :mod:`torch.autograd.forward_ad`.
+    PyTorch's tanh takes as long as a layer's product. Neither has derivatives in oneDNN, so those of forward mode are
+    written out, for dual numbers of :mod:`torch.autograd.forward_ad`.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -48,10 +43,9 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def _tanh(input: Tensor) -> Tensor:
     x, tangent = forward_ad.unpack_dual(input)
-    if x.numel() < _WORTHWHILE or not (x.is_contiguous() and are_served(x)):
+    if not is_tanh_served(x):
         return torch.tanh(input)
-    pieces = [piece.to_mkldnn().tanh_().to_dense() for piece in x.view(-1).split(_PIECE)]
-    value = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(x.shape)
+    value = onednn_tanh(x)
     return value if tangent is None else forward_ad.make_dual(value, torch.ops.aten.tanh_backward(tangent, value))
 
 

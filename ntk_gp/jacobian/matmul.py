@@ -1,4 +1,4 @@
-"""Matrix products at the processor's full rate."""
+"""Matrix products, and tanh, at the processor's full rate."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from torch.autograd import forward_ad
 # Multiplications of a product that is worth the longer call, and the width of more than a single vector.
 _WORTHWHILE = 1 << 18
 _NARROW = 2
+# Elements of a tanh that is worth three calls and two copies, and how many at once: the copies then stay in caches, and
+# in memory that the system need not give anew every time.
+_WORTHWHILE_TANH = 1 << 14
+_PIECE = 1 << 18
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -46,6 +50,16 @@ def is_product_served(left: Tensor, right: Tensor) -> bool:
         and left.shape[:-2].numel() == right.shape[:-2].numel() == 1
         and are_served(left, right)
     )
+
+
+def onednn_tanh(x: Tensor) -> Tensor:
+    """tanh(x), by oneDNN: as accurate as PyTorch's, which takes five times as long with AVX-512."""
+    pieces = [piece.to_mkldnn().tanh_().to_dense() for piece in x.view(-1).split(_PIECE)]
+    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(x.shape)
+
+
+def is_tanh_served(x: Tensor) -> bool:
+    return x.numel() >= _WORTHWHILE_TANH and x.is_contiguous() and are_served(x)
 
 
 def are_served(*tensors: Tensor) -> bool:

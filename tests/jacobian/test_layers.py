@@ -5,7 +5,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.func import jvp, vmap
 
-from ntk_gp.jacobian import layers, matmul
+from ntk_gp.jacobian import matmul
 from ntk_gp.jacobian.layers import FullRateLayers
 
 
@@ -13,8 +13,8 @@ from ntk_gp.jacobian.layers import FullRateLayers
 def however_small(monkeypatch):
     monkeypatch.setattr(matmul, "_WORTHWHILE", 0)
     monkeypatch.setattr(matmul, "_NARROW", 2)
-    monkeypatch.setattr(layers, "_WORTHWHILE", 1)
-    monkeypatch.setattr(layers, "_PIECE", 700)
+    monkeypatch.setattr(matmul, "_WORTHWHILE_TANH", 1)
+    monkeypatch.setattr(matmul, "_PIECE", 700)
 
 
 @pytest.mark.parametrize("moving", ["input", "weight", "bias", "weight bias", "input weight bias"])

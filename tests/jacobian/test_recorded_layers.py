@@ -5,14 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from ntk_gp.jacobian import matmul
-from ntk_gp.jacobian.structured import recorded_layers
 from ntk_gp.jacobian.structured.recorded_layers import batch_norm, linear, tanh
 
 
 @pytest.fixture(autouse=True)
 def however_small(monkeypatch):
     monkeypatch.setattr(matmul, "_WORTHWHILE", 0)
-    monkeypatch.setattr(recorded_layers, "_WORTHWHILE", 0)
+    monkeypatch.setattr(matmul, "_WORTHWHILE_TANH", 1)
 
 
 def check(layer, reference, x, *constants):
