@@ -16,6 +16,7 @@ from linear_operator.operators import LinearOperator, MatmulLinearOperator, Root
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
+import ntk_gp
 from ntk_gp import NetworkMean, NTKKernel
 
 from .torch_base import TorchColumn
@@ -62,12 +63,13 @@ class PosteriorColumn(TorchColumn):
 
         return call
 
-    def mean(self, arrays: dict[str, np.ndarray], noise: float) -> Callable:
-        """The mean at the test inputs, no variance."""
+    def mean(self, arrays: dict[str, np.ndarray], noise: float, tolerance: float) -> Callable:
+        """The mean at the test inputs, no variance; where it takes iteration, to this relative residual."""
         x_test = self.tensor(arrays["x_test"])
 
         def call() -> Tensor:
-            with torch.no_grad(), gpytorch.settings.skip_posterior_variances():
+            skip, stop = gpytorch.settings.skip_posterior_variances(), ntk_gp.settings.solve_tolerance(tolerance)
+            with torch.no_grad(), skip, stop:
                 return self.make_model(arrays, noise).eval()(x_test).mean
 
         return call

@@ -211,7 +211,7 @@ def conjugate_gradients(
         new_inner = (residual * correction).sum(0)
         direction = correction + torch.where(inner > 0, new_inner / inner.where(inner > 0, 1.0), 0.0) * direction
         inner = new_inner
-        image = system.matmul(direction.unsqueeze(0))[0]
+        image = system.rough_matmul(direction.unsqueeze(0))[0]
         curvature = (direction * image).sum(0)
         length = torch.where(curvature > 0, inner / curvature.where(curvature > 0, 1.0), 0.0)
         solution += length * direction

@@ -42,7 +42,11 @@ class System:
         self.state = linearization.network.fingerprint()
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in ("jacobian", "state")}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("jacobian", "_single_precision", "state")
+        }
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -103,6 +107,22 @@ class System:
     def matmul(self, rhs: Tensor) -> Tensor:
         """A rhs, (B, N, r), from Jacobian products."""
         return self._kernel_matmul(rhs) + self.noise.unsqueeze(-1) * rhs
+
+    def rough_matmul(self, rhs: Tensor) -> Tensor:
+        """A rhs to the precision that is asked for: for float32 at several times the rate, from factors half as large.
+
+        K's condition number may exceed that precision. Whoever iterates with this looks at the residual by `matmul`.
+        """
+        if self.dtype != torch.float32 or self.batch > 1:
+            return self.matmul(rhs)
+        jacobian = self._single_precision
+        product = self.linearization.kernel_matmul(jacobian, jacobian, rhs.float(), self.weights.float())
+        return product.double() + self.noise.unsqueeze(-1) * rhs
+
+    @cached_property
+    def _single_precision(self) -> Jacobian:
+        """J(X) in float32."""
+        return self.linearization.jacobian(self.x.float())
 
     def _kernel_matmul(self, rhs: Tensor) -> Tensor:
         batch, rows, columns = rhs.shape

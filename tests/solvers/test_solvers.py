@@ -134,6 +134,28 @@ def test_any_unit_of_the_targets(way, scale):
     assert_close(variance, problem.covariance.diagonal(dim1=-2, dim2=-1))
 
 
+@pytest.mark.parametrize("noise", [0.1, 1e-4])
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_float32_inputs_are_iterated_with_in_single_precision(outputs, noise, monkeypatch):
+    """The residual that ends it is that of float64, far below what float32 resolves."""
+    problem = Problem(LARGE, outputs=outputs, noise=noise)
+    problem.system.x = problem.x.float().double()
+    problem.system.dtype = torch.float32
+    used = []
+    original = Linearization.kernel_matmul
+    monkeypatch.setattr(
+        Linearization, "kernel_matmul", lambda self, *args: used.append(args[0].x.dtype) or original(self, *args)
+    )
+    rhs = problem.rhs[:1]
+    solver = IterativeSolver(problem.system)
+    with settings.solve_tolerance(1e-9):
+        solution = solver.solve(rhs)
+    assert solver.report.converged
+    assert used.count(torch.float32) > used.count(torch.float64) > 0
+    left = rhs - problem.system.dense() @ solution
+    assert (left.norm(dim=-2) <= 1.01e-9 * rhs.norm(dim=-2)).all()
+
+
 def test_each_column_converges():
     problem = Problem(LARGE, noise=1e-4)
     rhs = problem.rhs * torch.tensor([1.0, 1e-9, 1e9, 0.0])
