@@ -20,7 +20,7 @@ def choose_solver(system: System) -> Solver:
     ==============  =====================================  ======================
     way             flops                                  float64 numbers held
     ==============  =====================================  ======================
-    function space  the Gram matrix (by the engine), N³/3  2 N²
+    function space  the Gram matrix (by the engine), N³/3  1.5 N²
     weight space    N P² (rows of J, and their products)   2 P²
     iteration       4 N P for each step and column         N · landmarks
     ==============  =====================================  ======================
@@ -49,7 +49,7 @@ def solver_class(system: System) -> type[Solver]:
     if limit not in STOCK_CHOLESKY_SIZES and min(rows, parameters) > limit and batch == 1:
         return IterativeSolver
     costs: dict[type[Solver], float] = {}
-    if system.fits(2.0 * batch * rows**2):
+    if FunctionSpaceSolver.fits(system):
         jacobian = system.jacobian
         costs[FunctionSpaceSolver] = jacobian.gram_cost(jacobian) + batch * rows**3 / 3
     if system.fits(2.0 * batch * parameters**2):

@@ -33,6 +33,11 @@ def cholesky(matrix: Tensor, noise: Tensor, tolerance: float = 0.0) -> tuple[Ten
     return matrix, torch.tensor(info)
 
 
+def numbers_held(rows: int, device: torch.device) -> float:
+    """Of float64, for a matrix of so many rows and its factor: one triangle may be there in float32 as well."""
+    return (1.5 if device.type == "cpu" and rows >= _LARGE else 2.0) * rows**2
+
+
 def cholesky_solve(factor: Tensor, rhs: Tensor) -> Tensor:
     """(L Lᵀ)⁻¹ rhs for a factor L (B, N, N), of which PyTorch's own function of this name would make a copy first."""
     half = torch.linalg.solve_triangular(factor, rhs, upper=False)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..jacobian.base import Jacobian
 from .base import Solver, accuracy, rounding_error
-from .cholesky import cholesky, cholesky_solve
+from .cholesky import cholesky, cholesky_solve, numbers_held
 from .system import System
 
 # What factorising partly in single precision may change of a posterior variance, by the dtype of the inputs: less than
@@ -17,7 +17,8 @@ LOST_TO_SINGLE_PRECISION = {torch.float32: 4e-3}
 
 
 class FunctionSpaceSolver(Solver):
-    """Exact, by the Cholesky factor L of K + D: N²·Σ(d_in + d_out) + N³/3 flops, 8 N² bytes.
+    """Exact, by the Cholesky factor L of K + D: N²·Σ(d_in + d_out) + N³/3 flops, 8 N² bytes,
+    and half as many again while it is made.
 
     K squares the condition number of the features Φ. Where that costs digits, the posterior comes from what least
     squares leave: with α = A⁻¹ k(X, x), the covariance is the inner product of φ(x) − Φᵀα, and D^{1/2} α below it. That
@@ -31,6 +32,11 @@ class FunctionSpaceSolver(Solver):
         super().__init__(system)
         self.cholesky = _factorised(system) if factor is None else factor
         self.is_refined = rounding_error(self.cholesky) > accuracy(system)
+
+    @staticmethod
+    def fits(system: System) -> bool:
+        """Whether the memory budget has room for K + D and its factor."""
+        return system.fits(system.batch * numbers_held(system.num_rows, system.x.device))
 
     def extended(self, system: System) -> FunctionSpaceSolver | None:
         """Adds m rows to the factor: N² m flops in place of N³/3."""

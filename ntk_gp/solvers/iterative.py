@@ -66,7 +66,7 @@ class IterativeSolver(Solver):
         logger.debug("Conjugate gradients: %s", self.report)
         if self.report.converged:
             return solution.unsqueeze(0)
-        if self.system.fits(2.0 * self.system.num_rows**2):
+        if FunctionSpaceSolver.fits(self.system):
             return FunctionSpaceSolver(self.system).solve(rhs)
         warnings.warn(
             f"Conjugate gradients stopped after {self.report.steps} steps with a relative residual of "
