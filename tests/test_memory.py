@@ -177,7 +177,7 @@ def test_caches_stay_within_the_budget():
 
 def test_a_large_gram_matrix_is_stored_when_it_is_asked_for_again(monkeypatch):
     monkeypatch.setattr(linearization, "_LARGE", 1)
-    kernel, x = NTKKernel(make_network()), inputs()
+    kernel, x = NTKKernel(make_network(), engine="structured"), inputs()
     formed = []
     original = StructuredJacobian.gram
     monkeypatch.setattr(StructuredJacobian, "gram", lambda *args: formed.append(1) or original(*args))
@@ -197,7 +197,7 @@ def test_a_large_gram_matrix_is_stored_when_it_is_asked_for_again(monkeypatch):
 
 def test_products_store_a_large_gram_matrix_once_it_has_paid(monkeypatch):
     monkeypatch.setattr(linearization, "_LARGE", 1)
-    kernel, x = NTKKernel(make_network()), inputs()
+    kernel, x = NTKKernel(make_network(), engine="structured"), inputs()
     formed = []
     original = StructuredJacobian.gram
     monkeypatch.setattr(StructuredJacobian, "gram", lambda *args: formed.append(1) or original(*args))
