@@ -15,12 +15,13 @@ def cholesky(matrix: Tensor, noise: Tensor, tolerance: float = 0.0) -> tuple[Ten
     """The Cholesky factor L of K + D and LAPACK's `info`, zero where it exists; the matrix may be overwritten.
 
     On a CPU, a large matrix is factorised panel by panel: all earlier columns are multiplied out of a panel at once, a
-    product that reaches the processor's rate, and one triangle is all that is computed: N³/3 flops and no more memory.
+    product that reaches the processor's rate, and one triangle is all that is computed: N³/3 flops.
 
     The first columns explain most of K. From the column on where the rest is small enough, what later columns
-    contribute is multiplied in float32, at up to four times the rate. With v what is left of the diagonal of K, each
-    entry's rounding error is at most eps √(vᵢ vⱼ), so that the factorised matrix differs from K + D by at most eps Σ v
-    in its norm. Relative to the smallest noise, that bounds the relative error of every posterior variance.
+    contribute is multiplied in float32, from a copy, at up to four times the rate. With v what is left of the diagonal
+    of K, each entry's rounding error is at most eps √(vᵢ vⱼ), so that the factorised matrix differs from K + D by at
+    most eps Σ v in its norm. Relative to the smallest noise, that bounds the relative error of every posterior
+    variance.
 
     :param matrix: K + D, float64, (B, N, N).
     :param noise: The diagonal of D, (B or 1, N).
@@ -45,7 +46,7 @@ def cholesky_solve(factor: Tensor, rhs: Tensor) -> Tensor:
 
 
 def _factorise(matrix: Tensor, noise: Tensor, tolerance: float) -> int:
-    """Overwrites (N, N) with its factor; returns zero, or which panel is not positive definite."""
+    """Overwrites (N, N) with its factor; returns zero, or the first rows that are not positive definite."""
     left = matrix.diagonal() - noise  # of the diagonal of K, by the columns so far
     rounding = torch.finfo(torch.float32).eps / float(noise.amin())
     rest: _SinglePrecision | None = None

@@ -87,11 +87,12 @@ class System:
         return self.linearization.jacobian(x.double(), keep=False)
 
     def starts_with(self, other: System) -> bool:
-        """Whether the first rows of this system are the whole of another, of the same linearization."""
+        """Whether the first rows of this system are the whole of another, of the same linearization and precision."""
         old, new = other.x.shape[1], self.x.shape[1]
         return (
             old < new
             and other.state == self.state
+            and other.dtype == self.dtype
             and other.x.shape[2] == self.x.shape[2]
             and other.batch in (1, self.batch)
             and _same(other.weights, self.weights)

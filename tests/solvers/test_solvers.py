@@ -156,6 +156,13 @@ def test_float32_inputs_are_iterated_with_in_single_precision(outputs, noise, mo
     assert (left.norm(dim=-2) <= 1.01e-9 * rhs.norm(dim=-2)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_only_a_factor_of_the_same_precision_is_extended(dtype):
+    whole = Problem(LARGE).system
+    part = System(whole.linearization, whole.x[:, :SMALL], whole.weights, whole.noise[:, :SMALL], dtype)
+    assert whole.starts_with(part) == (dtype == whole.dtype)
+
+
 def test_each_column_converges():
     problem = Problem(LARGE, noise=1e-4)
     rhs = problem.rhs * torch.tensor([1.0, 1e-9, 1e9, 0.0])
