@@ -175,12 +175,18 @@ def test_caches_stay_within_the_budget():
     assert sum(_nbytes(keys, value) for _, keys, value in kept) <= BUDGET
 
 
-def test_a_large_gram_matrix_is_stored_when_it_is_asked_for_again(monkeypatch):
+@pytest.fixture
+def formed(monkeypatch) -> list[int]:
+    """One entry for each Gram matrix that the structured engine forms; each counts as large."""
     monkeypatch.setattr(linearization, "_LARGE", 1)
-    kernel, x = NTKKernel(make_network(), engine="structured"), inputs()
-    formed = []
+    calls: list[int] = []
     original = StructuredJacobian.gram
-    monkeypatch.setattr(StructuredJacobian, "gram", lambda *args: formed.append(1) or original(*args))
+    monkeypatch.setattr(StructuredJacobian, "gram", lambda *args: calls.append(1) or original(*args))
+    return calls
+
+
+def test_a_large_gram_matrix_is_stored_when_it_is_asked_for_again(formed):
+    kernel, x = NTKKernel(make_network(), engine="structured"), inputs()
     entries = kernel._linearization._cache._entries.values()
 
     def stored() -> list[Tensor]:
@@ -195,12 +201,8 @@ def test_a_large_gram_matrix_is_stored_when_it_is_asked_for_again(monkeypatch):
         assert matrix.data_ptr() != stored()[0].data_ptr()
 
 
-def test_products_store_a_large_gram_matrix_once_it_has_paid(monkeypatch):
-    monkeypatch.setattr(linearization, "_LARGE", 1)
+def test_products_store_a_large_gram_matrix_once_it_has_paid(formed):
     kernel, x = NTKKernel(make_network(), engine="structured"), inputs()
-    formed = []
-    original = StructuredJacobian.gram
-    monkeypatch.setattr(StructuredJacobian, "gram", lambda *args: formed.append(1) or original(*args))
     operator, rhs = kernel(x).evaluate_kernel(), torch.randn(POINTS, 100, dtype=torch.float64)
     products = [operator @ rhs for _ in range(5)]
     assert len(formed) == 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,15 @@ class FullRateLayers(TorchFunctionMode):
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        return _FULL_RATE.get(function, function)(*args, **(kwargs or {}))
+        return replacement(function, _FULL_RATE)(*args, **(kwargs or {}))
+
+
+def replacement(function: Callable[..., Any], table: Mapping[Callable, Callable]) -> Callable[..., Any]:
+    """What a table has in a function's place, or the function."""
+    try:
+        return table.get(function, function)
+    except TypeError:  # a callable that cannot be hashed
+        return function
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -89,3 +89,18 @@ def test_values_and_derivatives_of_a_network_in_single_precision():
         actual = forward_ad.unpack_dual(function(duals))
     for part, reference in zip(actual, expected, strict=True):
         torch.testing.assert_close(part.double(), reference, rtol=0.0, atol=1e-5)
+
+
+def test_a_callable_that_cannot_be_hashed():
+    class Doubling:
+        __hash__ = None
+
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.overrides.handle_torch_function(self, (x,), x) if _has_mode() else 2 * x
+
+    def _has_mode() -> bool:
+        return torch._C._is_torch_function_mode_enabled()
+
+    x = torch.ones(3)
+    with FullRateLayers():
+        assert torch.equal(Doubling()(x), 2 * x)

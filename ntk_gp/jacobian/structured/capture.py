@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from ...network import NetworkFunction
+from ..layers import replacement
 from ..rules import UnsupportedUse, Use, find_decomposition, find_rule
 from ..rules.registry import RegisteredRule
 from ..terms import ParameterView, Term
@@ -182,11 +183,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def _call(function: Callable, *args: Any, **kwargs: Any) -> Any:
-    try:
-        replacement = RECORDED_AS.get(function, function)
-    except TypeError:  # a callable that cannot be hashed
-        replacement = function
-    return replacement(*args, **kwargs)
+    return replacement(function, RECORDED_AS)(*args, **kwargs)
 
 
 def _kept(value: Any, copy: bool) -> Any:
