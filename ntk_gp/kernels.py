@@ -197,6 +197,7 @@ class NTKKernel(Kernel):
                 f"The two sets of inputs differ: {x1.dtype} on {x1.device}, and {x2.dtype} on {x2.device}. "
                 "Convert one with .to() to the dtype and device of the other."
             )
+        self.network.fingerprint(thorough=True)
         for x in (x1,) if x2 is x1 else (x1, x2):
             check_finite(x)
             self.network.check(x)

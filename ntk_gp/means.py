@@ -54,18 +54,19 @@ class NetworkMean(Mean):
 
     def _evaluate(self, x: Tensor) -> Tensor:
         """f(x), reusing what the last inputs began with: GPyTorch puts the training inputs before every test input."""
-        state = self.network.fingerprint()
-        known = 0 if self._prefix is None else self._prefix.length_in(x, state)
+        state = self.network.fingerprint(thorough=True)
+        prefix = self._prefix  # other threads may put another in its place
+        known = 0 if prefix is None else prefix.length_in(x, state)
         with FullRateLayers():
-            values = self.network(x[..., known:, :])
-        if self._prefix is not None and known:
-            begin = self._prefix.values[:known]
+            values = self.network.values(x[..., known:, :])
+        if prefix is not None and known:
+            begin = prefix.values[:known]
             values = torch.cat([begin.expand(*x.shape[:-2], *begin.shape), values], dim=x.dim() - 2)
         if x.dim() > 2:
             return values
         # What began both the last inputs and these is likely to begin the next; without much of that, start over.
         kept = known if 2 * known >= len(x) else len(x)
-        if self._prefix is None or kept != len(self._prefix.x) or kept != known:
+        if prefix is None or kept != len(prefix.x) or kept != known:
             self._prefix = _Prefix(x[:kept].clone(), values[:kept].clone(), state)
         return values
 

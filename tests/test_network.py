@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ntk_gp.network import FrozenNetwork
+from ntk_gp.network.skeleton import Skeletons
 from tests import layers
 
 
@@ -73,10 +74,10 @@ def test_expand_weights():
 
 def test_a_call_never_falls_back_on_stale_weights():
     """The skeleton's own tensors are on the meta device: what a call fails to replace cannot be computed with."""
-    function = probed(FrozenNetwork(make_network()), randn(5, 3))
-    assert all(tensor.is_meta for tensor in [*function.skeleton.parameters(), *function.skeleton.buffers()])
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        function.skeleton(randn(5, 3)).sum().item()
+    with Skeletons(FrozenNetwork(make_network())._skeleton[0], {}).lent({}) as skeleton:
+        assert all(tensor.is_meta for tensor in [*skeleton.parameters(), *skeleton.buffers()])
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            skeleton(randn(5, 3)).sum().item()
 
 
 class TestFingerprint:

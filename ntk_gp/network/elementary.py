@@ -18,7 +18,10 @@ class ElementaryOperations(TorchFunctionMode):
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        elementary = _ELEMENTARY.get(function, function)
+        try:
+            elementary = _ELEMENTARY.get(function, function)
+        except TypeError:  # a callable that cannot be hashed
+            elementary = function
         return elementary(*args, **(kwargs or {}))
 
 

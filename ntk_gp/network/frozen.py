@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import copy
-import itertools
+import logging
 import math
-import weakref
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor, nn
 
-from .function import ALL_OUTPUTS, MIXES_ROWS, NetworkFunction, check_finite, normal_tensor
+from .fingerprint import Fingerprint
+from .function import ALL_OUTPUTS, NetworkFunction, check_finite, convert, normal_tensor
+from .rows import check_rows_are_independent, spread_rows
+from .skeleton import Skeletons
 from .snapshot import (
     ParameterSelection,
     buffer_tree,
     canonical_names,
     check_parameter,
     convert_skeleton,
+    copy_in_eval_mode,
     make_skeleton,
     named_tensors,
     select,
+    unregistered_tensors,
     unwrap,
 )
 
-_serial_numbers = itertools.count(1)
+logger = logging.getLogger("ntk_gp")
+
+# Rows that a network is tried with.
+_FEW = 16
+# The precisions in which one is tried that does not compute in that of its inputs.
+_PRECISIONS = (torch.float32, torch.float64)
+_random_state = threading.Lock()
 
 
 class FrozenNetwork(nn.Module):
@@ -78,21 +91,28 @@ class FrozenNetwork(nn.Module):
             )
         for name, parameter in named.items():
             check_parameter(name, parameter)
-        canonical = canonical_names(network)
         selected = select(named, parameters)
+        kept, left_out = unregistered_tensors(network)
+        network = copy_in_eval_mode(network)
+        canonical = canonical_names(network)
+        _check_same_parameters(named, canonical)
         self.parameter_names = tuple(dict.fromkeys(canonical[name] for name in named if name in selected))
         labels = [group_by(name) if group_by is not None else "all" for name in self.parameter_names]
         self.group_names = tuple(dict.fromkeys(labels))
         self.group_indices = tuple(self.group_names.index(label) for label in labels)
         self.tensors = buffer_tree(network, set(canonical.values()))
         self._aliases = canonical
+        # Attributes that are tensors and neither parameters nor buffers: constants, or so it seems; and those left out.
+        self._kept, self._left_out = kept, left_out
+        self._is_recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
+        self._renormalised = _renormalised_embeddings(network, canonical)
         # In a list, so that its mode and dtype are never changed from outside.
         self._skeleton = [make_skeleton(network)]
         self._functions: dict = {}
         self._checked: set = set()
         self._places: list[dict[str, Tensor | None]] | None = None
-        self._seen: list[tuple[weakref.ref, int]] = []
-        self._serial = 0
+        self._fingerprint = Fingerprint()
+        self._lock = threading.RLock()  # held while functions are made and tried
 
     def renewed(self, network: nn.Module) -> FrozenNetwork:
         """A snapshot of another network, or of this one's new weights, with the same options."""
@@ -113,43 +133,53 @@ class FrozenNetwork(nn.Module):
         """The device of the parameters as they are kept."""
         return self.get_buffer(f"tensors.{self.parameter_names[0]}").device
 
-    def fingerprint(self) -> int:
-        """A number that no other state of a snapshot has: new after `.to`, `load_state_dict`, in-place edits."""
-        if self._places is None:  # walking over modules each time would take longer than small networks do
-            self._places = [module._buffers for module in self.tensors.modules()]
-        tensors = [tensor for place in self._places for tensor in place.values() if tensor is not None]
-        unchanged = len(tensors) == len(self._seen) and all(
-            reference() is tensor and version == tensor._version
-            for tensor, (reference, version) in zip(tensors, self._seen, strict=True)
-        )
-        if not unchanged:
-            self._seen = [(weakref.ref(tensor), tensor._version) for tensor in tensors]
-            self._serial = next(_serial_numbers)
-        return self._serial
+    def fingerprint(self, thorough: bool = False) -> int:
+        """A number that no other state of a snapshot has: new after `.to`, `load_state_dict`, in-place edits.
+
+        :param thorough: Look for edits that leave no trace, too (see :class:`.fingerprint.Fingerprint`). What users
+            call does so once.
+        """
+        places = self._places
+        if places is None:  # walking over modules each time would take longer than small networks do
+            places = self._places = [module._buffers for module in self.tensors.modules()]
+        tensors = [tensor for place in places for tensor in place.values() if tensor is not None]
+        return self._fingerprint.number(tensors, thorough)
 
     def function(self, dtype: torch.dtype, device: torch.device) -> NetworkFunction:
         """The network as a pure function of its parameters in this dtype and on this device, made once and kept."""
         fingerprint = self.fingerprint()
         key = (dtype, device)
-        if key not in self._functions or self._functions[key][0] != fingerprint:
-            self._functions[key] = (fingerprint, self._convert(dtype, device))
-        return self._functions[key][1]
+        known = self._functions.get(key)
+        if known is None or known[0] != fingerprint:
+            with self._lock:
+                known = self._functions.get(key)
+                if known is None or known[0] != fingerprint:
+                    known = self._functions[key] = (fingerprint, self._convert(dtype, device))
+        return known[1]
 
-    def _convert(self, dtype: torch.dtype, device: torch.device) -> NetworkFunction:
+    def _convert(
+        self, dtype: torch.dtype, device: torch.device, inner_dtype: torch.dtype | None = None
+    ) -> NetworkFunction:
+        """The same, made anew; where the network computes in a precision of its own, say in which."""
         with torch.inference_mode(False), torch.no_grad():
             tensors = {
-                name.removeprefix("tensors."): buffer.to(device, dtype if buffer.is_floating_point() else None)
-                for name, buffer in self.named_buffers()
+                name.removeprefix("tensors."): convert(buffer, dtype, device) for name, buffer in self.named_buffers()
             }
-            # A network may write to its buffers when it is called: those writes must not reach the snapshot.
+            # Calls must not reach the snapshot.
             for name in tensors.keys() - set(self.parameter_names):
                 tensors[name] = tensors[name].clone()
-        return NetworkFunction(self, convert_skeleton(self._skeleton[0], dtype, device), tensors)
+            skeleton = convert_skeleton(self._skeleton[0], inner_dtype or dtype, device)
+        return NetworkFunction(self, Skeletons(skeleton, self._aliases), tensors, inner_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """f(x) at the frozen weights: (*batch, n, d) to (*batch, n), or (*batch, n, C) with `output="all"`."""
+        self.fingerprint(thorough=True)
+        return self.values(x)
+
+    def values(self, x: Tensor) -> Tensor:
+        """The same, for callers that have looked for edits of the snapshot themselves."""
         check_finite(x)
-        self.check(x)
+        self._check_few(x)
         function = self.function(x.dtype, x.device)
         flat = x.reshape(-1, x.shape[-1])
         if flat.shape[0] == 0:
@@ -158,6 +188,7 @@ class FrozenNetwork(nn.Module):
             with function.tracing():
                 chunks = normal_tensor(flat).split(function.points_per_pass())
                 pieces = [function(function.parameters, chunk) for chunk in chunks]
+                function.check_values(chunks[0], pieces[0], len(flat))
             out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         shape = x.shape[:-1] if self.output != ALL_OUTPUTS else (*x.shape[:-1], function.num_outputs)
         return out.reshape(shape)
@@ -172,24 +203,78 @@ class FrozenNetwork(nn.Module):
     def check(self, x: Tensor) -> None:
         """Raises where the network cannot be linearised at inputs like `x`.
 
-        The width, dtype and outputs are looked at once per width, dtype and device; that no row's output depends on the
-        other rows, once there are two rows to try it with.
+        The width, dtype and outputs are looked at once per width, dtype and device. That no row's output depends on the
+        other rows is tried with up to 16 different rows, again with more where there were fewer before, and by one pass
+        through the network once for each larger number of rows.
         """
-        several = x.shape[:-1].numel() > 1
-        key = (x.shape[-1], x.dtype, x.device, several, self.fingerprint())
+        self._check_few(x)
+        function = self.function(x.dtype, x.device)
+        rows = x.shape[:-1].numel()
+        if rows > _FEW and not function.has_checked(rows):
+            flat = normal_tensor(x.detach()).reshape(rows, -1)[: function.points_per_pass()]
+            with function.tracing(), torch.no_grad(), _preserved_random_state(x.device):
+                function.check_values(flat, function(function.parameters, flat), rows)
+
+    def _check_few(self, x: Tensor) -> None:
+        count = x.shape[:-1].numel()
+        key = (x.shape[-1], x.dtype, x.device, min(count, _FEW).bit_length(), self.fingerprint())
         if key in self._checked:
             return
         self._check_width(x)
         check_finite(x)
-        function = self.function(x.dtype, x.device)
-        with torch.inference_mode(False), _preserved_random_state(x.device):
-            rows = normal_tensor(x.detach()).reshape(-1, x.shape[-1])[:4].clone()
-            if rows.shape[0] == 0:
-                rows = x.new_zeros(1, x.shape[-1])
+        with self._lock, torch.inference_mode(False), _preserved_random_state(x.device):
+            if key in self._checked:  # by another thread, meanwhile
+                return
+            rows = spread_rows(normal_tensor(x.detach()).reshape(-1, x.shape[-1]), _FEW)
+            function = self._probed(rows if len(rows) else x.new_zeros(1, x.shape[-1]))
+            if len(rows) > 1:
+                check_rows_are_independent(self._most_exact(function, rows), rows)
+            self._checked.add(key)
+
+    def _probed(self, rows: Tensor) -> NetworkFunction:
+        """The function, after it was tried; in a precision of its own where the network computes in no other."""
+        function = self.function(rows.dtype, rows.device)
+        try:
             function.probe(rows)
-            if several:
-                self._check_rows_are_independent(rows)
-        self._checked.add(key)
+        except (ValueError, TypeError) as error:
+            own = None if function.inner_dtype is not None else self._in_its_own_precision(rows)
+            if own is None or own.inner_dtype is None:
+                raise
+            if torch.promote_types(own.inner_dtype, rows.dtype) != own.inner_dtype:
+                warnings.warn(_less_precise(own.inner_dtype, rows.dtype, error), NumericalWarning, stacklevel=2)
+            self._functions[rows.dtype, rows.device] = (self.fingerprint(), own)
+            function = own
+        if function.unreached and self._kept:
+            warnings.warn(
+                f"The network's output does not depend on its parameters {', '.join(sorted(function.unreached))}, and "
+                f"it holds tensors that are neither parameters nor buffers: {', '.join(self._kept)}. If these were "
+                "computed from the parameters, delete them before making a kernel or mean of the network.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return function
+
+    def _in_its_own_precision(self, rows: Tensor) -> NetworkFunction | None:
+        for inner_dtype in _PRECISIONS:
+            if inner_dtype != rows.dtype:
+                function = self._convert(rows.dtype, rows.device, inner_dtype)
+                try:
+                    function.probe(rows)
+                except (ValueError, TypeError):
+                    continue
+                return function
+        return None
+
+    def _most_exact(self, function: NetworkFunction, rows: Tensor) -> NetworkFunction:
+        """The function in float64, where a dependence stands out from rounding, if network and device have it."""
+        if function.inner_dtype is not None:
+            return function
+        exact = self._convert(torch.float64, rows.device)
+        try:
+            exact.probe(rows.double())
+        except (RuntimeError, TypeError, ValueError):
+            return function
+        return exact
 
     def _check_width(self, x: Tensor) -> None:
         if not x.is_floating_point():
@@ -203,24 +288,13 @@ class FrozenNetwork(nn.Module):
                 f"{math.prod(self.input_shape)} features. Flatten each input to one row, or change input_shape."
             )
 
-    def _check_rows_are_independent(self, rows: Tensor) -> None:
-        try:  # in float64, where a true dependence stands out from rounding
-            function, rows64 = self._convert(torch.float64, rows.device), rows.double()
-            together, again, apart = _evaluate_together_and_apart(function, rows64)
-        except (RuntimeError, TypeError):  # a dtype fixed inside the network, or a device without float64
-            together, again, apart = _evaluate_together_and_apart(self.function(rows.dtype, rows.device), rows)
-        tolerance = 1e-5 * max(float(together.abs().max()), 1e-30)
-        if not torch.allclose(together, again, rtol=0.0, atol=tolerance):
-            raise ValueError(
-                "The network gives different outputs for the same inputs, so it has no Jacobian. It is already in eval "
-                "mode: look for random numbers in its forward, such as torch.nn.functional.dropout without "
-                "training=self.training."
-            )
-        if not torch.allclose(together, apart, rtol=0.0, atol=tolerance):
-            raise ValueError(MIXES_ROWS)
-
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_functions": {}, "_checked": set(), "_places": None, "_seen": [], "_serial": 0}
+        made_again: dict[str, Any] = {"_functions": {}, "_checked": set(), "_places": None, "_lock": None}
+        return {**self.__dict__, **made_again, "_fingerprint": Fingerprint()}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._lock = threading.RLock()
 
     def __deepcopy__(self, memo: dict) -> FrozenNetwork:
         """Shares the tensors, which are never written to: `.to()` and `load_state_dict` put new ones in their place.
@@ -229,10 +303,44 @@ class FrozenNetwork(nn.Module):
         """
         new = copy.copy(self)
         memo[id(self)] = new
-        known = {"_functions": dict(self._functions), "_checked": set(self._checked), "_seen": list(self._seen)}
-        new.__dict__.update(known, _modules=dict(self._modules), _places=None, _serial=self._serial)
+        with self._lock:
+            known = {"_functions": dict(self._functions), "_checked": set(self._checked)}
+        new.__dict__.update(
+            known,
+            _modules=dict(self._modules),
+            _places=None,
+            _fingerprint=self._fingerprint.copy(),
+            _lock=threading.RLock(),
+        )
         new.tensors = self.tensors.shared_copy()
         return new
+
+
+def _check_same_parameters(named: dict[str, nn.Parameter], canonical: dict[str, str]) -> None:
+    gone = [name for name in named if name not in canonical]
+    if gone:
+        raise ValueError(
+            f"The network's eval() replaces its parameters {', '.join(gone)}. Call network.eval() first, and choose "
+            "among the parameters that it has then."
+        )
+
+
+def _renormalised_embeddings(network: nn.Module, canonical: dict[str, str]) -> frozenset[str]:
+    """The weights that lookups write to: rows longer than `max_norm` are shortened in place."""
+    return frozenset(
+        canonical[f"{name}.weight".lstrip(".")]
+        for name, module in network.named_modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
+    )
+
+
+def _less_precise(inner: torch.dtype, asked: torch.dtype, error: Exception) -> str:
+    return (
+        f"The network computes in {inner} whatever it is given: at {asked}, {error} Its Jacobian then has the rounding "
+        f"errors of {inner}, about {10 * torch.finfo(inner).eps:.0e} of itself, and posteriors lose digits where the "
+        "noise is that small a part of the kernel. To have it exact, create tensors in forward with dtype=x.dtype and "
+        "device=x.device."
+    )
 
 
 def _check_output_argument(output: int | str | None) -> None:
@@ -241,19 +349,8 @@ def _check_output_argument(output: int | str | None) -> None:
     raise TypeError(f"output must be an index, '{ALL_OUTPUTS}' or None, got {output!r}.")
 
 
-def _evaluate_together_and_apart(function: NetworkFunction, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The outputs for all rows, for all once more, and for the first by itself and then the rest."""
-    with function.tracing(), torch.no_grad():
-        together, again = function(function.parameters, rows), function(function.parameters, rows)
-        try:
-            apart = torch.cat([function(function.parameters, rows[:1]), function(function.parameters, rows[1:])])
-        except Exception as error:
-            raise ValueError(f"{MIXES_ROWS} (A row by itself raised: {error})") from error
-    return together, again, apart
-
-
 @contextmanager
 def _preserved_random_state(device: torch.device) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with _random_state, torch.random.fork_rng(devices=devices):  # two threads would restore each other's
         yield

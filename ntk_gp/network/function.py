@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
 from .. import settings
+from . import switches
 from .elementary import ElementaryOperations
+from .graph import leaves_below
+from .skeleton import Skeletons
 
 if TYPE_CHECKING:
     from .frozen import FrozenNetwork
@@ -37,15 +37,25 @@ class NetworkFunction:
     """The network as a pure function :math:`f(w, x)`, its tensors in one dtype and on one device.
 
     Parameter vectors are flat: the selected parameters in the order of `parameters`, each flattened, P numbers in all.
+    It may be called from several threads, and no call has an effect on another: each has a module of its own, as it was
+    made, and an input that nobody else has.
 
     :param network: The frozen network this is taken from.
-    :param skeleton: The module with every tensor of its own on the meta device: one that the call fails to replace
+    :param skeletons: The module with every tensor of its own on the meta device: one that the call fails to replace
         raises, and is never silently stale.
     :param tensors: Every tensor of the snapshot by its canonical name.
+    :param inner_dtype: The precision that the network itself computes in, where it is not that of its tensors here.
     """
 
-    def __init__(self, network: FrozenNetwork, skeleton: nn.Module, tensors: dict[str, Tensor]):
-        self.skeleton = skeleton
+    def __init__(
+        self,
+        network: FrozenNetwork,
+        skeletons: Skeletons,
+        tensors: dict[str, Tensor],
+        inner_dtype: torch.dtype | None = None,
+    ):
+        self.skeletons = skeletons
+        self.inner_dtype = inner_dtype
         self.parameters: dict[str, Tensor] = {name: tensors[name] for name in network.parameter_names}
         self.constants = {name: tensor for name, tensor in tensors.items() if name not in self.parameters}
         self.num_groups = network.num_groups
@@ -54,22 +64,48 @@ class NetworkFunction:
         self.output = network.output
         self.num_network_outputs: int | None = None
         self.bytes_per_point = 0
-        self._aliases = network._aliases
-        self._recurrent = any(isinstance(module, nn.RNNBase) for module in skeleton.modules())
+        self._recurrent = network._is_recurrent
+        self.unreached: frozenset[str] = frozenset()  # parameters without influence on the output, where it was tried
+        self._left_out = network._left_out
+        self._sizes_checked: set[int] = set()
+        self._written: set[str] = set(network._renormalised)  # tensors that calls write to: each call gets its own
 
     def __call__(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """f(w, x): (n, d) to (n, C). Call it inside :meth:`tracing`."""
-        out = self._call(parameters, x).reshape(x.shape[0], -1)
+        out = self._call(parameters, x).reshape(x.shape[0], -1).to(x.dtype)
         return out[:, self.output].unsqueeze(-1) if isinstance(self.output, int) else out
 
     def _call(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        tensors = {
-            name: parameters[owner] if owner in parameters else self.constants[owner]
-            for name, owner in self._aliases.items()
-        }
+        tensors = {**self.constants, **parameters}
+        for name in tuple(self._written):
+            tensors[name] = tensors[name].clone()
+        versions = _versions(tensors)
+        out = self._call_with(tensors, x)
+        if _versions(tensors) != versions:
+            self._check_writes(tensors, versions)
+        return out
+
+    def _call_with(self, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """What the network returns, whatever that is, for tensors by their canonical names."""
+        x = x.clone()  # the network may write to it
+        if self.inner_dtype is not None:
+            x = x.to(self.inner_dtype)
+            tensors = {name: convert(tensor, self.inner_dtype) for name, tensor in tensors.items()}
         if self.input_shape is not None:
             x = x.reshape(x.shape[0], *self.input_shape)
-        return functional_call(self.skeleton, tensors, (x,), tie_weights=False)
+        with self.skeletons.lent(tensors) as module:
+            return module(x)
+
+    def _check_writes(self, tensors: Mapping[str, Tensor], versions: list[int]) -> None:
+        """Raises where a call wrote to tensors that later calls share, as none did when the network was tried."""
+        pairs = zip(tensors, _versions(tensors), versions, strict=True)
+        changed = [name for name, now, before in pairs if now != before and name not in self._written]
+        if changed:
+            raise RuntimeError(
+                f"The network wrote to its tensors {', '.join(changed)} at these inputs, and not at those it was tried "
+                "with first, so that no later answer could be trusted. Let its forward write to copies of them, and "
+                "make kernel and mean anew."
+            )
 
     @property
     def num_parameters(self) -> int:
@@ -140,40 +176,34 @@ class NetworkFunction:
     def tracing(self, input_gradients: bool = False) -> Iterator[None]:
         """Whatever the user's mode, backends that can be differentiated twice, in full precision, outside autocast.
 
-        Fused attention has no forward-mode derivative and no second one; mkldnn's and cuDNN's recurrent kernels lack
-        them too, so those are switched off for networks that have such layers.
+        Some of what decides that is one switch for the whole process (see :mod:`.switches`).
 
         :param input_gradients: The Jacobian will be differentiated with respect to the inputs.
         """
-        fastpath = torch.backends.mha.get_fastpath_enabled()
+        on_gpu = self.device.type == "cuda"
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(full_precision(self.device))
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(switches.PLAIN_ATTENTION)
             if self._recurrent:
-                stack.enter_context(warnings.catch_warnings())
-                warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")  # nobody asked for it
-                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-            if self.device.type == "cuda":
-                stack.enter_context(
-                    torch.backends.cudnn.flags(
-                        enabled=not self._recurrent, allow_tf32=settings.allow_tf32.on(), deterministic=True
-                    )
-                )
+                stack.enter_context(switches.WITHOUT_CUDNN if on_gpu else switches.WITHOUT_ONEDNN)
+            if on_gpu:
+                stack.enter_context(switches.CUDNN[settings.allow_tf32.on()])
             if input_gradients:
                 stack.enter_context(ElementaryOperations())
-            torch.backends.mha.set_fastpath_enabled(False)
-            try:
-                yield
-            finally:
-                torch.backends.mha.set_fastpath_enabled(fastpath)
+            yield
 
     def probe(self, rows: Tensor) -> None:
         """Evaluates the network at a few rows and raises where the result cannot be linearised."""
-        parameters = {name: tensor.detach().requires_grad_() for name, tensor in self.parameters.items()}
-        saved = _SavedBytes(parameters.values())
+        parameters = {name: tensor.detach().clone().requires_grad_() for name, tensor in self.parameters.items()}
+        tensors = {name: tensor.clone() for name, tensor in self.constants.items()} | parameters
+        versions, saved = _versions(tensors), _SavedBytes(parameters.values())
         with self.tracing(), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-            out = self._checked_call(parameters, rows)
+            out = self._checked_call(tensors, rows)
+        self.unreached = self._unreached_twice(parameters, out, rows)
+        # A counter in a buffer, embeddings that are renormalised as they are used: each call gets its own.
+        pairs = zip(tensors, _versions(tensors), versions, strict=True)
+        self._written |= {name for name, now, before in pairs if now != before}
         self.bytes_per_point = max(saved.total // rows.shape[0], rows.shape[1] * rows.element_size())
         size = out.reshape(rows.shape[0], -1).shape[1]
         if isinstance(self.output, int) and not -size <= self.output < size:
@@ -190,7 +220,7 @@ class NetworkFunction:
                 f"parameters ({', '.join(list(self.parameters)[:3])}, …). Return a floating-point tensor that is "
                 "computed from them, without detach(), argmax or no_grad."
             )
-        if out.dtype != rows.dtype:
+        if _is_less_precise(out.dtype, self.inner_dtype or rows.dtype):
             raise TypeError(
                 f"The network returned {out.dtype} for inputs of {rows.dtype}. Its tensors were converted to the "
                 "inputs' dtype, so its forward must have a dtype of its own: remove that cast."
@@ -202,15 +232,63 @@ class NetworkFunction:
             )
         self.num_network_outputs = size
 
-    def _checked_call(self, parameters: Mapping[str, Tensor], rows: Tensor) -> Tensor:
+    def _missing_attributes(self) -> str:
+        if not self._left_out:
+            return ""
+        return (
+            f" Its attributes {', '.join(self._left_out)} were computed from its parameters at an earlier call and "
+            "left out; it may have missed them."
+        )
+
+    def _unreached_twice(self, parameters: Mapping[str, Tensor], out: Tensor, rows: Tensor) -> frozenset[str]:
+        """The parameters that an output does not depend on; raises where a second call depends on others than a first.
+
+        A weight that is computed once and kept where no copy of the module reaches would make it a constant.
+        """
+        again = {name: tensor.detach().clone().requires_grad_() for name, tensor in self.parameters.items()}
+        constants = {name: tensor.clone() for name, tensor in self.constants.items()}
+        with self.tracing(), torch.enable_grad():
+            leaves = leaves_below(self._call_with({**constants, **again}, rows))
+        first, second = _unreached(parameters, leaves_below(out)), _unreached(again, leaves)
+        if first != second or any(id(tensor) in leaves for tensor in parameters.values()):
+            raise ValueError(
+                "The network keeps something that it computed from its parameters for later calls, in a global "
+                "variable or the like, so that a second output depends on others than the first "
+                f"({', '.join(sorted(first ^ second))}). Compute it anew in each call of forward."
+            )
+        return first
+
+    def has_checked(self, rows: int) -> bool:
+        """Whether a batch of so many rows is known to be treated row by row."""
+        return rows <= 2 or rows in self._sizes_checked
+
+    def check_values(self, x: Tensor, values: Tensor, rows: int) -> None:
+        """Raises where two rows have other values by themselves than among all of x (n, d), `values` (n, C).
+
+        What was tried with few rows need not hold for many; asked once for each number of rows.
+
+        :param rows: The size of the batch, of which x is as much as goes through the network at once.
+        """
+        if self.has_checked(rows):
+            return
+        places = [len(x) // 3, len(x) - 1]
+        values = values.detach()
+        with torch.no_grad():
+            alone = self(self.parameters, x.detach()[places])
+        tolerance = torch.finfo(self.inner_dtype or x.dtype).eps ** 0.5 * float(values.abs().max())
+        if not torch.allclose(values[places], alone, rtol=0.0, atol=tolerance):
+            raise ValueError(MIXES_ROWS)
+        self._sizes_checked.add(rows)
+
+    def _checked_call(self, tensors: Mapping[str, Tensor], rows: Tensor) -> Tensor:
         try:
-            out = self._call(parameters, rows)
+            out = self._call_with(tensors, rows)
         except Exception as error:
             shape = tuple(rows.shape[1:]) if self.input_shape is None else self.input_shape
             raise ValueError(
                 f"The network cannot be evaluated at inputs of shape (n, {', '.join(map(str, shape))}), dtype "
                 f"{rows.dtype}: {error} Give it the features it was trained with, or input_shape= to reshape each flat "
-                "row."
+                f"row.{self._missing_attributes()}"
             ) from error
         if not isinstance(out, Tensor):
             raise TypeError(
@@ -233,19 +311,48 @@ class _SavedBytes:
     """Adds up what autograd keeps of a forward pass, parameters apart: the memory that one chunk of inputs needs."""
 
     def __init__(self, parameters: Iterable[Tensor]):
-        self.seen = {tensor.untyped_storage().data_ptr() for tensor in parameters}
+        self.seen = {_memory(tensor)[0] for tensor in parameters}
         self.total = 0
 
     def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.seen:
-            self.seen.add(storage.data_ptr())
-            self.total += storage.nbytes()
+        address, nbytes = _memory(tensor)
+        if address not in self.seen:
+            self.seen.add(address)
+            self.total += nbytes
         return tensor
 
     @staticmethod
     def unpack(tensor: Tensor) -> Tensor:
         return tensor
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor's memory is, and how many bytes."""
+    try:
+        storage = tensor.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
+    except (RuntimeError, NotImplementedError):  # sparse, or inside a transform: there is no storage to look at
+        return id(tensor), tensor.numel() * tensor.element_size()
+
+
+def convert(tensor: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """A real floating-point tensor in this dtype, a complex one in the complex dtype that goes with it, or itself."""
+    if tensor.is_complex():
+        return tensor.to(device=device, dtype=torch.promote_types(dtype, torch.complex32))
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+
+def _unreached(parameters: Mapping[str, Tensor], leaves: set[int]) -> frozenset[str]:
+    return frozenset(name for name, tensor in parameters.items() if id(tensor) not in leaves)
+
+
+def _versions(tensors: Mapping[str, Tensor]) -> list[int]:
+    with torch._C.DisableTorchFunction():  # a mode would look at each of these
+        return [tensor._version for tensor in tensors.values()]
+
+
+def _is_less_precise(dtype: torch.dtype, than: torch.dtype) -> bool:
+    return torch.promote_types(dtype, than) != dtype
 
 
 def is_finite(x: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .function import normal_tensor
+from .function import convert, normal_tensor
+from .graph import leaves_below
+from .skeleton import copy_module, held_by, held_tensors
 
 ParameterSelection = str | Iterable[str] | Callable[[str, nn.Parameter], bool] | None
 
@@ -60,10 +62,6 @@ def check_parameter(name: str, parameter: nn.Parameter) -> None:
         raise ValueError(
             f"Parameter {name} of the network is uninitialised. Run the network once before linearising it."
         )
-    if parameter.is_complex():
-        raise TypeError(
-            f"Parameter {name} of the network is complex ({parameter.dtype}); only real ones are supported."
-        )
 
 
 def canonical_names(network: nn.Module) -> dict[str, str]:
@@ -76,10 +74,9 @@ def canonical_names(network: nn.Module) -> dict[str, str]:
     return names
 
 
-def named_tensors(tensors: Iterable[tuple[str, _T]]) -> Iterator[tuple[str, _T]]:
+def named_tensors(tensors: Iterable[tuple[str, _T]]) -> Iterable[tuple[str, _T]]:
     """The same names that the eager network has, where `torch.compile` has wrapped a part of it."""
-    for name, tensor in tensors:
-        yield name.replace("_orig_mod.", ""), tensor
+    return ((name.replace("_orig_mod.", ""), tensor) for name, tensor in tensors)
 
 
 def select(named: Mapping[str, nn.Parameter], selection: ParameterSelection) -> set[str]:
@@ -96,6 +93,12 @@ def select(named: Mapping[str, nn.Parameter], selection: ParameterSelection) -> 
         unmatched = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in named)]
         if chosen and unmatched:
             raise ValueError(f"The patterns {unmatched} match no parameter. The network has: {', '.join(named)}.")
+    for name, parameter in named.items():
+        if name in chosen and parameter.is_complex() and parameter.requires_grad:
+            raise TypeError(
+                f"Parameter {name} of the network is complex ({parameter.dtype}); only real ones can be linearised "
+                "in. Leave it out, by parameters= or requires_grad_(False)."
+            )
     chosen = {name for name in chosen if named[name].is_floating_point() and named[name].numel()}
     if not chosen:
         raise ValueError(f"No parameter of the network was selected by {wanted}. It has: {', '.join(named)}.")
@@ -103,66 +106,90 @@ def select(named: Mapping[str, nn.Parameter], selection: ParameterSelection) -> 
 
 
 def buffer_tree(network: nn.Module, names: set[str]) -> TensorTree:
-    """A tree of bare modules that mirrors the network and holds a copy of each named tensor as a buffer."""
+    """A tree of bare modules that mirrors the network and holds each named tensor as a buffer."""
     root = TensorTree()
-    with torch.inference_mode(False), torch.no_grad():
-        for name, tensor in named_tensors((*network.named_parameters(), *network.named_buffers())):
-            if name not in names:
-                continue
-            *path, leaf = name.split(".")
-            module: nn.Module = root
-            for part in path:
-                if part not in module._modules:
-                    module._modules[part] = TensorTree()
-                module = module.get_submodule(part)
-            # Written directly: register_buffer refuses names that nn.Module uses itself, and a network may have them.
-            module._buffers[leaf] = tensor.detach().clone()
+    for name, tensor in named_tensors((*network.named_parameters(), *network.named_buffers())):
+        if name not in names:
+            continue
+        *path, leaf = name.split(".")
+        module: nn.Module = root
+        for part in path:
+            if part not in module._modules:
+                module._modules[part] = TensorTree()
+            module = module.get_submodule(part)
+        # Written directly: register_buffer refuses names that nn.Module uses itself, and a network may have them.
+        module._buffers[leaf] = tensor.detach()
     return root
 
 
-def make_skeleton(network: nn.Module) -> nn.Module:
-    """A copy of the network in eval mode, without weights (they are on the meta device) and without backward hooks."""
-    memo: dict[int, object] = {}
-    for module in network.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-        for buffer in module._buffers.values():
-            if buffer is not None:
-                memo[id(buffer)] = torch.empty_like(buffer, device="meta", requires_grad=False)
-        for value in vars(module).values():  # deepcopy refuses tensors that are results of a computation
-            if isinstance(value, Tensor):
-                memo[id(value)] = normal_tensor(value.detach()).clone()
-    try:
-        copied = copy.deepcopy(network, memo)
-    except Exception as error:
-        raise TypeError(
-            f"The network ({type(network).__name__}) cannot be copied: {error} Everything it holds must support "
-            "copy.deepcopy."
-        ) from error
-    for module in list(copied.modules()):
-        for name, child in module._modules.items():
-            if child is not None and _is_compiled(child):
-                module._modules[name] = child.get_submodule("_orig_mod")
-    for module in copied.modules():
-        module._compiled_call_impl = None
-        module._backward_hooks.clear()
-        module._backward_pre_hooks.clear()
-    return copied.eval()
+def copy_in_eval_mode(network: nn.Module) -> nn.Module:
+    """A copy of the network with tensors of its own, as `eval()` leaves it, and without backward hooks.
+
+    `eval()` may do more than set flags: adapters are merged into weights there.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        copied = copy_module(network, _own_copy(network))
+        for module in list(copied.modules()):
+            for name, child in module._modules.items():
+                if child is not None and _is_compiled(child):
+                    module._modules[name] = child.get_submodule("_orig_mod")
+        for module in copied.modules():
+            module._compiled_call_impl = None
+            module._backward_hooks.clear()
+            module._backward_pre_hooks.clear()
+        return copied.eval()
 
 
-def _plain_tensors(skeleton: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    for module in skeleton.modules():
+def _own_copy(network: nn.Module) -> Callable[[Tensor], Tensor | None]:
+    """How each tensor of a network is copied: with the memory layout and `requires_grad` that it has.
+
+    What is neither parameter nor buffer, and was computed from the parameters (an activation, or a weight that was kept
+    for later calls), is left out: it would stay what it was where the parameters move.
+    """
+    parameters = {id(parameter) for parameter in network.parameters()}
+    registered = parameters | {id(buffer) for buffer in network.buffers()}
+
+    def own(tensor: Tensor) -> Tensor | None:
+        if id(tensor) not in registered and leaves_below(tensor) & parameters:
+            return None
+        own = normal_tensor(tensor.detach()).clone()
+        return nn.Parameter(own, tensor.requires_grad) if id(tensor) in parameters else own
+
+    return own
+
+
+def unregistered_tensors(network: nn.Module) -> tuple[list[str], list[str]]:
+    """The attributes, `module.name`, that hold floating-point tensors and are neither parameters nor buffers: those
+    that a copy keeps, and those that it leaves out, being computed from the parameters."""
+    registered = {id(tensor) for tensors in (network.parameters(), network.buffers()) for tensor in tensors}
+    parameters = {id(parameter) for parameter in network.parameters()}
+    names: tuple[list[str], list[str]] = ([], [])
+    for prefix, module in network.named_modules():
         for name, value in vars(module).items():
-            if isinstance(value, Tensor) and value.device.type != "meta":
-                yield module, name, value
+            if name in ("_parameters", "_buffers", "_modules"):
+                continue
+            held = [t for t in held_by(value) if isinstance(t, Tensor) and id(t) not in registered]
+            if any(tensor.is_floating_point() for tensor in held):
+                computed = any(leaves_below(tensor) & parameters for tensor in held)
+                names[computed].append(f"{prefix}.{name}".lstrip("."))
+    return names
+
+
+def make_skeleton(network: nn.Module) -> nn.Module:
+    """The module itself, its parameters and buffers on the meta device."""
+    registered = {id(tensor) for tensors in (network.parameters(), network.buffers()) for tensor in tensors}
+
+    def without_weights(tensor: Tensor) -> Tensor:
+        if id(tensor) not in registered:
+            return tensor
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+
+    return copy_module(network, without_weights)
 
 
 def convert_skeleton(skeleton: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The skeleton with the tensors that are neither parameters nor buffers in this dtype and on this device."""
-    if not any(True for _ in _plain_tensors(skeleton)):
+    if all(tensor.is_meta for tensor in held_tensors(skeleton)):
         return skeleton
-    skeleton = copy.deepcopy(skeleton)
-    for module, name, value in list(_plain_tensors(skeleton)):
-        setattr(module, name, value.to(device, dtype if value.is_floating_point() else None))
-    return skeleton
+    return copy_module(skeleton, lambda tensor: tensor if tensor.is_meta else convert(tensor, dtype, device))

@@ -1,0 +1,139 @@
+"""Whether tensors are what they were when last looked at."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_serial_numbers = itertools.count(1)
+
+# Sums run over every 1021st word. A prime, so that no row of a matrix is so long that exchanging rows leaves them.
+_STRIDE = 1021
+
+
+class Fingerprint:
+    """A number for the state of some tensors, which no other state has, of these or any others.
+
+    Versions tell of changes that PyTorch knows of, and are compared each time. Edits by `tensor.data` or a numpy array
+    that shares the memory leave no trace: they show in checksums, which read every byte (at the rate of the memory: a
+    few microseconds for 10,000 weights, milliseconds for 10 million).
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[_Seen] = []
+        self._serial = 0
+        self._lock = threading.Lock()
+
+    def number(self, tensors: Sequence[Tensor], thorough: bool = False) -> int:
+        """The number of the present state.
+
+        :param tensors: Always the same places, whatever is in them.
+        :param thorough: Look for changes that left no trace, too.
+        """
+        with self._lock, torch._C.DisableTorchFunction():  # a mode would look at each of these calls
+            unchanged = len(tensors) == len(self._seen) and all(
+                seen.is_same(tensor) for seen, tensor in zip(self._seen, tensors, strict=True)
+            )
+            if not unchanged:
+                self._seen = [_Seen(tensor) for tensor in tensors]
+                self._serial = next(_serial_numbers)
+            elif thorough:
+                edited = [not seen.has_same_contents() for seen in self._seen]
+                if any(edited):
+                    self._serial = next(_serial_numbers)
+            return self._serial
+
+    def copy(self) -> Fingerprint:
+        """For a copy that has the same tensors so far."""
+        new = Fingerprint()
+        with self._lock:
+            new._seen, new._serial = [seen.copy() for seen in self._seen], self._serial
+        return new
+
+    def __getstate__(self) -> dict:
+        return {}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def __deepcopy__(self, memo: dict) -> Fingerprint:
+        return self.copy()
+
+
+class _Seen:
+    """A tensor as it was seen."""
+
+    def __init__(self, tensor: Tensor):
+        self._tensor = weakref.ref(tensor)
+        self._version = tensor._version
+        self._address = _address(tensor)
+        self._words = _words(tensor)
+        self._checksum = self._sums()
+
+    def is_same(self, tensor: Tensor) -> bool:
+        return self._tensor() is tensor and self._version == tensor._version and self._address == _address(tensor)
+
+    def has_same_contents(self) -> bool:
+        """Whether not a bit has changed since this was last asked."""
+        before, self._checksum = self._checksum, self._sums()
+        return before == self._checksum
+
+    def _sums(self) -> bytes:
+        """Exact sums of the tensor's words, in integers: a change of one of them changes its sum."""
+        return b"".join(_sums(words) for words in self._words)
+
+    def copy(self) -> _Seen:
+        new = _Seen.__new__(_Seen)
+        new.__dict__.update(self.__dict__)
+        return new
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr() if tensor.layout == torch.strided else 0
+
+
+def _words(tensor: Tensor) -> list[Tensor | np.ndarray]:
+    """The tensor's memory as integers, of eight bytes as far as possible; views, that see later edits."""
+    pieces: list[Tensor] = []
+    for part in _strided_parts(tensor.detach()):
+        if not (part.is_contiguous() or part.numel() == 0):
+            part = part.as_strided((_reach(part),), (1,))  # whatever the strides, the memory from first to last
+        octets = part.reshape(-1).view(torch.uint8)
+        whole = octets.numel() // 8 * 8 if octets.storage_offset() % 8 == 0 else 0
+        pieces += [octets[:whole].view(torch.int64), octets[whole:]]
+    return [piece.numpy() if piece.device.type == "cpu" else piece for piece in pieces if piece.numel()]
+
+
+def _strided_parts(tensor: Tensor) -> list[Tensor]:
+    if tensor.is_meta or tensor.is_quantized:
+        return []
+    if tensor.layout == torch.strided:
+        return [torch.view_as_real(tensor) if tensor.is_complex() else tensor]
+    if tensor.layout == torch.sparse_coo:
+        return [*_strided_parts(tensor._values()), tensor._indices()]
+    if tensor.layout == torch.sparse_csr:
+        return [*_strided_parts(tensor.values()), tensor.crow_indices(), tensor.col_indices()]
+    return []
+
+
+def _reach(tensor: Tensor) -> int:
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _sums(words: Tensor | np.ndarray) -> bytes:
+    rows = len(words) // _STRIDE
+    if rows == 0:
+        return _bytes(words)
+    block = words[: rows * _STRIDE].reshape(rows, _STRIDE)
+    total = block.sum(0, dtype=np.int64) if isinstance(block, np.ndarray) else block.sum(0)
+    return _bytes(total) + _bytes(words[rows * _STRIDE :])
+
+
+def _bytes(words: Tensor | np.ndarray) -> bytes:
+    return (words if isinstance(words, np.ndarray) else words.cpu().numpy()).tobytes()
