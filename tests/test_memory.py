@@ -171,8 +171,8 @@ def test_caches_stay_within_the_budget():
     with ntk_gp.settings.memory_budget(BUDGET):
         for i in range(20):
             kernel(inputs()[i : i + 100]).to_dense()
-    kept = kernel._linearization._cache._entries.values()
-    assert sum(_nbytes(keys, value) for _, keys, value in kept) <= BUDGET
+    entries = kernel._linearization._cache._entries
+    assert 0 < sum(entry.nbytes for entry in entries) <= BUDGET
 
 
 @pytest.fixture
@@ -187,10 +187,9 @@ def formed(monkeypatch) -> list[int]:
 
 def test_a_large_gram_matrix_is_stored_when_it_is_asked_for_again(formed):
     kernel, x = NTKKernel(make_network(), engine="structured"), inputs()
-    entries = kernel._linearization._cache._entries.values()
 
     def stored() -> list[Tensor]:
-        return [value for (kind, _), _, value in entries if kind == "gram"]
+        return [entry.value for entry in kernel._linearization._cache._entries if entry.label[0] == "gram"]
 
     matrices = [kernel(x).to_dense() for _ in range(2)]
     assert len(formed) == 2 and len(stored()) == 1
@@ -207,7 +206,3 @@ def test_products_store_a_large_gram_matrix_once_it_has_paid(formed):
     products = [operator @ rhs for _ in range(5)]
     assert len(formed) == 1
     torch.testing.assert_close(products[-1], products[0], rtol=1e-12, atol=1e-12)
-
-
-def _nbytes(keys: tuple[Tensor, ...], value: object) -> int:
-    return sum(key.nbytes for key in keys) + getattr(value, "nbytes", 0)

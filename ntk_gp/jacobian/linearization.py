@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -64,8 +64,20 @@ class Linearization:
     def clear(self) -> None:
         """Drops everything that was kept."""
         self._cache = _Cache()
-        self.solvers: WeakSet = WeakSet()  # that are in use somewhere, to start others from
+        self._solvers: WeakSet = WeakSet()  # that are in use somewhere, to start others from
         self._pairs: WeakKeyDictionary[Jacobian, WeakKeyDictionary[Jacobian, _Pair]] = WeakKeyDictionary()
+        self._lock = threading.Lock()  # of these two
+
+    def add_solver(self, solver: Any) -> None:
+        """Others may start from this one while it is in use."""
+        with self._lock:
+            self._solvers.add(solver)
+
+    @property
+    def solvers(self) -> list:
+        """The solvers in use."""
+        with self._lock:
+            return list(self._solvers)
 
     def keep(self, kind: str, tensors: tuple[Tensor, ...], compute: Callable[..., Any]) -> Any:
         """The result of `compute` for tensors with these contents, from the last time or computed now.
@@ -146,8 +158,9 @@ class Linearization:
 
     def _pair(self, jacobian1: Jacobian, jacobian2: Jacobian) -> _Pair:
         """What is known of these two; found without looking at the inputs, as the iterations of a solve need it."""
-        partners = self._pairs.setdefault(jacobian1, WeakKeyDictionary())
-        return partners.setdefault(jacobian2, _Pair())
+        with self._lock:
+            partners = self._pairs.setdefault(jacobian1, WeakKeyDictionary())
+            return partners.setdefault(jacobian2, _Pair())
 
     def keeps_gram(self, jacobian1: Jacobian, jacobian2: Jacobian) -> bool:
         """Whether the Gram matrix of these inputs (one for each group of parameters) may be stored."""
@@ -183,7 +196,7 @@ class Linearization:
         return (self.network.fingerprint(), type(self.engine))
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_cache": _Cache(), "_pairs": None, "solvers": None}
+        return {**self.__dict__, "_cache": None, "_pairs": None, "_solvers": None, "_lock": None}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -197,7 +210,7 @@ class Linearization:
         new.autodiff = copy.deepcopy(self.autodiff, memo)
         new.engine = copy.deepcopy(self.engine, memo)
         # Entries and solvers say which state of the network they belong to.
-        new._cache, new.solvers = self._cache, self.solvers
+        new._cache, new._solvers, new._lock = self._cache, self._solvers, self._lock
         return new
 
 
@@ -220,12 +233,12 @@ class _Cache:
     """Results keyed by the *contents* of tensors, the least recently used dropped first.
 
     Keys are compared with copies, so a tensor changed in place, or new memory at an old address, never meets a stale
-    result.
+    result. Safe to use from several threads: what one of them computes, the others wait for.
     """
 
     def __init__(self) -> None:
-        self._entries: OrderedDict[int, tuple[Hashable, tuple[Tensor, ...], Any]] = OrderedDict()
-        self._number = 0
+        self._entries: list[_Entry] = []  # the least recently used first
+        self._lock = threading.Lock()  # never held while something is computed
 
     @staticmethod
     def capacity(device: torch.device) -> int:
@@ -237,27 +250,67 @@ class _Cache:
     ) -> Any:
         """The kept result for these tensors, or `compute` of copies of them."""
         label = (kind, state())
-        for number, (other_label, keys, value) in reversed(self._entries.items()):
-            if label == other_label and all(map(_same, keys, tensors)):
-                self._entries.move_to_end(number)
-                return value
-        keys = tuple(tensor.clone() for tensor in tensors)
-        value = compute(*keys)
-        capacity = self.capacity(tensors[0].device)
-        if _nbytes(keys, value) <= capacity:
-            self._number += 1
-            self._entries[self._number] = (label, keys, value)
-            while sum(_nbytes(keys, value) for _, keys, value in self._entries.values()) > capacity:
-                self._entries.popitem(last=False)
+        while True:
+            with self._lock:
+                entry = next((known for known in reversed(self._entries) if known.is_for(label, tensors)), None)
+                mine = entry is None
+                if entry is None:
+                    entry = _Entry(label, tensors)
+                else:
+                    self._entries.remove(entry)
+                self._entries.append(entry)
+            if mine:
+                return self._fill(entry, compute)
+            entry.done.wait()
+            if not entry.failed:
+                return entry.value
+
+    def _fill(self, entry: _Entry, compute: Callable[..., Any]) -> Any:
+        try:
+            value = entry.value = compute(*entry.keys)
+        except BaseException:
+            entry.failed = True  # whoever waits tries for itself
+            with self._lock:
+                self._entries.remove(entry)
+            raise
+        finally:
+            entry.done.set()
+        self._make_room(entry)
         return value
+
+    def _make_room(self, newest: _Entry) -> None:
+        capacity = self.capacity(newest.keys[0].device)
+        with self._lock:
+            if newest.nbytes > capacity and newest in self._entries:
+                self._entries.remove(newest)
+            while sum(entry.nbytes for entry in self._entries) > capacity:
+                self._entries.remove(next(entry for entry in self._entries if entry.done.is_set()))
+
+
+class _Entry:
+    """A result, or the promise of one, for tensors with these contents."""
+
+    value: Any = None
+    failed = False
+
+    def __init__(self, label: Hashable, tensors: tuple[Tensor, ...]):
+        self.label = label
+        self.keys = tuple(tensor.clone() for tensor in tensors)
+        self.done = threading.Event()
+
+    def is_for(self, label: Hashable, tensors: tuple[Tensor, ...]) -> bool:
+        return self.label == label and all(map(_same, self.keys, tensors))
+
+    @property
+    def nbytes(self) -> int:
+        """Once it is done."""
+        if not self.done.is_set():
+            return 0
+        return sum(key.nbytes for key in self.keys) + getattr(self.value, "nbytes", 0)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.device == b.device and a.shape == b.shape and torch.equal(a, b)
-
-
-def _nbytes(keys: tuple[Tensor, ...], value: Any) -> int:
-    return sum(key.nbytes for key in keys) + getattr(value, "nbytes", 0)
 
 
 class _Gram(torch.autograd.Function):

@@ -31,12 +31,12 @@ def choose_solver(system: System) -> Solver:
     """
     kind = solver_class(system)
     solver = _extended(system, kind) or kind(system)
-    system.linearization.solvers.add(solver)
+    system.linearization.add_solver(solver)
     return solver
 
 
 def _extended(system: System, kind: type[Solver]) -> Solver | None:
-    for known in list(system.linearization.solvers):
+    for known in system.linearization.solvers:
         if type(known) is kind and system.starts_with(known.system):
             return known.extended(system)
     return None
