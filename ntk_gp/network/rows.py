@@ -13,16 +13,16 @@ _CANDIDATES = 256
 
 def spread_rows(x: Tensor, count: int) -> Tensor:
     """Up to `count` different rows of x (n, d), spread over all of them; two made different where all are equal."""
-    rows = x[_spread(len(x), _CANDIDATES)].unique(dim=0)
+    rows = x[_spread(len(x), _CANDIDATES, x.device)].unique(dim=0)
     if len(rows) == 1 and len(x) > 1:
         # A little nearer to zero: integers stay in their range however they are rounded.
         return torch.cat([rows, 0.99 * rows])
-    return rows[_spread(len(rows), count)]
+    return rows[_spread(len(rows), count, x.device)]
 
 
-def _spread(n: int, count: int) -> Tensor:
+def _spread(n: int, count: int, device: torch.device) -> Tensor:
     """Up to `count` of the numbers below n, evenly spaced."""
-    return torch.linspace(0, max(n - 1, 0), min(n, count)).long()
+    return torch.linspace(0, max(n - 1, 0), min(n, count), device=device).long()
 
 
 def check_rows_are_independent(function: NetworkFunction, rows: Tensor) -> None:
