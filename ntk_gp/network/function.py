@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .. import settings
 from . import switches
@@ -197,14 +198,14 @@ class NetworkFunction:
         """Evaluates the network at a few rows and raises where the result cannot be linearised."""
         parameters = {name: tensor.detach().clone().requires_grad_() for name, tensor in self.parameters.items()}
         tensors = {name: tensor.clone() for name, tensor in self.constants.items()} | parameters
-        versions, saved = _versions(tensors), _SavedBytes(parameters.values())
-        with self.tracing(), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-            out = self._checked_call(tensors, rows)
+        versions = _versions(tensors)
+        with self.tracing(), torch.enable_grad():
+            out, saved_bytes = self._measured_call(tensors, parameters.values(), rows)
         self.unreached = self._unreached_twice(parameters, out, rows)
         # A counter in a buffer, embeddings that are renormalised as they are used: each call gets its own.
         pairs = zip(tensors, _versions(tensors), versions, strict=True)
         self._written |= {name for name, now, before in pairs if now != before}
-        self.bytes_per_point = max(saved.total // rows.shape[0], rows.shape[1] * rows.element_size())
+        self.bytes_per_point = max(saved_bytes // rows.shape[0], rows.shape[1] * rows.element_size())
         size = out.reshape(rows.shape[0], -1).shape[1]
         if isinstance(self.output, int) and not -size <= self.output < size:
             raise ValueError(f"output={self.output} is out of range: the network has {size} outputs, 0 to {size - 1}.")
@@ -231,6 +232,20 @@ class NetworkFunction:
                 "inputs."
             )
         self.num_network_outputs = size
+
+    def _measured_call(
+        self, tensors: Mapping[str, Tensor], parameters: Iterable[Tensor], rows: Tensor
+    ) -> tuple[Tensor, int]:
+        """The network's output at a few rows, and the bytes that autograd keeps of the pass."""
+        saved = _SavedBytes(parameters)
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
+                return self._checked_call(tensors, rows), saved.total
+        except ValueError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+        with _ResultBytes() as results:  # a network that uses torch.func itself, which has no such hooks
+            return self._checked_call(tensors, rows), results.total
 
     def _missing_attributes(self) -> str:
         if not self._left_out:
@@ -324,6 +339,17 @@ class _SavedBytes:
     @staticmethod
     def unpack(tensor: Tensor) -> Tensor:
         return tensor
+
+
+class _ResultBytes(TorchFunctionMode):
+    """Adds up the results of all the functions that are called: more than what autograd keeps."""
+
+    total = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.total += _memory(result)[1] if isinstance(result, Tensor) else 0
+        return result
 
 
 def _memory(tensor: Tensor) -> tuple[int, int]:
