@@ -1,44 +1,50 @@
-"""The reference engine: `torch.func` derivatives of the network as it stands, for any network.
+"""The reference engine: derivatives of the network as it stands, for any network that can be trained.
 
-J u is forward-mode differentiation; where an operator of the network has none (weight norm, grid sampling), it is the
-transpose of the transpose: Jᵀv is linear in v, and reverse-mode differentiation of it gives J u. Where an operator
-can be differentiated just once (distances, embedding bags), it is formed from the rows of J, some points at a time.
+By the transforms of `torch.func` where they serve the network (:mod:`.modes` finds out), otherwise by plain autograd.
+J u is forward-mode differentiation; where an operator of the network has none (weight norm, grid sampling), or one that
+disagrees with its reverse mode, it is the transpose of the transpose: Jᵀv is linear in v, and reverse-mode
+differentiation of it gives J u. Where an operator can be differentiated just once (distances, embedding bags), it is
+formed from the rows of J, some points at a time.
 """
 
 from __future__ import annotations
 
-import math
+import copy
+import logging
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.func import jvp, vjp, vmap
 
-from ..network import FrozenNetwork, NetworkFunction, normal_tensor
+from ..network import FrozenNetwork, NetworkFunction, normal_tensor, spread_rows
+from . import plain, transforms
 from .base import Jacobian, JacobianEngine
-from .layers import FullRateLayers
+from .modes import TRANSFORM_ERRORS, Modes, agree_at_random
 
+logger = logging.getLogger("ntk_gp")
+
+# Points at which the ways to differentiate a network are tried.
+_TRIED = 3
 # Below this many bytes of activations a pass is bound by call overhead, and several columns go through it together;
 # above it one column saturates the cores, and batching columns only pushes them out of cache.
 _VMAP_BYTES = 1 << 18
 
-# PyTorch has one level of dual numbers, which all threads share: one of them at a time.
-_dual_numbers = threading.RLock()
-
 
 class AutodiffEngine(JacobianEngine):
-    """Jacobians by `torch.func`.
+    """Jacobians by automatic differentiation.
 
     :param network: The frozen network.
     """
 
     def __init__(self, network: FrozenNetwork):
         super().__init__(network)
-        self._modes: dict[tuple, _Modes] = {}
+        self._clear()
+
+    def _clear(self) -> None:
+        self._modes: dict[tuple, Modes] = {}
+        self._lock = threading.RLock()  # held while a network is tried
 
     def linearize(self, x: Tensor) -> AutodiffJacobian:
         self.network.check(x)
@@ -49,22 +55,32 @@ class AutodiffEngine(JacobianEngine):
         """The same for a function that was restricted to some of the parameters."""
         key = (x.shape[-1], function.dtype, function.device, *function.parameters)
         if key not in self._modes and x.numel():
-            self._modes[key] = _Modes.probe(function, normal_tensor(x.detach()).reshape(-1, x.shape[-1])[:2])
-        return AutodiffJacobian(function, normal_tensor(x), self._modes.get(key, _Modes()))
+            with self._lock:
+                if key not in self._modes:
+                    rows = spread_rows(normal_tensor(x.detach()).reshape(-1, x.shape[-1]), _TRIED)
+                    self._modes[key] = Modes.tried(function, rows)
+        return AutodiffJacobian(function, normal_tensor(x), self._modes.get(key, Modes()))
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_modes": {}}
+        return {**self.__dict__, "_modes": None, "_lock": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._clear()
+
+    def __deepcopy__(self, memo: dict) -> AutodiffEngine:
+        return AutodiffEngine(copy.deepcopy(self.network, memo))
 
 
 class AutodiffJacobian(Jacobian):
-    """J(X) by `torch.func`; holds nothing but the inputs.
+    """J(X) by automatic differentiation; holds nothing but the inputs.
 
     :param function: The network as a pure function of its parameters.
     :param x: The inputs, (B, n, d).
-    :param modes: Which transforms this network supports.
+    :param modes: What serves this network.
     """
 
-    def __init__(self, function: NetworkFunction, x: Tensor, modes: _Modes):
+    def __init__(self, function: NetworkFunction, x: Tensor, modes: Modes):
         super().__init__(function, x)
         self.modes = modes
 
@@ -85,16 +101,35 @@ class AutodiffJacobian(Jacobian):
 
     def _jvp_points(self, x: Tensor, tangents: Tensor) -> Tensor:
         """(m, d) points and (r, P) tangents to (r, m·C)."""
-        if not (self.modes.forward or self.modes.twice):
-            points = AutodiffJacobian(self.function, x.unsqueeze(0), self.modes)
-            blocks = _row_blocks(points, points.points_per_block())
-            return torch.cat([tangents @ rows[0].mT for _, rows in blocks], dim=-1)
-        pieces = []
-        with self._computation(x):
-            for chunk in x.split(self.function.points_per_pass(), dim=0):
-                push = _pushforward(self.function, chunk, forward_mode=self.modes.forward)
-                pieces.append(self._map_columns(push, tangents, chunk))
+        with self._computation(x) as by_transforms:
+            pieces = [
+                self._served(by_transforms, self._pushed, self._pushed_plainly, chunk, tangents)
+                for chunk in x.split(self.function.points_per_pass(), dim=0)
+            ]
         return torch.cat(pieces, dim=-1)
+
+    def _pushed(self, x: Tensor, tangents: Tensor) -> Tensor:
+        """By forward mode, by the transpose of the transpose, or from rows."""
+        modes = self.modes
+        if modes.forward:
+            products = self._map_columns(transforms.pushforward(self.function, x, True), tangents, x)
+            if modes.forward_agrees or agree_at_random(self.function, x, tangents, products):
+                return products
+            logger.debug(
+                "Forward mode does not agree with reverse mode at these inputs: the latter serves from now on."
+            )
+            modes.forward = False
+        if modes.twice:
+            return self._map_columns(transforms.pushforward(self.function, x, False), tangents, x)
+        return self._from_rows(x, tangents)
+
+    def _pushed_plainly(self, x: Tensor, tangents: Tensor) -> Tensor:
+        return plain.push(self.function, x, tangents) if self.modes.plain_twice else self._from_rows(x, tangents)
+
+    def _from_rows(self, x: Tensor, tangents: Tensor) -> Tensor:
+        points = AutodiffJacobian(self.function, x.unsqueeze(0), self.modes)
+        blocks = _row_blocks(points, points.points_per_block())
+        return torch.cat([tangents @ rows[0].mT for _, rows in blocks], dim=-1)
 
     def vjp(self, cotangents: Tensor) -> Tensor:
         batch = max(self.x.shape[0], cotangents.shape[0])
@@ -108,31 +143,37 @@ class AutodiffJacobian(Jacobian):
         """(m, d) points and (r, m·C) cotangents to (r, P)."""
         size = self.function.points_per_pass()
         total: Tensor | None = None
-        with self._computation(x):
+        with self._computation(x) as by_transforms:
             for chunk, columns in zip(
                 x.split(size, dim=0), cotangents.split(size * self.function.num_outputs, dim=-1), strict=True
             ):
-                pull = _pullback(self.function, chunk)
-                part = self._map_columns(pull, columns, chunk)
+                part = self._served(by_transforms, self._pulled, self._pulled_plainly, chunk, columns)
                 total = part if total is None else total + part
         assert total is not None
         return total
+
+    def _pulled(self, x: Tensor, cotangents: Tensor) -> Tensor:
+        return self._map_columns(transforms.pullback(self.function, x), cotangents, x)
+
+    def _pulled_plainly(self, x: Tensor, cotangents: Tensor) -> Tensor:
+        return plain.pull(self.function, x, cotangents)
 
     def rows(self) -> Tensor:
         batch, _, d = self.x.shape
         shape = (batch, self.num_rows, self.function.num_parameters)
         if self.num_rows == 0:
             return self.x.new_zeros(shape)
-        with self._computation(self.x):
-            points = self.x.reshape(-1, 1, d)
-            chunk = max(1, batch * self.points_per_block())
-            one = _rows_at_one_point(self.function, loop=not self.modes.vmap)
-            if self.modes.vmap:
-                with _quiet_batching_rules():
-                    pieces = [vmap(one)(part) for part in points.split(chunk)]
-            else:
-                pieces = [torch.stack([one(point) for point in points])]
-            return torch.cat(pieces).reshape(shape)
+        points = self.x.reshape(-1, d)
+        with self._computation(self.x) as by_transforms:
+            rows = self._served(by_transforms, self._rows_at, self._rows_plainly, points)
+        return rows.reshape(shape)
+
+    def _rows_at(self, points: Tensor) -> Tensor:
+        together = len(self.x) * self.points_per_block()
+        return transforms.rows(self.function, points, self.modes.vmap, together)
+
+    def _rows_plainly(self, points: Tensor) -> Tensor:
+        return plain.rows(self.function, points)
 
     def gram(self, other: Jacobian, weights: Tensor) -> Tensor:
         batch = max(self.x.shape[0], other.x.shape[0], weights.shape[0])
@@ -179,133 +220,33 @@ class AutodiffJacobian(Jacobian):
     def _map_columns(self, apply: Callable[[Tensor], Tensor], columns: Tensor, chunk: Tensor) -> Tensor:
         """`apply` to each of the r columns: together where they are small, one by one where not."""
         together = _VMAP_BYTES // max(1, chunk.shape[0] * self.function.bytes_per_point)
-        return _each(apply, columns, together if self.modes.vmap else 1)
+        return transforms.each(apply, columns, together if self.modes.vmap else 1)
 
     @contextmanager
-    def _computation(self, x: Tensor) -> Iterator[None]:
-        """Records a graph only where there is something to differentiate with respect to: the inputs."""
+    def _computation(self, x: Tensor) -> Iterator[bool]:
+        """Records a graph only where there is something to differentiate with respect to: the inputs. Tells whether
+        transforms serve."""
         input_gradients = torch.is_grad_enabled() and x.requires_grad
+        if input_gradients:
+            self.modes.try_input_gradients(self.function, x)
         with self.function.tracing(input_gradients), torch.set_grad_enabled(input_gradients):
-            yield
+            yield self.modes.transforms and (self.modes.transforms_twice or not input_gradients)
 
-
-class _Modes:
-    """What the transforms of `torch.func` can do with a network.
-
-    :param forward: Whether forward-mode differentiation works, and agrees with reverse mode.
-    :param twice: Whether reverse-mode differentiation can be differentiated itself, and agrees.
-    :param vmap: Whether the per-point rows can be computed for many points at once, and are the same.
-    """
-
-    def __init__(self, forward: bool = True, twice: bool = True, vmap: bool = True):
-        self.forward = forward
-        self.twice = twice
-        self.vmap = vmap
-
-    @classmethod
-    def probe(cls, function: NetworkFunction, x: Tensor) -> _Modes:
-        """Tries them on a point or two against the slow and sure way."""
-        with function.tracing(), torch.no_grad(), _quiet_batching_rules():
-            one = _rows_at_one_point(function, loop=True)
-            reference = torch.stack([one(point) for point in x.unsqueeze(-2)])
-            rows = reference.reshape(-1, function.num_parameters)
-            tangents, cotangents = (_two_vectors(size, x) for size in reversed(rows.shape))
-
-            def pushes(forward_mode: bool, together: int) -> bool:
-                return _agrees(
-                    lambda: _each(_pushforward(function, x, forward_mode), tangents, together), tangents @ rows.mT
-                )
-
-            forward = pushes(forward_mode=True, together=1)
-            with torch.enable_grad():  # and as it is done for inputs that require gradients
-                forward = forward and pushes(forward_mode=True, together=1)
-            twice = forward or pushes(forward_mode=False, together=1)
-            batched = (
-                _agrees(lambda: vmap(_rows_at_one_point(function, loop=False))(x.unsqueeze(-2)), reference)
-                and _agrees(lambda: _each(_pullback(function, x), cotangents, together=2), cotangents @ rows)
-                and (not twice or pushes(forward, together=2))
-            )
-        return cls(forward, twice, batched)
-
-
-def _two_vectors(size: int, like: Tensor) -> Tensor:
-    """Two vectors, (2, size), that are no multiples of each other."""
-    ramp = torch.linspace(-1, 1, size, dtype=like.dtype, device=like.device)
-    return torch.stack([ramp, (3 * ramp).cos()])
-
-
-def _agrees(compute: Callable[[], Tensor], expected: Tensor) -> bool:
-    try:
-        actual = compute()
-    except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError):
-        return False  # the transform says that it cannot: the other way is taken
-    tolerance = 1e3 * torch.finfo(expected.dtype).eps
-    scale = float(expected.abs().max()) * math.sqrt(expected.shape[-1])
-    return bool((actual - expected).abs().max() <= tolerance * scale)
-
-
-def _pushforward(function: NetworkFunction, x: Tensor, forward_mode: bool) -> Callable[[Tensor], Tensor]:
-    """u (P,) to J u (m·C,) at the points x (m, d)."""
-
-    def at(parameters: dict[str, Tensor]) -> Tensor:
-        return function(parameters, x).reshape(-1)
-
-    if forward_mode:
-        return lambda tangent: _forward_mode(at, function.parameters, function.split(tangent))
-    out, pull = vjp(at, function.parameters)  # type: ignore[misc]
-    _, transpose = vjp(lambda cotangent: pull(cotangent)[0], torch.zeros_like(out))  # type: ignore[misc]
-    return lambda tangent: transpose(function.split(tangent))[0]
-
-
-def _forward_mode(
-    at: Callable[[dict[str, Tensor]], Tensor], parameters: dict[str, Tensor], tangents: dict[str, Tensor]
-) -> Tensor:
-    """What `torch.func.jvp` gives: by itself where other derivatives are taken as well, and otherwise from dual numbers
-    without its bookkeeping, and with faster linear layers."""
-    with _dual_numbers:
-        transformed = forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-        if transformed or torch.is_grad_enabled():
-            return jvp(at, (parameters,), (tangents,))[1]
-        with forward_ad.dual_level(), FullRateLayers():
-            out = at({name: forward_ad.make_dual(tensor, tangents[name]) for name, tensor in parameters.items()})
-            value, tangent = forward_ad.unpack_dual(out)
-        return torch.zeros_like(value) if tangent is None else tangent
-
-
-def _pullback(function: NetworkFunction, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """v (m·C,) to Jᵀ v (P,) at the points x (m, d)."""
-    _, pull = vjp(lambda parameters: function(parameters, x).reshape(-1), function.parameters)  # type: ignore[misc]
-    return lambda cotangent: function.flatten(pull(cotangent)[0])
-
-
-def _rows_at_one_point(function: NetworkFunction, loop: bool) -> Callable[[Tensor], Tensor]:
-    """x (1, d) to the C rows of J there, (C, P)."""
-
-    def rows(point: Tensor) -> Tensor:
-        pull = _pullback(function, point)
-        outputs = torch.eye(function.num_outputs, dtype=point.dtype, device=point.device)
-        return torch.stack([pull(output) for output in outputs]) if loop else vmap(pull)(outputs)
-
-    return rows
+    @staticmethod
+    def _served(
+        by_transforms: bool, transformed: Callable[..., Tensor], plainly: Callable[..., Tensor], *arguments: Tensor
+    ) -> Tensor:
+        """By transforms, or plain autograd where they raise: a network may do something else here than where it was
+        tried."""
+        if by_transforms:
+            try:
+                return transformed(*arguments)
+            except TRANSFORM_ERRORS as error:
+                logger.debug("torch.func failed (%s: %s): plain autograd.", type(error).__name__, error)
+        return plainly(*arguments)
 
 
 def _row_blocks(jacobian: Jacobian, size: int) -> Iterator[tuple[int, Tensor]]:
     """The rows of J at `size` points at a time, with the number of the first point."""
     for start in range(0, jacobian.num_points, size):
         yield start, jacobian[slice(start, start + size)].rows()
-
-
-def _each(apply: Callable[[Tensor], Tensor], vectors: Tensor, together: int) -> Tensor:
-    """`apply` to each row of `vectors`, so many at a time."""
-    if together > 1 and vectors.shape[0] > 1:
-        with _quiet_batching_rules():
-            return vmap(apply, chunk_size=together)(vectors)
-    return torch.stack([apply(vector) for vector in vectors])
-
-
-@contextmanager
-def _quiet_batching_rules() -> Iterator[None]:
-    """vmap warns once for every operator that it has to loop over; the answer is the same."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
-        yield

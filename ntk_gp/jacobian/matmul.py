@@ -26,9 +26,14 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     """
     if min(left.dim(), right.dim()) >= 2 and left.stride(-2) == 1 and right.shape[-1] < left.shape[-2]:
         return matmul(right.mT, left.mT).mT  # both libraries are slow where a tall factor is transposed
-    if forward_ad._current_level >= 0 or not is_product_served(left, right):
+    if _is_dual(left) or _is_dual(right) or not is_product_served(left, right):
         return left @ right
     return onednn_product(left, right)
+
+
+def _is_dual(tensor: Tensor) -> bool:
+    """Whether it carries a derivative in forward mode."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def onednn_product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -2,15 +2,21 @@
 
 from .frozen import FrozenNetwork
 from .function import ALL_OUTPUTS, NetworkFunction, check_finite, full_precision, is_finite, normal_tensor
+from .graph import nodes_below
+from .rows import spread_rows
 from .snapshot import ParameterSelection
+from .switches import Switch
 
 __all__ = [
     "ALL_OUTPUTS",
     "FrozenNetwork",
     "NetworkFunction",
     "ParameterSelection",
+    "Switch",
     "check_finite",
     "full_precision",
     "is_finite",
+    "nodes_below",
     "normal_tensor",
+    "spread_rows",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -73,29 +73,43 @@ class NetworkFunction:
 
     def __call__(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """f(w, x): (n, d) to (n, C). Call it inside :meth:`tracing`."""
-        out = self._call(parameters, x).reshape(x.shape[0], -1).to(x.dtype)
+        with ExitStack() as stack:
+            return self._selected(self._call(parameters, x, stack), x)
+
+    def _selected(self, out: Tensor, x: Tensor) -> Tensor:
+        """The outputs that take part, (n, C)."""
+        out = out.reshape(x.shape[0], -1).to(x.dtype)
         return out[:, self.output].unsqueeze(-1) if isinstance(self.output, int) else out
 
-    def _call(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def _call(self, parameters: Mapping[str, Tensor], x: Tensor, stack: ExitStack) -> Tensor:
         tensors = {**self.constants, **parameters}
         for name in tuple(self._written):
             tensors[name] = tensors[name].clone()
         versions = _versions(tensors)
-        out = self._call_with(tensors, x)
+        out = self._call_with(tensors, x, stack)
         if _versions(tensors) != versions:
             self._check_writes(tensors, versions)
         return out
 
-    def _call_with(self, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """What the network returns, whatever that is, for tensors by their canonical names."""
+    def _call_with(self, tensors: Mapping[str, Tensor], x: Tensor, stack: ExitStack) -> Tensor:
+        """What the network returns, whatever that is, for tensors by their canonical names.
+
+        :param stack: Keeps the module that runs, with these tensors in it, until it is closed.
+        """
         x = x.clone()  # the network may write to it
         if self.inner_dtype is not None:
             x = x.to(self.inner_dtype)
             tensors = {name: convert(tensor, self.inner_dtype) for name, tensor in tensors.items()}
         if self.input_shape is not None:
             x = x.reshape(x.shape[0], *self.input_shape)
-        with self.skeletons.lent(tensors) as module:
-            return module(x)
+        return stack.enter_context(self.skeletons.lent(tensors))(x)
+
+    @contextmanager
+    def attached(self, parameters: Mapping[str, Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
+        """f(w, ·) for calls and backward passes inside: what those compute again, as checkpoints do, needs the module
+        with its parameters."""
+        with ExitStack() as stack:
+            yield lambda x: self._selected(self._call({**parameters}, x, stack), x)
 
     def _check_writes(self, tensors: Mapping[str, Tensor], versions: list[int]) -> None:
         """Raises where a call wrote to tensors that later calls share, as none did when the network was tried."""
@@ -262,8 +276,8 @@ class NetworkFunction:
         """
         again = {name: tensor.detach().clone().requires_grad_() for name, tensor in self.parameters.items()}
         constants = {name: tensor.clone() for name, tensor in self.constants.items()}
-        with self.tracing(), torch.enable_grad():
-            leaves = leaves_below(self._call_with({**constants, **again}, rows))
+        with self.tracing(), torch.enable_grad(), ExitStack() as stack:
+            leaves = leaves_below(self._call_with({**constants, **again}, rows, stack))
         first, second = _unreached(parameters, leaves_below(out)), _unreached(again, leaves)
         if first != second or any(id(tensor) in leaves for tensor in parameters.values()):
             raise ValueError(
@@ -297,7 +311,8 @@ class NetworkFunction:
 
     def _checked_call(self, tensors: Mapping[str, Tensor], rows: Tensor) -> Tensor:
         try:
-            out = self._call_with(tensors, rows)
+            with ExitStack() as stack:
+                out = self._call_with(tensors, rows, stack)
         except Exception as error:
             shape = tuple(rows.shape[1:]) if self.input_shape is None else self.input_shape
             raise ValueError(

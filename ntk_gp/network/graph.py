@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
 
-def leaves_below(output: Tensor) -> set[int]:
-    """The ids of all the leaves that a tensor was computed from, its own if it is one that requires a gradient."""
-    if output.is_leaf:
-        return {id(output)} if output.requires_grad else set()
-    leaves: set[int] = set()
+def nodes_below(output: Tensor) -> Iterator[Any]:
+    """The nodes of the graph that a tensor was computed by, each once."""
     seen: set[Any] = set()
     pending = [output.grad_fn]
     while pending:
@@ -19,7 +17,12 @@ def leaves_below(output: Tensor) -> set[int]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.add(id(node.variable))
+        yield node
         pending.extend(child for child, _ in node.next_functions)
-    return leaves
+
+
+def leaves_below(output: Tensor) -> set[int]:
+    """The ids of all the leaves that a tensor was computed from, its own if it is one that requires a gradient."""
+    if output.is_leaf:
+        return {id(output)} if output.requires_grad else set()
+    return {id(node.variable) for node in nodes_below(output) if hasattr(node, "variable")}
