@@ -296,11 +296,11 @@ def compare_layouts(first: Recording, second: Recording) -> list[Layout]:
     return [Layout.compare(use, other, n, m) for use, other in zip(first.uses, second.uses, strict=True)]
 
 
-def use_terms(use: RecordedUse, gradients: Tensor, n: int, layout: Layout, absolute: bool = False) -> list[Term]:
+def use_terms(use: RecordedUse, gradients: Tensor, n: int, layout: Layout, squared: bool = False) -> list[Term]:
     """The terms of one use at n points, (1, n, …) each. Raises UnsupportedUse where there is no formula.
 
     :param gradients: g at the use's result, (C, *shape).
-    :param absolute: Of the absolute values of whatever the rule is given: sums of the sizes of what is summed.
+    :param squared: Of the squares of whatever the rule is given: sums of the squares of what is summed.
     """
     layout.check(use, n)
     assert layout.result.place is not None
@@ -310,10 +310,10 @@ def use_terms(use: RecordedUse, gradients: Tensor, n: int, layout: Layout, absol
             arguments[name] = points_first(value.expand(use.shape), layout.result.place, n)
         else:
             arguments[name] = layout.arguments[name].first(value, n)
-        if absolute and value.is_floating_point():
-            arguments[name] = arguments[name].abs()
+        if squared and value.is_floating_point():
+            arguments[name] = arguments[name].square()
     dim, split = layout.result.place
-    g = points_first(gradients.abs() if absolute else gradients, (dim + 1, split), n)
+    g = points_first(gradients.square() if squared else gradients, (dim + 1, split), n)
     g = g.movedim(1 + split, 1)  # (n, C, positions from the split, …)
     bound = use.rule.signature.bind_partial()
     bound.arguments.update(arguments)

@@ -30,7 +30,8 @@ _RELATIVE = 1e-10
 _ROUNDED = 1e-5
 # In units of rounding, of the sizes of all that is summed: what is zero in theory need not be zero.
 _SUMMED = 1000.0
-# Rows of gradients so much smaller than all the gradients at that point together, in units of rounding, are noise.
+# Rows of gradients so much smaller than all the gradients at that point together, in units of rounding, are noise where
+# there are several outputs: their sum is rounded. With one output there is nothing to round.
 _NOISE = 16.0
 
 
@@ -59,7 +60,7 @@ def misplaced(recording: Recording, gradients: Sequence[Tensor], layouts: Sequen
         return []
     eps = torch.finfo(recording.output.dtype).eps
     scales = [_scale(g, weights, layout) for g, layout in zip(gradients, layouts, strict=True)]
-    noise = _NOISE * eps * torch.stack(scales).square().sum(0).sqrt()
+    noise = _NOISE * eps * torch.stack(scales).square().sum(0).sqrt() * (len(gradients[0]) > 1)
     tolerance = _rounding(recording) ** 0.5
     return [recording.uses[i] for i, error in suspects if not (error <= tolerance * scales[i] + noise).all()]
 
@@ -120,22 +121,24 @@ def wrong_products(
     """Those of `names` for which Jᵀv, for a random v, is not what autograd says, and those for which it says zero.
 
     Costs a forward and a backward pass through the network as it is, nothing replaced in it. The difference allowed is
-    what rounding explains: of the result, and of everything that was summed for it.
+    what rounding explains: of the result, and of everything that was summed for it, in quadrature.
     """
-    v = combination(len(rows), function.num_outputs, rows)
+    generator = torch.Generator().manual_seed(0)
+    v = 1 + torch.rand(len(rows), function.num_outputs, generator=generator, dtype=torch.float64)
+    v = (v * (2 * torch.randint(0, 2, v.shape, generator=generator) - 1)).to(rows)
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in function.parameters.items()}
     with torch.enable_grad():
         output = function(leaves, rows)
     expected = torch.autograd.grad(output, list(leaves.values()), v, allow_unused=True)
     actual = _pulled(function, v, collect(recording, gradients, layouts, names))
-    sizes = _pulled(function, v.abs(), collect(recording, gradients, layouts, names, absolute=True))
+    squares = _pulled(function, v.square(), collect(recording, gradients, layouts, names, squared=True))
     eps, rounding = torch.finfo(rows.dtype).eps, _rounding(recording)
     relative = max(_RELATIVE, _ROUNDED if recording.is_rounded else 0.0, eps**0.5 if eps > 1e-10 else 0.0)
     wrong, silent = {}, set()
     for (name, leaf), reference in zip(leaves.items(), expected, strict=True):
         reference = torch.zeros_like(leaf) if reference is None else reference
         error, size = torch.linalg.vector_norm(actual[name] - reference), torch.linalg.vector_norm(reference)
-        summed = torch.linalg.vector_norm(sizes[name]).nan_to_num(0.0, 0.0, 0.0)
+        summed = squares[name].sum().nan_to_num(0.0, 0.0, 0.0).sqrt().nan_to_num(0.0)
         if name in names and not error <= relative * size + _SUMMED * rounding * summed:
             wrong[name] = "its gradients by the recorded uses differ from autograd's"
         elif size == 0:
@@ -148,17 +151,17 @@ def collect(
     gradients: Sequence[Tensor],
     layouts: Sequence[Layout],
     names: Collection[str],
-    absolute: bool = False,
+    squared: bool = False,
 ) -> Iterator[Term]:
-    """The terms of all uses of some parameters; of sizes only, where that can be told, if `absolute`."""
+    """The terms of all uses of some parameters; if `squared`, of squares, where that can be told."""
     n = len(recording.output)
     for use, g, layout in zip(recording.uses, gradients, layouts, strict=True):
         if not any(view.name in names for view in use.parameters):
             continue
         try:
-            yield from use_terms(use, g, n, layout, absolute)
+            yield from use_terms(use, g, n, layout, squared)
         except UnsupportedUse:
-            if not absolute:
+            if not squared:
                 raise
 
 
