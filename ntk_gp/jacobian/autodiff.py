@@ -2,7 +2,7 @@
 
 J u is forward-mode differentiation; where an operator of the network has none (weight norm, grid sampling), it is the
 transpose of the transpose: Jᵀv is linear in v, and reverse-mode differentiation of it gives J u. Where an operator
-can be differentiated just once (distances, embedding bags), it is formed from the rows of J, some points at a time.
+can be differentiated just once (distances), it is formed from the rows of J, some points at a time.
 """
 
 from __future__ import annotations

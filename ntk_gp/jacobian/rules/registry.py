@@ -144,8 +144,10 @@ def version() -> int:
 
 def mark_as_own() -> None:
     """Called once, when the package has registered all of its own."""
-    for entry in (*_RULES.values(), *_DECOMPOSITIONS.values()):
-        entry.is_own = True
+    for rule in _RULES.values():
+        rule.is_own = True
+    for decomposition in _DECOMPOSITIONS.values():
+        decomposition.is_own = True
 
 
 def _changed() -> None:

@@ -48,7 +48,7 @@ def misplaced(recording: Recording, gradients: Sequence[Tensor], layouts: Sequen
     """The uses in whose results a row is not its point's alone. Costs one backward pass."""
     if not (recording.uses and recording.output.requires_grad):
         return []
-    weights = combination(*recording.output.shape, like=recording.output)
+    weights = combination(len(recording.output), recording.output.shape[1], recording.output)
     differences = recording.combined(weights)
     suspects = []
     for i, (g, layout) in enumerate(zip(gradients, layouts, strict=True)):
