@@ -125,6 +125,9 @@ BODIES = (
 )  # fmt: skip
 
 
+NOT_SECOND = (one_head_each, ensemble, sorted_embedding, routed_to_one_of_many_matrices)  # do without that layer
+
+
 def late(x: Tensor, rows: int = 10) -> Tensor:
     """One kind of row only in the first rows."""
     x[:, :rows, 0] = -x[:, :rows, 0].abs()
@@ -148,12 +151,11 @@ def frozen(body: Callable, outputs: int = 1, **options) -> FrozenNetwork:
     return FrozenNetwork(Network(body, outputs).double(), output="all", **options)
 
 
-@pytest.mark.parametrize("outputs", [1, 3])
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("order", "outputs"), [("mixed", 1), ("late", 3), ("replicated", 1)])
 @pytest.mark.parametrize("body", BODIES)
 def test_every_operation_at_rows_of_any_order(body: Callable, order: str, outputs: int):
-    x = ORDERS[order](points(24))
-    check_every_operation(frozen(body, outputs), x, x[:, 5:17].flip(1) + 0.1)
+    x = ORDERS[order](points(15))
+    check_every_operation(frozen(body, outputs), x, x[:, 9:13].flip(1) + 0.1)
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -165,7 +167,7 @@ def test_a_plan_made_at_other_rows(body: Callable):
         engine = StructuredEngine(network)
         J1 = explicit(network, first)
         assert_close(engine.linearize(first).rows(), J1)
-        for x in (late(points(24, 1)), points(24, 2)):
+        for x in (late(points(14, 1)), points(12, 2)):
             jacobian, J = engine.linearize(x), explicit(network, x)
             assert_close(jacobian.rows(), J)
             assert_close(jacobian.gram(jacobian, weights), weights[0, 0] * J @ J.mT)
@@ -177,7 +179,7 @@ def test_in_single_precision(body: Callable):
     network = frozen(body)
     x = late(points(40, dtype=torch.float32))
     for parameters in (None, "second.*"):
-        if parameters and body in (by_branch, one_head_each, ensemble, sorted_embedding, routed_to_one_of_many_matrices):
+        if parameters and (body in NOT_SECOND or body is by_branch):
             continue
         network = frozen(body, parameters=parameters)
         expected = explicit(network, x.double())
@@ -187,19 +189,19 @@ def test_in_single_precision(body: Callable):
 @pytest.mark.parametrize("body", [by_sorting, by_mask, flipped, gated])
 def test_captured_chunk_by_chunk(body: Callable):
     network = frozen(body)
-    x = late(points(60))
+    x = late(points(40))
     J, weights = explicit(network, x), weights_for(network, 1)
-    with ntk_gp.settings.memory_budget(40_000):
+    with ntk_gp.settings.memory_budget(12_000):
         jacobian = StructuredEngine(network).linearize(x)
         assert not isinstance(jacobian, StructuredJacobian)
         assert_close(jacobian.gram(jacobian, weights), weights[0, 0] * J @ J.mT)
         assert_close(jacobian.diagonal(weights), weights[0, 0] * J.square().sum(-1))
-        assert_close(jacobian.vjp(torch.ones(1, 1, 60, dtype=x.dtype)), J.sum(1, keepdim=True))
+        assert_close(jacobian.vjp(torch.ones(1, 1, 40, dtype=x.dtype)), J.sum(1, keepdim=True))
 
 
 def test_what_is_right_stays_with_the_rules():
     for body, left in ((flipped, {"second"}), (by_where, set()), (points_first, set()), (one_head_each, set())):
-        report = StructuredEngine(frozen(body)).linearize(late(points(24))).report()
+        report = StructuredEngine(frozen(body)).linearize(late(points(16))).report()
         autodiff = {e["parameter"].split(".")[0] for e in report if e["served_by"] == "autodiff"}
         assert autodiff == left, body.__name__
 
@@ -209,7 +211,7 @@ def test_a_later_permutation_costs_only_its_own_layer():
     report = engine.linearize(late(points(10))).report()
     served = [e["parameter"] for e in report if e["served_by"] == "linear"]
     assert {"second.weight", "second.bias"} <= set(served)
-    report = engine.linearize(points(24)).report()
+    report = engine.linearize(points(16)).report()
     assert [e["parameter"] for e in report if e["served_by"] == "autodiff"] == ["second.weight", "second.bias"]
 
 
@@ -288,9 +290,9 @@ def test_a_users_rule_that_is_wrong_further_on(rule: Callable, gate: float, dtyp
     with registered(absolute, rule):
         torch.manual_seed(0)
         network = FrozenNetwork(Own(absolute, gate).double(), parameters="weight")
-        x = points(300, dtype=dtype).abs()
+        x = points(100, dtype=dtype).abs()
         y = x.clone()
-        y[:, 250] = -3 - y[:, 250]  # one row in 300
+        y[:, 70] = -3 - y[:, 70]  # one row in 100
         tolerance = 1e-10 if dtype == torch.float64 else 5e-5  # what a comparison of sums can see
         engine = StructuredEngine(network)
         for inputs in (x, y, -y):
