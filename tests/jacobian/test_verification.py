@@ -217,12 +217,14 @@ def test_a_later_permutation_costs_only_its_own_layer():
 
 def test_the_rows_tried_are_distinct_spread_and_valid():
     x = torch.arange(1000.0)[:, None].expand(-1, 3)
-    rows = some_rows(x, 8)
+    rows = some_rows(x, 8, torch.sum)
     assert len(rows.unique(dim=0)) == 8 and rows.max() > 500 > rows.min()
     for given in (torch.full((1, 2), 7.0), torch.full((50, 2), 7.0)):
-        rows = some_rows(given, 8)
+        rows = some_rows(given, 8, torch.sum)
         assert len(rows) >= 3 and len(rows.unique(dim=0)) == len(rows)
         assert (rows.long() == 7).all() and (rows.round() == 7).all()
+        for evaluate in (lambda rows: (7 - rows).sqrt(), lambda rows: [][int(rows.max())]):  # not at inputs beyond 7
+            assert torch.equal(some_rows(given, 8, evaluate), torch.full((4, 2), 7.0))
 
 
 # Users' rules

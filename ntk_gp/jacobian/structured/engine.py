@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -135,7 +136,9 @@ class StructuredEngine(JacobianEngine):
         with self._lock:
             plan = self._plans.get(function)
         if plan is None or plan.version != rules.version():
-            plan = self._make_plan(function, some_rows(x.reshape(-1, x.shape[-1]), _VERIFIED_POINTS), {})
+            with function.tracing(), torch.no_grad():
+                rows = some_rows(x.reshape(-1, x.shape[-1]), _VERIFIED_POINTS, partial(function, function.parameters))
+            plan = self._make_plan(function, rows, {})
             self._remember(function, plan)
         return plan
 

@@ -46,23 +46,25 @@ def combination(n: int, outputs: int, like: Tensor) -> Tensor:
 
 def misplaced(recording: Recording, gradients: Sequence[Tensor], layouts: Sequence[Layout]) -> list[RecordedUse]:
     """The uses in whose results a row is not its point's alone. Costs one backward pass."""
-    if not (recording.uses and recording.output.requires_grad):
+    n, outputs = recording.output.shape
+    if n == 1 or not (recording.uses and recording.output.requires_grad):  # all rows are the one point's
         return []
-    weights = combination(len(recording.output), recording.output.shape[1], recording.output)
+    weights = combination(n, outputs, recording.output)
     differences = recording.combined(weights)
-    suspects = []
     for i, (g, layout) in enumerate(zip(gradients, layouts, strict=True)):
-        difference = _difference(differences[i], g, weights, layout)
-        differences[i] = recording.output.new_empty(0)  # as soon as it is done with
-        if _is_nonzero(difference):
-            suspects.append((i, _row_norms(difference, layout, len(weights))))
+        differences[i] = _difference(differences[i], g, weights, layout)
+    suspects = _nonzero(differences)
     if not suspects:
         return []
-    eps = torch.finfo(recording.output.dtype).eps
     scales = [_scale(g, weights, layout) for g, layout in zip(gradients, layouts, strict=True)]
-    noise = _NOISE * eps * torch.stack(scales).square().sum(0).sqrt() * (len(gradients[0]) > 1)
+    eps = torch.finfo(recording.output.dtype).eps if outputs > 1 else 0.0
+    noise = _NOISE * eps * torch.stack(scales).square().sum(0).sqrt()
     tolerance = _rounding(recording) ** 0.5
-    return [recording.uses[i] for i, error in suspects if not (error <= tolerance * scales[i] + noise).all()]
+    wrong = []
+    for i in suspects:
+        if not (_row_norms(differences[i], layouts[i], n) <= tolerance * scales[i] + noise).all():
+            wrong.append(recording.uses[i])
+    return wrong
 
 
 def _rounding(recording: Recording) -> float:
@@ -87,12 +89,12 @@ def _spread(values: Tensor, layout: Layout, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.dim() - dim - 1))
 
 
-def _is_nonzero(values: Tensor) -> bool:
-    """Whether anything is not zero, NaN included; without an intermediate result."""
-    if not values.numel():
-        return False
-    least, most = torch.aminmax(values)
-    return not (float(least) == 0.0 == float(most))
+def _nonzero(tensors: Sequence[Tensor]) -> list[int]:
+    """Which of them have anything but zeros in them, NaN included; without an intermediate result."""
+    filled = [i for i, tensor in enumerate(tensors) if tensor.numel()]
+    extremes = [torch.stack(torch.aminmax(tensors[i])) for i in filled]
+    found = torch.stack(extremes).ne(0).any(1).tolist() if extremes else []
+    return [i for i, nonzero in zip(filled, found, strict=True) if nonzero]
 
 
 def _row_norms(values: Tensor, layout: Layout, n: int) -> Tensor:
