@@ -147,6 +147,13 @@ NETWORKS: dict[str, tuple[int, Callable[[], nn.Module]]] = {
             table=nn.Embedding(5, 6), body=nn.Linear(4, 6), head=nn.Linear(6, 1),
         ),
     ),
+    "EmbeddingBag": (
+        4,
+        lambda: Custom(
+            lambda self, x: self.head(torch.tanh(self.table(indices(x)) + self.body(x))),
+            table=nn.EmbeddingBag(5, 6), body=nn.Linear(4, 6), head=nn.Linear(6, 1),
+        ),
+    ),
     "cdist": (
         4,
         lambda: Custom(
@@ -179,12 +186,9 @@ NETWORKS: dict[str, tuple[int, Callable[[], nn.Module]]] = {
 
 # Layers whose derivative torch cannot differentiate with respect to the inputs: it raises.
 ONCE_DIFFERENTIABLE: dict[str, tuple[int, Callable[[], nn.Module]]] = {
-    "EmbeddingBag": (
+    "pdist": (
         4,
-        lambda: Custom(
-            lambda self, x: self.head(torch.tanh(self.table(indices(x)) + self.body(x))),
-            table=nn.EmbeddingBag(5, 6), body=nn.Linear(4, 6), head=nn.Linear(6, 1),
-        ),
+        lambda: function(lambda z: torch.stack([F.pdist(row.reshape(3, 2)) for row in z.tanh()]), width=3),
     ),
 }  # fmt: skip
 

@@ -3,8 +3,8 @@
 By the transforms of `torch.func` where they serve the network (:mod:`.modes` finds out), otherwise by plain autograd.
 J u is forward-mode differentiation; where an operator of the network has none (weight norm, grid sampling), or one that
 disagrees with its reverse mode, it is the transpose of the transpose: Jᵀv is linear in v, and reverse-mode
-differentiation of it gives J u. Where an operator can be differentiated just once (distances, embedding bags), it is
-formed from the rows of J, some points at a time.
+differentiation of it gives J u. Where an operator can be differentiated just once (distances), it is formed from the
+rows of J, some points at a time.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..network import FrozenNetwork, NetworkFunction, normal_tensor, spread_rows
+from ..network import FrozenNetwork, NetworkFunction, normal_tensor, some_rows
 from . import plain, transforms
 from .base import Jacobian, JacobianEngine
 from .modes import TRANSFORM_ERRORS, Modes, agree_at_random
@@ -57,7 +58,9 @@ class AutodiffEngine(JacobianEngine):
         if key not in self._modes and x.numel():
             with self._lock:
                 if key not in self._modes:
-                    rows = spread_rows(normal_tensor(x.detach()).reshape(-1, x.shape[-1]), _TRIED)
+                    flat = normal_tensor(x.detach()).reshape(-1, x.shape[-1])
+                    with function.tracing(), torch.no_grad():
+                        rows = some_rows(flat, _TRIED, partial(function, function.parameters))
                     self._modes[key] = Modes.tried(function, rows)
         return AutodiffJacobian(function, normal_tensor(x), self._modes.get(key, Modes()))
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import settings
 from ..network import FrozenNetwork, full_precision, normal_tensor
+from . import rules
 from .autodiff import AutodiffEngine
 from .base import Jacobian, JacobianEngine
 from .memory import empty
@@ -193,7 +194,7 @@ class Linearization:
         return gram
 
     def _state(self) -> Hashable:
-        return (self.network.fingerprint(), type(self.engine))
+        return (self.network.fingerprint(), type(self.engine), rules.version())
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_cache": None, "_pairs": None, "_solvers": None, "_lock": None}

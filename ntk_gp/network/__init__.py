@@ -1,9 +1,9 @@
 """The network to be linearised: a frozen copy of the user's module, its parameters chosen, grouped and flattened."""
 
-from .frozen import FrozenNetwork
+from .frozen import FrozenNetwork, preserved_random_state
 from .function import ALL_OUTPUTS, NetworkFunction, check_finite, full_precision, is_finite, normal_tensor
 from .graph import nodes_below
-from .rows import spread_rows
+from .rows import some_rows
 from .snapshot import ParameterSelection
 from .switches import Switch
 
@@ -18,5 +18,6 @@ __all__ = [
     "is_finite",
     "nodes_below",
     "normal_tensor",
-    "spread_rows",
+    "preserved_random_state",
+    "some_rows",
 ]

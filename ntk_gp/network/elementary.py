@@ -75,7 +75,48 @@ def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = No
     return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, dim=-1)
 
 
+def embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """An embedding, (bags, longest, d), with a weight for each entry, and a sum, a mean or a maximum of each bag."""
+    kept = torch.ones_like(input, dtype=torch.bool) if padding_idx is None else input != padding_idx % weight.shape[0]
+    if offsets is not None:
+        places, exists = _places(offsets, input.shape[0], include_last_offset)
+        input, kept = input[places], kept[places] & exists
+        per_sample_weights = None if per_sample_weights is None else per_sample_weights[places]
+    rows = nn.functional.embedding(input, weight, None, max_norm, norm_type, scale_grad_by_freq, sparse)
+    if mode == "max":
+        largest = rows.masked_fill(~kept.unsqueeze(-1), -torch.inf).max(1).values
+        return torch.where(kept.any(1, keepdim=True), largest, 0.0)
+    scale = kept.to(weight.dtype)
+    if mode == "mean":
+        scale = scale / scale.sum(1, keepdim=True).clamp(min=1.0)
+    scale = scale if per_sample_weights is None else scale * per_sample_weights
+    return (rows * scale.unsqueeze(-1)).sum(1)
+
+
+def _places(offsets: Tensor, total: int, include_last_offset: bool) -> tuple[Tensor, Tensor]:
+    """Where the entries of each bag are in the list of all, (bags, longest), and whether they are there."""
+    starts = offsets[:-1] if include_last_offset else offsets
+    ends = offsets[1:] if include_last_offset else torch.cat([offsets[1:], offsets.new_full((1,), total)])
+    longest = int((ends - starts).max()) if len(starts) else 0
+    places = starts.unsqueeze(1) + torch.arange(longest, dtype=offsets.dtype, device=offsets.device)
+    exists = places < ends.unsqueeze(1)
+    return places.clamp(max=max(0, total - 1)), exists
+
+
 _ELEMENTARY: dict[Callable, Callable] = {
+    nn.functional.embedding_bag: embedding_bag,
     nn.functional.glu: _glu,
     nn.functional.hardsigmoid: _hardsigmoid,
     torch.cdist: _cdist,

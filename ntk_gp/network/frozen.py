@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from .fingerprint import Fingerprint
 from .function import ALL_OUTPUTS, NetworkFunction, check_finite, convert, normal_tensor
-from .rows import check_rows_are_independent, spread_rows
+from .rows import check_rows_are_independent, some_rows
 from .skeleton import Skeletons
 from .snapshot import (
     ParameterSelection,
@@ -39,7 +40,7 @@ logger = logging.getLogger("ntk_gp")
 _FEW = 16
 # The precisions in which one is tried that does not compute in that of its inputs.
 _PRECISIONS = (torch.float32, torch.float64)
-_random_state = threading.Lock()
+_random_state = threading.RLock()
 
 
 class FrozenNetwork(nn.Module):
@@ -212,7 +213,7 @@ class FrozenNetwork(nn.Module):
         rows = x.shape[:-1].numel()
         if rows > _FEW and not function.has_checked(rows):
             flat = normal_tensor(x.detach()).reshape(rows, -1)[: function.points_per_pass()]
-            with function.tracing(), torch.no_grad(), _preserved_random_state(x.device):
+            with function.tracing(), torch.no_grad(), preserved_random_state(x.device):
                 function.check_values(flat, function(function.parameters, flat), rows)
 
     def _check_few(self, x: Tensor) -> None:
@@ -222,12 +223,14 @@ class FrozenNetwork(nn.Module):
             return
         self._check_width(x)
         check_finite(x)
-        with self._lock, torch.inference_mode(False), _preserved_random_state(x.device):
+        with self._lock, torch.inference_mode(False), preserved_random_state(x.device):
             if key in self._checked:  # by another thread, meanwhile
                 return
-            rows = spread_rows(normal_tensor(x.detach()).reshape(-1, x.shape[-1]), _FEW)
-            function = self._probed(rows if len(rows) else x.new_zeros(1, x.shape[-1]))
-            if len(rows) > 1:
+            flat = normal_tensor(x.detach()).reshape(-1, x.shape[-1])
+            function = self._probed(flat[:_FEW] if count else x.new_zeros(1, x.shape[-1]))
+            if count:
+                with function.tracing(), torch.no_grad():
+                    rows = some_rows(flat, _FEW, partial(function, function.parameters))
                 check_rows_are_independent(self._most_exact(function, rows), rows)
             self._checked.add(key)
 
@@ -350,7 +353,7 @@ def _check_output_argument(output: int | str | None) -> None:
 
 
 @contextmanager
-def _preserved_random_state(device: torch.device) -> Iterator[None]:
+def preserved_random_state(device: torch.device) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     with _random_state, torch.random.fork_rng(devices=devices):  # two threads would restore each other's
         yield

@@ -152,10 +152,11 @@ class NetworkFunction:
         return max(1, settings.memory_budget.bytes(self.device) // (_PASS_OVERHEAD * max(1, self.bytes_per_point)))
 
     def restrict(self, names: Iterable[str]) -> NetworkFunction:
-        """The same function, with only these of the selected parameters as its parameters."""
+        """The same function, with only these of the selected parameters as its parameters, in the order they have."""
+        names = set(names)
         restricted = copy.copy(self)
         groups = dict(zip(self.parameters, self.group_indices, strict=True))
-        restricted.parameters = {name: self.parameters[name] for name in names}
+        restricted.parameters = {name: tensor for name, tensor in self.parameters.items() if name in names}
         restricted.constants = {**self.constants, **self.parameters}
         restricted.group_indices = tuple(groups[name] for name in restricted.parameters)
         restricted.__dict__.pop("sizes", None)

@@ -1,28 +1,47 @@
-"""Whether a network treats each row of its inputs by itself."""
+"""Inputs at which a network is tried, and whether it treats each row of them by itself."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .function import MIXES_ROWS, NetworkFunction
 
-# Rows looked at, to find different ones among them.
-_CANDIDATES = 256
+# Candidates among which distinct ones are looked for.
+_CANDIDATES = 64
+# Fewer than these distinct inputs say too little about which is which.
+_MIN_ROWS = 4
 
 
-def spread_rows(x: Tensor, count: int) -> Tensor:
-    """Up to `count` different rows of x (n, d), spread over all of them; two made different where all are equal."""
-    rows = x[_spread(len(x), _CANDIDATES, x.device)].unique(dim=0)
-    if len(rows) == 1 and len(x) > 1:
-        # A little nearer to zero: integers stay in their range however they are rounded.
-        return torch.cat([rows, 0.99 * rows])
-    return rows[_spread(len(rows), count, x.device)]
+def some_rows(x: Tensor, count: int, evaluate: Callable[[Tensor], Tensor]) -> Tensor:
+    """Up to `count` distinct rows of x (n, d), from everywhere in it and in random order; three at least.
 
-
-def _spread(n: int, count: int, device: torch.device) -> Tensor:
-    """Up to `count` of the numbers below n, evenly spaced."""
-    return torch.linspace(0, max(n - 1, 0), min(n, count), device=device).long()
+    Where x has too few of them, others close to them are added: a permutation of equal rows would not show. What is
+    added to a feature is below one half and positive, so that integers in floating point stay valid. Where `evaluate`
+    does not take them all the same, or its result is not finite, there are copies.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    if len(x) > _CANDIDATES:
+        candidates = x[torch.randint(len(x), (_CANDIDATES,), generator=generator, device="cpu").to(x.device)]
+    else:
+        candidates = x[torch.randperm(len(x), generator=generator, device="cpu").to(x.device)]
+    distinct: dict[bytes, Tensor] = {}
+    for row in candidates:
+        distinct.setdefault(row.cpu().numpy().tobytes(), row)
+    rows = torch.stack(list(distinct.values())[:count])
+    if len(rows) >= _MIN_ROWS:
+        return rows
+    copies = rows.repeat(-(-_MIN_ROWS // len(rows)), 1)
+    noise = torch.rand(copies.shape, generator=generator, dtype=torch.float64, device="cpu").to(copies)
+    noise[: len(rows)] = 0.0
+    more = copies + 0.3 * noise * copies.abs().clamp(1e-3, 1.0)
+    try:
+        is_valid = bool(torch.isfinite(evaluate(more)).all())
+    except Exception:  # whatever the network wants of its inputs
+        is_valid = False
+    return more if is_valid else copies
 
 
 def check_rows_are_independent(function: NetworkFunction, rows: Tensor) -> None:

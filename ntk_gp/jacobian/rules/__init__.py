@@ -2,7 +2,18 @@
 
 from ..terms import ConvolutionTerm, FeatureTerm, MatrixTerm, OneHotTerm, ParameterView, Term
 from . import activation, attention, bilinear, convolution, elementwise, embedding, linear, normalisation  # noqa: F401
-from .registry import UnsupportedUse, Use, find_decomposition, find_rule, register_decomposition, register_rule
+from .registry import (
+    UnsupportedUse,
+    Use,
+    find_decomposition,
+    find_rule,
+    mark_as_own,
+    register_decomposition,
+    register_rule,
+    version,
+)
+
+mark_as_own()
 
 __all__ = [
     "ConvolutionTerm",
@@ -17,4 +28,5 @@ __all__ = [
     "find_rule",
     "register_decomposition",
     "register_rule",
+    "version",
 ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...network.elementary import embedding_bag
 from ..terms import OneHotTerm, ParameterView, Term
 from .registry import UnsupportedUse, Use, register_decomposition, register_rule
 
@@ -55,5 +57,22 @@ def positional_embedding(
     return weight[:count].view(*input.shape, -1)
 
 
+def bag_of_embeddings(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """An embedding, and what is done with its rows."""
+    if max_norm is not None or scale_grad_by_freq or input.numel() == 0:
+        return NotImplemented
+    return embedding_bag(input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, *args, **kwargs)
+
+
 register_rule(F.embedding, embedding, parameters=("weight",))
+register_decomposition(F.embedding_bag, bag_of_embeddings)
 register_decomposition(F.embedding, positional_embedding)

@@ -45,11 +45,25 @@ def _times_parameter(use: Use, input: Tensor, other: ParameterView) -> Iterable[
     if other.ndim == 2:
         use.keep_last(1)
         return use.matrix(other.permute(1, 0), None, input)
-    if other.ndim == 3 and use.point_dim == 0 and use.ndim > 3:  # one matrix for each head
-        a = input.movedim(-3, -2).flatten(1, -3) if input.dim() > 4 else input.transpose(1, 2)
-        g = g.movedim(-3, -2).flatten(2, -3) if g.dim() > 5 else g.transpose(2, 3)
-        return [MatrixTerm(other.permute(0, 2, 1), None, a.unsqueeze(0), g.unsqueeze(0))]
-    raise UnsupportedUse("a batched product")
+    if other.ndim == 3:
+        return _times_heads(use, input, other)
+    raise UnsupportedUse("a product with a batch of batches of matrices")
+
+
+def _times_heads(use: Use, input: Tensor, other: ParameterView) -> Iterable[Term]:
+    """z_h = a_h W_h, one matrix for each head h; where there is one a, or one W, it is the same for all heads."""
+    g = use.gradients
+    if use.point_dim == use.ndim - 2 == 1 and not use.split:  # (H or none, n, d_in) at the beginning
+        input = input.unsqueeze(1) if input.dim() == 2 else input
+        input, g = input.unsqueeze(-2), g.unsqueeze(-2)  # (n, H or 1, 1, d_in), (n, C, H, 1, d_out)
+    else:
+        use.keep_last(3)
+    a = input.expand(*g.shape[:1], *g.shape[2:-1], input.shape[-1])  # (n, *positions, H, rows, d_in)
+    a, g = (t.transpose(-3, -2) for t in (a, g))
+    if other.shape[0] == 1:
+        a, g = a.unsqueeze(-2), g.unsqueeze(-2)
+    a, g = a.flatten(1, -3), g.flatten(2, -3)
+    return [MatrixTerm(other.permute(0, 2, 1), None, a.unsqueeze(0), g.unsqueeze(0))]
 
 
 def _parameter_times(use: Use, input: ParameterView, other: Tensor) -> Iterable[Term]:

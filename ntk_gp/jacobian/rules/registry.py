@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,11 +98,13 @@ class RegisteredRule:
     """A rule and how to read the calls it is for.
 
     :param elementwise: The call's tensors broadcast against one another.
+    :param is_own: Whether it came with the package, whose tests it has passed.
     """
 
     rule: Rule
     parameters: tuple[str, ...]
     elementwise: bool = False
+    is_own: bool = False
     signature: inspect.Signature = field(init=False)
 
     def __post_init__(self) -> None:
@@ -120,8 +123,36 @@ class RegisteredRule:
             return None
 
 
+@dataclass
+class RegisteredDecomposition:
+    """What a composite function is replaced by."""
+
+    replacement: Callable
+    is_own: bool = False
+
+
 _RULES: dict[Any, RegisteredRule] = {}
-_DECOMPOSITIONS: dict[Any, Callable] = {}
+_DECOMPOSITIONS: dict[Any, RegisteredDecomposition] = {}
+_versions = itertools.count(1)
+_version = 0
+
+
+def version() -> int:
+    """A number that changes with every registration: what was found out with other rules is found out again."""
+    return _version
+
+
+def mark_as_own() -> None:
+    """Called once, when the package has registered all of its own."""
+    for rule in _RULES.values():
+        rule.is_own = True
+    for decomposition in _DECOMPOSITIONS.values():
+        decomposition.is_own = True
+
+
+def _changed() -> None:
+    global _version
+    _version = next(_versions)
 
 
 def register_rule(
@@ -136,9 +167,12 @@ def register_rule(
     :param parameters: The names of the arguments that may be parameters.
     :param elementwise: The function's tensors broadcast: the rule gets them expanded to the result's shape.
 
-    A rule that is wrong is found out: the engine compares each parameter's gradients with autograd's first.
+    Kernels that exist use it from their next evaluation on. At every capture, Jᵀv by a registered rule is compared with
+    autograd's for one random v over all the inputs captured; a parameter that disagrees is left to autodiff. See
+    `docs/adding-a-rule.md` for what that can tell.
     """
     _RULES[function] = RegisteredRule(rule, tuple(parameters), elementwise)
+    _changed()
 
 
 def register_decomposition(function: Callable, decomposition: Callable) -> None:
@@ -146,7 +180,8 @@ def register_decomposition(function: Callable, decomposition: Callable) -> None:
 
     :param decomposition: Has the function's arguments and result, or returns NotImplemented.
     """
-    _DECOMPOSITIONS[function] = decomposition
+    _DECOMPOSITIONS[function] = RegisteredDecomposition(decomposition)
+    _changed()
 
 
 def find_rule(function: Any) -> RegisteredRule | None:
@@ -156,7 +191,7 @@ def find_rule(function: Any) -> RegisteredRule | None:
         return None
 
 
-def find_decomposition(function: Any) -> Callable | None:
+def find_decomposition(function: Any) -> RegisteredDecomposition | None:
     try:
         return _DECOMPOSITIONS.get(function)
     except TypeError:

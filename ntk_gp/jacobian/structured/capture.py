@@ -8,7 +8,7 @@ graph that autograd has recorded: that parameter is left to autodiff.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,34 +63,38 @@ class Recording:
     """All uses in one forward pass.
 
     :param output: f, (n, C).
-    :param unseen: The parameters that the output depends on in other ways too.
+    :param unseen: The parameters that the output depends on in other ways too, in the order of the names asked for.
+    :param is_rounded: Whether a part of it was computed in another dtype.
+    :param is_foreign: Whether a decomposition that is not this package's own took part.
     """
 
     uses: list[RecordedUse]
     output: Tensor
-    unseen: frozenset[str]
+    unseen: tuple[str, ...]
+    is_rounded: bool = False
+    is_foreign: bool = False
 
     @property
     def signature(self) -> tuple:
         return (tuple(use.signature for use in self.uses), self.unseen)
+
+    def combined(self, cotangents: Tensor) -> list[Tensor]:
+        """At every use, (*shape), the gradients of the sum of all outputs with these weights (n, C)."""
+        edges = [use.edge for use in self.uses]
+        found = torch.autograd.grad(self.output, edges, cotangents, retain_graph=True, allow_unused=True)
+        return [self.output.new_zeros(use.shape) if g is None else g for g, use in zip(found, self.uses, strict=True)]
 
     def gradients(self) -> list[Tensor]:
         """g at every use: (C, *shape). Rows are independent, so that one pass for each output serves all points."""
         if not self.uses:
             return []
         n, outputs = self.output.shape
-        edges = [use.edge for use in self.uses]
         identity = torch.eye(outputs, dtype=self.output.dtype, device=self.output.device)
         if not self.output.requires_grad:
             return [self.output.new_zeros(outputs, *use.shape) for use in self.uses]
 
         def pull(row: Tensor) -> tuple[Tensor, ...]:
-            found = torch.autograd.grad(
-                self.output, edges, row.expand(n, outputs), retain_graph=True, allow_unused=True
-            )
-            return tuple(
-                self.output.new_zeros(use.shape) if g is None else g for g, use in zip(found, self.uses, strict=True)
-            )
+            return tuple(self.combined(row.expand(n, outputs)))
 
         if outputs > 1 and sum(use.shape.numel() for use in self.uses) <= _BATCHED_ELEMENTS:
             try:
@@ -114,9 +118,9 @@ def _record(function: NetworkFunction, x: Tensor, names: Sequence[str], copy: bo
     recorder = _Recorder(function, leaves, copy)
     with torch.enable_grad(), recorder:
         output = function({**function.parameters, **leaves}, x)
-    reached = _leaves_below(output)
-    unseen = frozenset(name for name, leaf in leaves.items() if id(leaf) in reached)
-    return Recording(recorder.uses, output, unseen)
+    reached, is_rounded = _below(output)
+    unseen = tuple(name for name, leaf in leaves.items() if id(leaf) in reached)
+    return Recording(recorder.uses, output, unseen, is_rounded, recorder.is_foreign)
 
 
 class _Recorder(TorchFunctionMode):
@@ -124,6 +128,7 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.uses: list[RecordedUse] = []
         self.copy = copy
+        self.is_foreign = False
         starts = [0]
         for size in function.sizes:
             starts.append(starts[-1] + size)
@@ -137,8 +142,9 @@ class _Recorder(TorchFunctionMode):
         decomposition = find_decomposition(function)
         if decomposition is not None and any(self.view(value) is not None for value in (*args, *kwargs.values())):
             with self:
-                result = decomposition(*args, **kwargs)
+                result = decomposition.replacement(*args, **kwargs)
             if result is not NotImplemented:
+                self.is_foreign |= not decomposition.is_own
                 return result
         rule = find_rule(function)
         bound = None if rule is None else rule.bind(args, kwargs)
@@ -148,13 +154,19 @@ class _Recorder(TorchFunctionMode):
         views = {name: view for name, view in found.items() if view is not None}
         if not views:
             return _call(function, *args, **kwargs)
-        return self._use(function, rule, bound, views)
+        result = self._use(function, rule, bound, views)
+        return _call(function, *args, **kwargs) if result is None else result
 
-    def _use(self, function: Callable, rule: RegisteredRule, bound: Any, views: dict[str, ParameterView]) -> Any:
+    def _use(
+        self, function: Callable, rule: RegisteredRule, bound: Any, views: dict[str, ParameterView]
+    ) -> Tensor | None:
+        """The call's result, recorded; None where it is not one tensor."""
         for name in views:
             bound.arguments[name] = bound.arguments[name].detach()
         kept = {name: _kept(value, self.copy) for name, value in bound.arguments.items()}
         result = _call(function, *bound.args, **bound.kwargs)
+        if not isinstance(result, Tensor) or not result.is_floating_point():
+            return None
         in_place = any(result is value for value in bound.arguments.values())
         if in_place or result._is_view() or not result.requires_grad:  # the graph has no place for it alone yet
             perturbation = result.new_zeros(()).expand(result.shape).requires_grad_()
@@ -202,83 +214,122 @@ def _is_plain_view(value: Tensor) -> bool:
     return True
 
 
-def _leaves_below(output: Tensor) -> set[int]:
-    """The ids of all the leaves that a tensor was computed from."""
+def _below(output: Tensor) -> tuple[set[int], bool]:
+    """The ids of all the leaves that a tensor was computed from, and whether there was a change of dtype on the way."""
     leaves: set[int] = set()
     seen: set[Any] = set()
     pending = [output.grad_fn]
+    converted = False
     while pending:
         node = pending.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
+        converted |= node.name() == "ToCopyBackward0"
         if hasattr(node, "variable"):
             leaves.add(id(node.variable))
         pending.extend(child for child, _ in node.next_functions)
-    return leaves
+    return leaves, converted
 
 
 Place = tuple[int, bool]  # the dimension that runs over the points, and whether it runs over positions too
 
 
 @dataclass
-class Layout:
-    """Where the points are in every use: found by recording at two numbers of points and seeing which sizes follow.
+class TensorLayout:
+    """How the shape of a tensor follows the number of points: found by recording at two numbers of them.
 
-    :param results: The place of the points in each use's result.
-    :param arguments: Their place in each use's tensor arguments, None where an argument does not depend on them.
+    :param place: Where the points are, or None where the shape is always the same.
+    :param shape: The shape at `points` points.
     """
 
-    results: list[Place | None]
-    arguments: list[dict[str, Place | None]]
+    place: Place | None
+    shape: torch.Size
+    points: int
 
     @classmethod
-    def compare(cls, first: Recording, second: Recording) -> Layout:
-        n, m = first.output.shape[0], second.output.shape[0]
-        results, arguments = [], []
-        for use, other in zip(first.uses, second.uses, strict=True):
-            results.append(_place(use.shape, other.shape, n, m))
-            others = other.tensors()
-            arguments.append({k: _place(v.shape, others[k].shape, n, m) for k, v in use.tensors().items()})
-        return cls(results, arguments)
+    def compare(cls, shape: torch.Size, other: torch.Size, n: int, m: int) -> TensorLayout:
+        changed = [dim for dim, (a, b) in enumerate(zip(shape, other, strict=True)) if a != b]
+        if len(changed) != 1:
+            return cls(None, shape, n)
+        dim = changed[0]
+        return cls((dim, shape[dim] != n), shape, n)
+
+    def shape_at(self, n: int) -> tuple[int, ...]:
+        if self.place is None:
+            return tuple(self.shape)
+        dim = self.place[0]
+        return (*self.shape[:dim], self.shape[dim] * n // self.points, *self.shape[dim + 1 :])
+
+    def first(self, tensor: Tensor, n: int) -> Tensor:
+        """The tensor with the points first, (n, …); as it is where it does not depend on them."""
+        return tensor if self.place is None else points_first(tensor, self.place, n)
 
 
-def _place(shape: torch.Size, other: torch.Size, n: int, m: int) -> Place | None:
-    changed = [dim for dim, (a, b) in enumerate(zip(shape, other, strict=True)) if a != b]
-    if len(changed) != 1 or shape[changed[0]] * m != other[changed[0]] * n:
-        return None
-    return changed[0], shape[changed[0]] != n
+@dataclass
+class Layout:
+    """Where the points are in one use: in its result, and in each of its tensor arguments."""
+
+    result: TensorLayout
+    arguments: dict[str, TensorLayout]
+
+    @classmethod
+    def compare(cls, use: RecordedUse, other: RecordedUse, n: int, m: int) -> Layout:
+        """Of a use recorded at n points and at m."""
+        others = other.tensors()
+        arguments = {k: TensorLayout.compare(v.shape, others[k].shape, n, m) for k, v in use.tensors().items()}
+        return cls(TensorLayout.compare(use.shape, other.shape, n, m), arguments)
+
+    def check(self, use: RecordedUse, n: int) -> None:
+        """Raises UnsupportedUse where a use recorded at n points is not laid out like this."""
+        if self.result.place is None:
+            raise UnsupportedUse("the result does not depend on the points one by one")
+        shapes = [(self.result, use.shape), *((self.arguments[k], v.shape) for k, v in use.tensors().items())]
+        for layout, shape in shapes:
+            if tuple(shape) != layout.shape_at(n):
+                raise UnsupportedUse("shapes do not follow the number of points")
 
 
-def use_terms(
-    use: RecordedUse, gradients: Tensor, n: int, place: Place | None, layout: Mapping[str, Place | None]
-) -> list[Term]:
-    """The terms of one use at n points, (1, n, …) each. Raises UnsupportedUse where its rule has no formula."""
-    if place is None:
-        raise UnsupportedUse("the result does not depend on the points one by one")
+def compare_layouts(first: Recording, second: Recording) -> list[Layout]:
+    """Of every use, from recordings at two numbers of points."""
+    n, m = first.output.shape[0], second.output.shape[0]
+    return [Layout.compare(use, other, n, m) for use, other in zip(first.uses, second.uses, strict=True)]
+
+
+def use_terms(use: RecordedUse, gradients: Tensor, n: int, layout: Layout, squared: bool = False) -> list[Term]:
+    """The terms of one use at n points, (1, n, …) each. Raises UnsupportedUse where there is no formula.
+
+    :param gradients: g at the use's result, (C, *shape).
+    :param squared: Of the squares of whatever the rule is given: sums of the squares of what is summed.
+    """
+    layout.check(use, n)
+    assert layout.result.place is not None
     arguments = dict(use.arguments)
     for name, value in use.tensors().items():
         if use.rule.elementwise:
-            arguments[name] = points_first(value.expand(use.shape), place, n)
-        elif layout[name] is not None:
-            arguments[name] = points_first(value, layout[name], n)
-    dim, split = place
-    g = points_first(gradients, (dim + 1, split), n)
+            arguments[name] = points_first(value.expand(use.shape), layout.result.place, n)
+        else:
+            arguments[name] = layout.arguments[name].first(value, n)
+        if squared and value.is_floating_point():
+            arguments[name] = arguments[name].square()
+    dim, split = layout.result.place
+    g = points_first(gradients.square() if squared else gradients, (dim + 1, split), n)
     g = g.movedim(1 + split, 1)  # (n, C, positions from the split, …)
     bound = use.rule.signature.bind_partial()
     bound.arguments.update(arguments)
-    return list(use.rule.rule(Use(g, dim, len(use.shape), split), *bound.args, **bound.kwargs))
+    try:
+        terms = list(use.rule.rule(Use(g, dim, len(use.shape), split), *bound.args, **bound.kwargs))
+        for term in terms:
+            term.check(n, len(gradients))
+    except UnsupportedUse:
+        raise
+    except Exception as error:  # whatever goes wrong in a rule, there is another way
+        raise UnsupportedUse(f"{type(error).__name__}: {error}") from error
+    return terms
 
 
-def points_first(tensor: Tensor, place: Place | None, n: int) -> Tensor:
+def points_first(tensor: Tensor, place: Place, n: int) -> Tensor:
     """A tensor at n points, (n, …)."""
-    assert place is not None
     dim, split = place
     tensor = tensor.movedim(dim, 0)
     return tensor.unflatten(0, (n, -1)) if split else tensor
-
-
-def parameter_names(uses: Sequence[RecordedUse]) -> Iterator[str]:
-    for use in uses:
-        for view in use.parameters:
-            yield view.name

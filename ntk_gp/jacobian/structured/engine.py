@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -11,21 +14,22 @@ import torch
 from torch import Tensor
 
 from ... import settings
-from ...network import FrozenNetwork, NetworkFunction, normal_tensor
+from ...network import FrozenNetwork, NetworkFunction, normal_tensor, preserved_random_state, some_rows
+from .. import rules
 from ..autodiff import AutodiffEngine
 from ..base import Jacobian, JacobianEngine
 from ..rules import UnsupportedUse
 from ..terms import FeatureTerm, MatrixTerm, Term, merge_terms
-from .capture import Layout, Recording, parameter_names, points_first, record, use_terms
+from .capture import Layout, RecordedUse, Recording, compare_layouts, points_first, record, use_terms
 from .gram import is_tiled
 from .jacobian import ChunkedJacobian, StructuredJacobian
+from .verification import misplaced, wrong_products
 
 logger = logging.getLogger("ntk_gp")
 
 # Points at which the recorded uses are compared with autograd.
 _VERIFIED_POINTS = 8
-# Relative difference from autograd that may be rounding: some networks compute a part of themselves in float32.
-_TOLERANCE = 1e-5
+_MISPLACED = "rows at its use are not the points' own, in their order"
 # Autograd's intermediate results and gradients take up to about eight times the memory of the factors kept, and may
 # have half of the budget.
 _CAPTURE_OVERHEAD = 16
@@ -51,10 +55,12 @@ class Plan:
     :param served: The parameters served by rules.
     :param residual: The others, with the reason for each.
     :param signature: The list of uses for which this holds.
-    :param layout: Where the points are in every use.
+    :param layouts: Where the points are in every use.
     :param labels: The rules by which each parameter is served.
     :param rows: The inputs at which that was found out.
     :param unproven: The uses that made no difference to the output there: their rules have not been put to the test.
+    :param refuted: Those of the residual that were served until a capture went wrong.
+    :param version: Of the table of rules.
     :param bytes_per_point: What the factors take.
     :param gram_flops: What a pair of points costs in a Gram matrix.
     :param product_flops: What a point costs in J u, or in Jᵀ v.
@@ -64,21 +70,32 @@ class Plan:
     served: tuple[str, ...]
     residual: dict[str, str]
     signature: tuple
-    layout: Layout
+    layouts: list[Layout]
     labels: dict[str, str]
     rows: Tensor
-    unproven: frozenset[int] = frozenset()
+    unproven: tuple[int, ...] = ()
+    refuted: dict[str, str] = field(default_factory=dict)
+    version: int = 0
     bytes_per_point: int = 0
     gram_flops: float = 0.0
     product_flops: float = 0.0
     capture_flops: float = 0.0
 
 
+class _Refuted(Exception):
+    """A capture that does not pass: the parameters, with the reason for each."""
+
+    def __init__(self, reasons: dict[str, str]):
+        super().__init__(reasons)
+        self.reasons = reasons
+
+
 class StructuredEngine(JacobianEngine):
-    """Jacobians as factors: one forward pass and C backward passes, and then matrix products only.
+    """Jacobians as factors: one forward pass and C + 1 backward passes, and then matrix products only.
 
     Exact, for any network: a parameter is served by rules if every use of it was recorded and its gradients agree with
-    autograd's; the others, alone, are left to the autodiff engine.
+    autograd's; the others, alone, are left to the autodiff engine. Every capture is put to the test
+    (:mod:`.verification`); a parameter that fails is left to autodiff from then on.
 
     :param network: The frozen network.
     :param residual: The engine for what no rule serves.
@@ -87,14 +104,18 @@ class StructuredEngine(JacobianEngine):
     def __init__(self, network: FrozenNetwork, residual: ResidualEngine | None = None):
         super().__init__(network)
         self.residual = AutodiffEngine(network) if residual is None else residual
+        self._clear()
+
+    def _clear(self) -> None:
         self._plans: WeakKeyDictionary[NetworkFunction, Plan] = WeakKeyDictionary()
+        self._lock = threading.Lock()  # of the dictionary
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_plans": None}
+        return {**self.__dict__, "_plans": None, "_lock": None}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._plans = WeakKeyDictionary()
+        self._clear()
 
     def linearize(self, x: Tensor) -> StructuredJacobian | ChunkedJacobian:
         """The Jacobian at `x` (B, n, d). It is not differentiable with respect to `x`."""
@@ -111,32 +132,54 @@ class StructuredEngine(JacobianEngine):
 
     def plan(self, function: NetworkFunction, x: Tensor) -> Plan:
         """What is known about the function; found out at some of the points `x`, the first time."""
-        if function not in self._plans:
-            rows = x.reshape(-1, x.shape[-1])[:_VERIFIED_POINTS]
-            self._plans[function] = self._make_plan(function, rows if len(rows) >= 3 else rows[[0, -1, 0]])
-        return self._plans[function]
+        with self._lock:
+            plan = self._plans.get(function)
+        if plan is None or plan.version != rules.version():
+            with function.tracing(), torch.no_grad():
+                rows = some_rows(x.reshape(-1, x.shape[-1]), _VERIFIED_POINTS, partial(function, function.parameters))
+            plan = self._make_plan(function, rows, {})
+            self._remember(function, plan)
+        return plan
+
+    def _remember(self, function: NetworkFunction, plan: Plan) -> None:
+        with self._lock:
+            self._plans[function] = plan
 
     def capture(self, function: NetworkFunction, x: Tensor) -> StructuredJacobian:
         """The factors at x (B, n, d), captured chunk by chunk."""
         plan = self.plan(function, x)
+        while True:  # until the plan does not change: each time fewer parameters are served, or more rules proven
+            parts = self._parts(function, plan, x)
+            changed = self.plan(function, x)
+            if changed is plan:
+                break
+            plan = changed
+        if parts is None:
+            logger.debug("The network does other things at these inputs than at those it was tried with: autodiff.")
+            return StructuredJacobian(function, x, [], self.residual.linearize_function(function, x), {})
+        rest = self.residual.linearize_function(function.restrict(plan.residual), x) if plan.residual else None
+        return StructuredJacobian(function, x, _tidy(_joined(parts)), rest, plan.labels)
+
+    def _parts(self, function: NetworkFunction, plan: Plan, x: Tensor) -> list[list[Term]] | None:
+        """The terms of each chunk; None where the network does not do what the plan says, or the plan was revised."""
         budget = settings.memory_budget.bytes(x.device)
         per_point = max(plan.bytes_per_point, function.bytes_per_point) * _CAPTURE_OVERHEAD
         size = max(1, budget // (max(1, per_point) * x.shape[0]))
         parts: list[list[Term]] = []
         for chunk in x.split(size, dim=1):
-            terms = self._terms(function, plan, chunk)
-            if terms is None:
-                return self._all_autodiff(function, x)
-            if self.plan(function, x) is not plan:  # these points have told more about the rules
-                return self.capture(function, x)
+            try:
+                terms = self._terms(function, plan, chunk)
+            except _Refuted as failure:
+                self._revise(function, plan, failure.reasons)
+                return None
+            except Exception as error:  # the network's own will show again in autodiff
+                logger.debug("Recording the network failed (%s: %s).", type(error).__name__, error)
+                return None
+            if terms is None or self.plan(function, x) is not plan:
+                return None
             parts.append(terms)
             del terms
-        rest = self.residual.linearize_function(function.restrict(plan.residual), x) if plan.residual else None
-        return StructuredJacobian(function, x, _tidy(_joined(parts)), rest, plan.labels)
-
-    def _all_autodiff(self, function: NetworkFunction, x: Tensor) -> StructuredJacobian:
-        logger.debug("The network calls other functions at these inputs than at those it was tried with: autodiff.")
-        return StructuredJacobian(function, x, [], self.residual.linearize_function(function, x), {})
+        return parts
 
     def _terms(self, function: NetworkFunction, plan: Plan, x: Tensor) -> list[Term] | None:
         """Captured terms at x (B, n, d), or None where the network does not do what the plan says."""
@@ -147,31 +190,62 @@ class StructuredEngine(JacobianEngine):
             recording = record(function, flat, plan.served)
             if recording.signature != plan.signature:
                 return None
+            _check_layouts(recording, plan.layouts)
             gradients = recording.gradients()
             rows = _telling_rows(recording, gradients, plan, flat)
             if len(rows):
                 self._verify_again(function, plan, rows)
-            terms = _recorded_terms(recording, gradients, plan.layout, flat.shape[0])
+            self._verify(function, flat, recording, gradients, plan)
+            terms = _recorded_terms(recording, gradients, plan.layouts)
         shape = x.shape[:2]
         return [term.map(lambda t: t.squeeze(0).unflatten(0, shape)) for term in merge_terms(terms)]
 
+    @staticmethod
+    def _verify(
+        function: NetworkFunction, rows: Tensor, recording: Recording, gradients: list[Tensor], plan: Plan
+    ) -> None:
+        """Raises where this capture does not pass."""
+        reasons = _reasons(misplaced(recording, gradients, plan.layouts), _MISPLACED)
+        foreign = [use for use in recording.uses if recording.is_foreign or not use.rule.is_own]
+        names = dict.fromkeys(name for use in foreign for name in _names(use) if name not in reasons)
+        if names:
+            try:
+                reasons |= wrong_products(function, rows, recording, gradients, plan.layouts, names)[0]
+            except UnsupportedUse as error:
+                reasons |= dict.fromkeys(names, str(error))
+        if reasons:
+            raise _Refuted(reasons)
+
     def _verify_again(self, function: NetworkFunction, plan: Plan, rows: Tensor) -> None:
         """At more inputs, those that rules not yet put to the test have something to say about."""
-        renewed = self._make_plan(function, torch.cat([plan.rows, rows]))
+        renewed = self._make_plan(function, torch.cat([plan.rows, rows]), plan.refuted)
         if (renewed.served, renewed.unproven) != (plan.served, plan.unproven):
-            self._plans[function] = renewed
+            self._remember(function, renewed)
 
-    def _make_plan(self, function: NetworkFunction, rows: Tensor) -> Plan:
-        names = tuple(function.parameters)
+    def _revise(self, function: NetworkFunction, plan: Plan, reasons: dict[str, str]) -> None:
+        """A plan that leaves these parameters to autodiff."""
+        self._remember(function, self._make_plan(function, plan.rows, plan.refuted | reasons))
+
+    def _make_plan(self, function: NetworkFunction, rows: Tensor, refuted: dict[str, str]) -> Plan:
+        """Found out at these inputs, without the parameters that were refuted at others."""
+        version = rules.version()
+        names = tuple(name for name in function.parameters if name not in refuted)
         try:  # in float64, where a missing term stands out from rounding
             exact = self.network._convert(torch.float64, rows.device)
-            with torch.random.fork_rng(devices=[]):
+            with preserved_random_state(rows.device):
                 exact.probe(rows[:2].double())
             plan = self._try_plan(exact, rows.double(), names)
             plan.bytes_per_point = plan.bytes_per_point * rows.element_size() // 8
-        except (RuntimeError, TypeError, ValueError):  # a dtype fixed inside the network, or a device without float64
-            plan = self._try_plan(function, rows, names)
+        except Exception:  # a dtype fixed inside the network, or a device without float64
+            try:
+                plan = self._try_plan(function, rows, names)
+            except Exception as error:  # whatever went wrong, there is another way
+                reason = f"recording it failed ({type(error).__name__}: {error})"
+                plan = Plan((), dict.fromkeys(names, reason), (), [], {}, rows)
         plan.rows = rows.clone()  # whatever becomes of the inputs
+        plan.refuted, plan.version = refuted, version
+        reasons = refuted | plan.residual
+        plan.residual = {name: reasons[name] for name in function.parameters if name in reasons}
         residual = sum(function.parameters[name].numel() for name in plan.residual)
         plan.gram_flops += 2.0 * function.num_outputs**2 * residual
         plan.product_flops += 5.0 * residual
@@ -184,49 +258,76 @@ class StructuredEngine(JacobianEngine):
             first, second, whole = (record(function, part, names) for part in (rows[:2], rows[:3], rows))
             if not first.signature == second.signature == whole.signature:
                 reason = "the network calls different functions for different numbers of inputs"
-                return Plan((), dict.fromkeys(names, reason), (), Layout([], []), {}, rows)
-            layout = Layout.compare(first, second)
-            residual = dict.fromkeys(whole.unseen, "it is used in ways that no rule knows")
-            used = set(parameter_names(whole.uses))
+                return Plan((), dict.fromkeys(names, reason), (), [], {}, rows)
+            layouts = compare_layouts(first, second)
             gradients = whole.gradients()
-            terms: list[Term] = []
+            residual = dict.fromkeys(whole.unseen, "it is used in ways that no rule knows")
             labels: dict[str, list[str]] = {}
-            for i, use in enumerate(whole.uses):
-                for name in {view.name for view in use.parameters}:
+            terms: list[Term] = []
+            for use, g, layout in zip(whole.uses, gradients, layouts, strict=True):
+                for name in _names(use):
                     labels.setdefault(name, []).append(use.rule.name)
                 try:
-                    terms += use_terms(use, gradients[i], len(rows), layout.results[i], layout.arguments[i])
+                    terms += use_terms(use, g, len(rows), layout)
                 except UnsupportedUse as error:
-                    residual |= dict.fromkeys((view.name for view in use.parameters), f"{use.rule.name}: {error}")
-            merged = merge_terms(terms)
-            wrong, silent = _verify(function, rows, merged, used - residual.keys())
-            residual |= wrong
+                    residual |= _reasons([use], f"{use.rule.name}: {error}")
+            silent: set[str] = set()
+            if not residual:
+                residual |= _reasons(misplaced(whole, gradients, layouts), _MISPLACED)
+                wrong, silent = wrong_products(function, rows, whole, gradients, layouts, labels)
+                residual |= wrong
         # A parameter that the output does not depend on has no terms, and is served by having none.
         served = tuple(name for name in names if name not in residual)
         if residual and served:
             # Recorded again without them: what is recorded must be what later captures record.
             plan = self._try_plan(function, rows, served)
-            reasons = plan.residual | residual
-            plan.residual = {name: reasons[name] for name in names if name in reasons}
+            plan.residual |= residual
             return plan
         joined = {name: " + ".join(dict.fromkeys(rules)) for name, rules in labels.items() if name in served}
-        unproven = frozenset(
+        unproven = tuple(
             i
             for i, (use, g) in enumerate(zip(whole.uses, gradients, strict=True))
-            if not g.any() or any(view.name in silent for view in use.parameters)
+            if not g.any() or any(name in silent for name in _names(use))
         )
-        plan = Plan(served, residual, whole.signature, layout, joined, rows, unproven)
+        plan = Plan(served, residual, whole.signature, layouts, joined, rows, unproven)
+        merged = merge_terms(terms)
         plan.bytes_per_point = sum(term.nbytes for term in terms) // len(rows)
         plan.gram_flops = sum(term.gram_cost() for term in merged)
         plan.product_flops = sum(term.product_cost() for term in merged)
-        plan.capture_flops = (1 + function.num_outputs) * plan.product_flops
+        plan.capture_flops = (2 + function.num_outputs) * plan.product_flops
         return plan
 
 
-def _recorded_terms(recording: Recording, gradients: list[Tensor], layout: Layout, n: int) -> list[Term]:
+def _names(use: RecordedUse) -> tuple[str, ...]:
+    """The parameters in a use."""
+    return tuple(dict.fromkeys(view.name for view in use.parameters))
+
+
+def _reasons(uses: Iterable[RecordedUse], reason: str) -> dict[str, str]:
+    return {name: reason for use in uses for name in _names(use)}
+
+
+def _check_layouts(recording: Recording, layouts: list[Layout]) -> None:
+    reasons: dict[str, str] = {}
+    for use, layout in zip(recording.uses, layouts, strict=True):
+        try:
+            layout.check(use, len(recording.output))
+        except UnsupportedUse as error:
+            reasons |= _reasons([use], str(error))
+    if reasons:
+        raise _Refuted(reasons)
+
+
+def _recorded_terms(recording: Recording, gradients: list[Tensor], layouts: list[Layout]) -> list[Term]:
     terms: list[Term] = []
-    for use, g, place, places in zip(recording.uses, gradients, layout.results, layout.arguments, strict=True):
-        terms += use_terms(use, g, n, place, places)
+    reasons: dict[str, str] = {}
+    for use, g, layout in zip(recording.uses, gradients, layouts, strict=True):
+        try:
+            terms += use_terms(use, g, len(recording.output), layout)
+        except UnsupportedUse as error:
+            reasons |= _reasons([use], f"{use.rule.name}: {error}")
+    if reasons:
+        raise _Refuted(reasons)
     return terms
 
 
@@ -234,37 +335,11 @@ def _telling_rows(recording: Recording, gradients: list[Tensor], plan: Plan, row
     """Some of the inputs at which the output depends on uses that it did not depend on where they were verified."""
     found = []
     for i in plan.unproven:
-        place = plan.layout.results[i]
+        place = plan.layouts[i].result.place
         assert place is not None
         alive = points_first(gradients[i], (place[0] + 1, place[1]), len(rows)).flatten(1).any(-1)
         found.append(alive.nonzero().squeeze(-1)[:_VERIFIED_POINTS])
     return rows[torch.cat(found).unique()] if found else rows[:0]
-
-
-def _verify(
-    function: NetworkFunction, rows: Tensor, terms: list[Term], names: set[str]
-) -> tuple[dict[str, str], set[str]]:
-    """The parameters for which Jᵀv, for a random v, is not what autograd says, and those for which it says zero."""
-    generator = torch.Generator().manual_seed(0)
-    v = torch.randn(len(rows), function.num_outputs, generator=generator, dtype=torch.float64).to(rows)
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in function.parameters.items()}
-    with torch.enable_grad():
-        output = function(leaves, rows)
-    expected = torch.autograd.grad(output, list(leaves.values()), v, allow_unused=True)
-    actual = rows.new_zeros(1, 1, function.num_parameters)
-    for term in terms:
-        term.vjp(v[None, None], actual)
-    pieces = function.split(actual[0])
-    tolerance = max(_TOLERANCE, torch.finfo(rows.dtype).eps ** 0.5)
-    wrong, silent = {}, set()
-    for (name, leaf), reference in zip(leaves.items(), expected, strict=True):
-        reference = torch.zeros_like(leaf) if reference is None else reference
-        error, size = torch.linalg.vector_norm(pieces[name][0] - reference), torch.linalg.vector_norm(reference)
-        if name in names and not error <= tolerance * size:
-            wrong[name] = "its gradients by the recorded uses differ from autograd's"
-        elif size == 0:
-            silent.add(name)
-    return wrong, silent
 
 
 def _joined(parts: list[list[Term]]) -> list[Term]:

@@ -48,6 +48,14 @@ class Term(ABC):
         """Equal for the same block of two Jacobians."""
         return (type(self).__name__, self.views)
 
+    def check(self, n: int, outputs: int) -> None:
+        """Raises ValueError where the shapes are not those of a term at n points: rules may be wrong."""
+        self._expect("gradients", self.gradients.shape[1:3], (n, outputs))
+
+    def _expect(self, name: str, actual: Sequence[int], expected: Sequence[int]) -> None:
+        if tuple(actual) != tuple(expected):
+            raise ValueError(f"{type(self).__name__}: {name} have sizes {tuple(actual)}, expected {tuple(expected)}")
+
     @abstractmethod
     def jvp(self, tangents: Tensor) -> Tensor:
         """J u: (B or 1, r, P) to (B, r, n, C)."""

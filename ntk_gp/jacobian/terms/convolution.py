@@ -49,6 +49,12 @@ class ConvolutionTerm(MatrixTerm):
         self.padding = tuple(padding)
         self.dilation = tuple(dilation)
 
+    def check(self, n: int, outputs: int) -> None:
+        heads, d_out, _ = self.weight.shape
+        signals = self.inputs.shape[2]
+        self._expect("maps", self.maps.shape[1:5], (n, outputs, signals, heads * d_out))
+        self._expect("inputs", self.inputs.shape[1:3], (n, signals))
+
     @property
     def gradients(self) -> Tensor:  # type: ignore[override]
         """g as a matrix term wants it: (B, n, C, T, H, d_out)."""

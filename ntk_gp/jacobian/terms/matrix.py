@@ -39,6 +39,14 @@ class MatrixTerm(Term):
     def views(self) -> tuple[ParameterView, ...]:
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
+    def check(self, n: int, outputs: int) -> None:
+        heads, d_out, _ = self.weight.shape
+        positions = self.num_positions
+        self._expect("inputs", self.inputs.shape[1:], (n, positions, heads, self.num_columns))
+        self._expect("gradients", self.gradients.shape[1:], (n, outputs, positions, heads, d_out))
+        if self.bias is not None:
+            self._expect("biases", self.bias.shape, (heads, d_out))
+
     @property
     def num_columns(self) -> int:
         """d_in, and 1 for the bias."""

@@ -32,6 +32,11 @@ class OneHotTerm(Term):
     def views(self) -> tuple[ParameterView, ...]:
         return (self.weight,)
 
+    def check(self, n: int, outputs: int) -> None:
+        positions = self.indices.shape[2]
+        self._expect("indices", self.indices.shape[1:], (n, positions))
+        self._expect("gradients", self.gradients.shape[1:], (n, outputs, positions, self.weight.shape[1]))
+
     def jvp(self, tangents: Tensor) -> Tensor:
         table = self.weight.read(tangents)  # (B or 1, r, V, d)
         batch, *shape = self.indices.shape
