@@ -33,7 +33,7 @@ OF_THE_MEAN = {"network_mean", "posterior_mean", "adapted", "drawn_functions", "
 
 
 class Wrong(Reference):
-    """Something that expected values are made of is off by a part in ten thousand."""
+    """Something that expected values are made of is off by a part in a thousand."""
 
     def __init__(self, candidate: Recipe, values: float = 1.0, jacobian: float = 1.0, variances: float = 1.0):
         self.factors = (values, jacobian)
@@ -62,5 +62,5 @@ def test_no_operation_is_blind(wrong, expected):
         seed=0, steps=(step,), outputs=2, output="all", selection="all", inputs="late", training=12, batch=False,
         dtype=torch.float64, groups="layer", mode="eval",
     )  # fmt: skip
-    reference = Wrong(candidate, **({} if wrong is None else {wrong: 1.0001}))
+    reference = Wrong(candidate, **({} if wrong is None else {wrong: 1.001}))
     assert {name for name, _ in failures(candidate, reference)} == expected

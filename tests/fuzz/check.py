@@ -1,4 +1,4 @@
-"""A random network in every operation, against plain autograd's Jacobians, row by row, and dense algebra, in float64."""
+"""A random network in every operation, against Jacobians by plain autograd and dense algebra in float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.fuzz.recipe import Recipe
 NOISE = 0.1  # of the mean prior variance
 # Relative errors of a matrix's norm: of products with the Jacobian, and of what is solved for.
 TOLERANCES = {"float64": (1e-9, 1e-7), "float32": (2e-4, 5e-3), "single": (1e-4, 5e-3)}
-SLOPE_TOLERANCE = 1e-5  # the reference is a finite difference
+SLOPE_TOLERANCE = 1e-6  # the reference is a finite difference
 
 
 class Reference:
