@@ -29,6 +29,21 @@ def pytest_configure(config: pytest.Config) -> None:
     Linearization.__init__.__defaults__ = (engine,)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With an engine forced, tests that name theirs would be run once more for nothing."""
+    if config.getoption("--engine") == "auto":
+        return
+    named = [item for item in items if _names_engine(item)]
+    config.hook.pytest_deselected(items=named)
+    items[:] = [item for item in items if not _names_engine(item)]
+
+
+def _names_engine(item: pytest.Item) -> bool:
+    callspec = getattr(item, "callspec", None)
+    by_parameter = callspec is not None and "engine" in callspec.params
+    return by_parameter or item.get_closest_marker("names_engine") is not None
+
+
 _SETTINGS = {
     f"{module.__name__}.{name}": setting
     for module in (gpytorch.settings, settings)
