@@ -3,24 +3,34 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+# The order of tests, what hypothesis draws and the order of sets follow from a seed: two of them, since a suite runs twice.
+# Each run prints its own; others: make test SEEDS="3 4".
+SEEDS ?= 1 2
+seeded = PYTHONHASHSEED=$(word $(1),$(SEEDS)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal \
+	--randomly-seed=$(word $(1),$(SEEDS))
 # What names its engine in every test, or has none.
-ENGINE_NAMED := tests/jacobian tests/test_network.py tests/test_notebooks.py tests/test_peak_memory.py tests/test_readme.py
+ENGINE_NAMED := tests/jacobian tests/test_network.py tests/test_docs.py tests/test_notebooks.py tests/test_peak_memory.py tests/test_readme.py
 
-.PHONY: demo test test-engines lint notebooks benchmark docs clean
+.PHONY: demo test test-engines fuzz lint notebooks benchmark docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python notebooks/sine_transfer.py
 
 # Without --engine, the engine is the structured one.
-test: lint
-	$(PYTEST)
-	$(PYTEST) $(ENGINE_NAMED:%=--ignore %) --engine autodiff
+test: lint docs
+	$(call seeded,1)
+	$(call seeded,2) $(ENGINE_NAMED:%=--ignore %) --engine autodiff
 
 # Every suite with each Jacobian engine forced in turn.
 test-engines: $(VENV)/.test
-	$(PYTEST) $(ENGINE_NAMED:%=--ignore %) --engine structured
-	$(PYTEST) $(ENGINE_NAMED:%=--ignore %) --engine autodiff
+	$(call seeded,1) $(ENGINE_NAMED:%=--ignore %) --engine structured
+	$(call seeded,2) $(ENGINE_NAMED:%=--ignore %) --engine autodiff
+
+# Random networks, each in every operation: make fuzz SECONDS=600 SEED=1000
+SECONDS ?= 300
+SEED ?= 0
+fuzz: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -35,7 +45,7 @@ benchmark: $(VENV)/.test
 	$(BIN)/python -m benchmarks.run
 
 docs: $(VENV)/.docs
-	$(BIN)/python -m sphinx -W -b html docs build/docs
+	$(BIN)/python -m sphinx -q -W -n -E -b html docs build/docs
 
 clean:
 	rm -rf $(VENV) build dist output .pytest_cache .mypy_cache .ruff_cache .hypothesis

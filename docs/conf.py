@@ -1,6 +1,11 @@
 """Sphinx's configuration; `make docs` builds the pages."""
 
-import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from plain_docstrings import escaped
 
 project = "ntk_gp"
 author = "The ntk_gp authors"
@@ -9,14 +14,15 @@ myst_enable_extensions = ["dollarmath"]
 html_theme = "furo"
 default_role = "code"
 autodoc_typehints = "none"
+autodoc_inherit_docstrings = False  # what is GPyTorch's own is described there
 exclude_patterns = ["images"]
 suppress_warnings = ["myst.xref_missing"]  # links to files outside this folder
+nitpick_ignore_regex = [(".*", r"(torch|gpytorch|linear_operator|botorch)\..*")]  # pages of other packages
 
 
-def escape_starred_shapes(app, what, name, obj, options, lines):
-    """Shapes such as (*batch, n, C) are no emphasis."""
-    lines[:] = [re.sub(r"(?<=[( ])\*(?=\w+[,)])", r"\\*", line) for line in lines]
+def escape_plain_mathematics(app, what, name, obj, options, lines):
+    lines[:] = escaped(lines)
 
 
 def setup(app):
-    app.connect("autodoc-process-docstring", escape_starred_shapes)
+    app.connect("autodoc-process-docstring", escape_plain_mathematics)

@@ -60,6 +60,7 @@ class NTKKernel(Kernel):
         network cannot be evaluated there, mixes the rows of a batch, or has several outputs and none was chosen.
 
     Example:
+        >>> import gpytorch
         >>> network = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
         >>> covar_module = gpytorch.kernels.ScaleKernel(NTKKernel(network))
         >>> covar_module(torch.randn(5, 2)).shape

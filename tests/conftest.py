@@ -1,11 +1,12 @@
 from collections.abc import Iterator
+from typing import Any
 
 import gpytorch
 import hypothesis
 import pytest
 import torch
 
-from ntk_gp import NTKKernel
+from ntk_gp import NTKKernel, settings
 from ntk_gp.jacobian.linearization import Linearization
 
 # How long an example takes is the machine's affair.
@@ -26,6 +27,60 @@ def pytest_configure(config: pytest.Config) -> None:
     engine = config.getoption("--engine")
     NTKKernel.__init__.__kwdefaults__["engine"] = engine
     Linearization.__init__.__defaults__ = (engine,)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With an engine forced, tests that name theirs would be run once more for nothing."""
+    if config.getoption("--engine") == "auto":
+        return
+    named = [item for item in items if _names_engine(item)]
+    config.hook.pytest_deselected(items=named)
+    items[:] = [item for item in items if not _names_engine(item)]
+
+
+def _names_engine(item: pytest.Item) -> bool:
+    callspec = getattr(item, "callspec", None)
+    by_parameter = callspec is not None and "engine" in callspec.params
+    return by_parameter or item.get_closest_marker("names_engine") is not None
+
+
+_SETTINGS = {
+    f"{module.__name__}.{name}": setting
+    for module in (gpytorch.settings, settings)
+    for name, setting in vars(module).items()
+    if isinstance(setting, type)
+}
+_STATES = ("_state", "_global_value", "_global_float_value", "_global_double_value", "_global_half_value")
+
+
+def _state_of_the_process() -> dict[str, Any]:
+    """What a test could leave behind for those after it."""
+    states = {
+        f"{name}.{state}": getattr(setting, state)
+        for name, setting in _SETTINGS.items()
+        for state in _STATES
+        if hasattr(setting, state)
+    }
+    return {
+        **states,
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "threads": torch.get_num_threads(),
+        "gradients": torch.is_grad_enabled(),
+        "float32 products": torch.get_float32_matmul_precision(),
+        "attention's fast path": torch.backends.mha.get_fastpath_enabled(),
+        "oneDNN": torch._C._get_mkldnn_enabled(),
+        "attention": (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()),
+    }
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    """A test that changes the process fails itself, not those that happen to come after it."""
+    before = _state_of_the_process()
+    yield
+    after = _state_of_the_process()
+    assert {name: value for name, value in after.items() if value != before[name]} == {}
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""GPyTorch's own test suites for kernels and models, run over the NTK."""
+"""GPyTorch's own test suites for kernels, means and models, run over the NTK."""
 
 import unittest
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 from gpytorch.kernels import Kernel, RBFKernel, ScaleKernel
 from gpytorch.test.base_kernel_test_case import BaseKernelTestCase
+from gpytorch.test.base_mean_test_case import BaseMeanTestCase
 from gpytorch.test.model_test_case import BaseModelTestCase
 from torch import Size, Tensor, nn
 
@@ -74,6 +75,11 @@ def test_stock_composites_fail_likewise(compose):
     Stock("test_kernel_getitem_broadcast").run(result)
     assert len(result.errors) == 1
     assert "IndexError" in result.errors[0][1]
+
+
+class TestMean(BaseMeanTestCase, unittest.TestCase):
+    def create_mean(self, **kwargs) -> NetworkMean:
+        return NetworkMean(AnyWidth())
 
 
 class AdaptedGP(gpytorch.models.ExactGP):

@@ -62,6 +62,7 @@ def _results(before: str = "", after: str = "") -> torch.Tensor:
     return torch.tensor(json.loads(done.stdout.splitlines()[-1]), dtype=torch.float64)
 
 
+@pytest.mark.names_engine  # it is run in processes of its own
 def test_importing_botorch_changes_no_result():
     """Values, gradients, means and variances, plain and fast, below and above every size that GPyTorch looks at."""
     expected = _results()

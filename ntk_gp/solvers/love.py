@@ -167,7 +167,7 @@ def _inverse_root(system: System, rank: int) -> Tensor:
 class LandmarkVariance(FastVariance):
     r"""The posterior covariance from all training points, seen through the kernel at m landmarks among them.
 
-    With :math:`K \approx F^\top F` (:class:`PivotedCholesky`), prior features fall into c = L⁻¹ k(Z, x), which the
+    With :math:`K \approx F^\top F` (`PivotedCholesky`), prior features fall into c = L⁻¹ k(Z, x), which the
     landmarks Z span, and a rest of size :math:`r^2 = k(x, x) - c^\top c`:
 
     .. math:: \operatorname{var} = \frac{r^2}{1 - \delta}

@@ -61,7 +61,8 @@ def test_whoever_switches_onednn_off_is_heard(monkeypatch):
     def forbidden(*_):
         raise AssertionError
 
-    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", forbidden)
     left, right = torch.randn(30, 20), torch.randn(20, 40)
+    matmul(left, right)  # the first product tries whether this build has oneDNN
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", forbidden)
     with torch.backends.mkldnn.flags(enabled=False):
         torch.testing.assert_close(matmul(left, right), left @ right)

@@ -21,6 +21,7 @@ class _Suite:
     """In float32, the network's 41 parameters against 5 points."""
 
     seed = 0
+    should_test_sample = True
     should_call_cg = False
     should_call_cholesky = False
     x_shape: tuple[int, ...] = (5, 3)

@@ -40,6 +40,7 @@ class _Suite:
     """Few points, far apart, so that the matrix is well conditioned in float32; its solves are GPyTorch's."""
 
     seed = 0
+    should_test_sample = True
     should_call_lanczos = False
     outputs = 1
     x_shape: tuple[int, ...] = (5, 3)

@@ -18,6 +18,7 @@ from tests.adapted import assert_close, data, network
 
 class _Suite:
     seed = 0
+    should_test_sample = True
     should_call_cg = False
     should_call_cholesky = False
     x_shape: tuple[int, ...] = (5, 3)

@@ -162,8 +162,9 @@ def register_rule(
 
     :param function: The function that layers call, e.g. `torch.nn.functional.linear`. Other Python functions must hand
         their calls to `torch.overrides` (`torch.overrides.wrap_torch_function` does that).
-    :param rule: `rule(use, *args, **kwargs)` with the function's own arguments after a :class:`Use`; it returns terms.
-        In place of a selected parameter it gets a :class:`ParameterView`. It may raise :class:`UnsupportedUse`.
+    :param rule: `rule(use, *args, **kwargs)` with the function's own arguments after a
+        :class:`~ntk_gp.jacobian.rules.Use`; it returns terms. In place of a selected parameter it gets a
+        :class:`~ntk_gp.jacobian.rules.ParameterView`. It may raise :class:`~ntk_gp.jacobian.rules.UnsupportedUse`.
     :param parameters: The names of the arguments that may be parameters.
     :param elementwise: The function's tensors broadcast: the rule gets them expanded to the result's shape.
 
