@@ -13,7 +13,7 @@ from torch import Size, Tensor
 from .network import is_finite, normal_tensor
 from .operators import NTKAddedDiagLinearOperator, NTKLinearOperator
 from .operators._batches import FoldedColumns
-from .operators.exactly_solved import exactly_solved
+from .operators.exactly_solved import exactly_solved, without_constants
 from .operators.ntk_posterior_linear_operator import NTKPosteriorLinearOperator
 from .operators.ntk_sum_linear_operator import NTKSumLinearOperator
 from .solvers import FastVariance, Solver, choose_fast_variance
@@ -35,6 +35,7 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
 
     def __init__(self, train_inputs, train_prior_dist, train_labels, likelihood, **kwargs):
         _check_targets(train_inputs[0], train_labels)
+        self._memoize_cache: dict = {}  # made here, since threads that share this could each make their own later
         super().__init__(train_inputs, train_prior_dist, train_labels, likelihood, **kwargs)
 
     @property
@@ -100,10 +101,12 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
             isinstance(test_test_covar, NTKLinearOperator)
             and isinstance(self._train_matrix, NTKAddedDiagLinearOperator)
             and self._train_matrix._is_positive
+            and self._train_matrix._linear_op.is_of_one_kernel_with(test_test_covar)
             and gpytorch_settings.detach_test_caches.on()
         )
 
     def exact_prediction(self, test_mean, test_test_covar, test_train_covar):
+        test_test_covar = without_constants(to_linear_operator(test_test_covar))
         if not self._covers(test_test_covar):
             return super().exact_prediction(test_mean, test_test_covar, test_train_covar)
         self._check_network(test_test_covar)

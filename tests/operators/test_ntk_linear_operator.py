@@ -24,6 +24,7 @@ class _Suite:
     """An operator on a small network, against its Jacobian written out by autograd."""
 
     seed = 0
+    should_call_lanczos = False
     outputs = 1
     x_shape: tuple[int, ...] = (5, 4)
     x2_shape: tuple[int, ...] | None = None  # square if None

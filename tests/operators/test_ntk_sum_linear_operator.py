@@ -20,6 +20,7 @@ class _Suite:
     seed = 0
     should_call_cg = False
     should_call_cholesky = False
+    should_call_lanczos = False
     x_shape: tuple[int, ...] = (5, 3)
 
     def parts(self) -> tuple[NTKLinearOperator, DenseLinearOperator]:
