@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from gpytorch import settings as gpytorch_settings
 from gpytorch.distributions import MultivariateNormal
-from gpytorch.kernels import AdditiveStructureKernel, GridInterpolationKernel, Kernel, ScaleKernel
+from gpytorch.kernels import AdditiveStructureKernel, Kernel, ScaleKernel
 from gpytorch.lazy import LazyEvaluatedKernelTensor
 from gpytorch.models import exact_gp, exact_prediction_strategies
 from linear_operator.operators import LinearOperator
@@ -64,7 +64,7 @@ def _wrapped(replacement: Callable[..., Any], default: Callable[..., Any]) -> Ca
 def _prediction_strategy(
     default: Callable[..., Any], train_inputs: Any, train_prior_dist: Any, train_labels: Any, likelihood: Any
 ) -> Any:
-    """This package's, where GPyTorch would take its default or its interpolation; a kernel's own comes first."""
+    """This package's, where GPyTorch would take its default one; a kernel's own comes first."""
     matrix = train_prior_dist.lazy_covariance_matrix
     strategy = NTKPredictionStrategy if contains_ntk(matrix) and _has_no_strategy(matrix) else default
     return strategy(
@@ -78,11 +78,10 @@ def _has_no_strategy(matrix: LinearOperator) -> bool:
     kernel = matrix.kernel
     while type(kernel).prediction_strategy in _DELEGATING:
         kernel = kernel.base_kernel
-    return type(kernel).prediction_strategy in _REPLACEABLE
+    return type(kernel).prediction_strategy is Kernel.prediction_strategy
 
 
 _DELEGATING = (ScaleKernel.prediction_strategy, AdditiveStructureKernel.prediction_strategy)
-_REPLACEABLE = (Kernel.prediction_strategy, GridInterpolationKernel.prediction_strategy)
 
 
 def _mul_matrix(default: Callable[..., Any], matrix: LinearOperator, other: Tensor | LinearOperator) -> LinearOperator:

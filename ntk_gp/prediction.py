@@ -51,6 +51,13 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
         return exactly_solved(matrix)
 
     @property
+    @cached(name="constant_train_system")
+    def _constant_train_matrix(self) -> LinearOperator:
+        """The same without a graph, with its factor from one prediction to the next."""
+        with torch.inference_mode(False):
+            return self._train_matrix.detach()
+
+    @property
     def _missing(self) -> Tensor:
         """Which targets are NaN, (*batch, N): `gpytorch.settings.observation_nan_policy` takes them for unobserved."""
         return torch.isnan(self.train_labels)
@@ -149,10 +156,11 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
     def exact_predictive_covar(self, test_test_covar, test_train_covar):
         if gpytorch_settings.skip_posterior_variances.on():
             return super().exact_predictive_covar(test_test_covar, test_train_covar)
-        matrix = self._train_matrix.detach() if gpytorch_settings.detach_test_caches.on() else self._train_matrix
+        constant = gpytorch_settings.detach_test_caches.on()
+        matrix = self._constant_train_matrix if constant else self._train_matrix
         cross = to_dense(test_train_covar).masked_fill(self._missing.unsqueeze(-2), 0.0)
         explained = MatmulLinearOperator(cross, -matrix.solve(cross.mT))
-        return to_linear_operator(test_test_covar) + explained
+        return NTKSumLinearOperator(to_linear_operator(test_test_covar), explained)
 
     def _mean_shift(self, x: Tensor) -> Tensor:
         """J(x) ŵ: (*batch, m, d) to (*batch, m·C)."""

@@ -43,17 +43,26 @@ class DenselySolved(LinearOperator):
     @property
     def _fits(self) -> bool:
         elements = 3 * self.shape.numel()
-        return 8 * elements <= settings.memory_budget.bytes(self.device)
+        return 8 * elements <= settings.memory_budget.bytes(self._place)
+
+    @property
+    def _place(self) -> torch.device:
+        """The device, which an operator made of several may not know itself."""
+        return self.representation()[0].device if self.device is None else self.device
 
     def _factor(self) -> Tensor:
         """The Cholesky factor, (*batch, N, N); kept where it has no graph, whose derivatives may be asked for once."""
-        if self._factor_memo is not None and not (torch.is_grad_enabled() and self.requires_grad):
-            return self._factor_memo
+        if torch.is_grad_enabled() and self.requires_grad:
+            return self._factorised()
+        if self._factor_memo is None:
+            with torch.inference_mode(False), torch.no_grad():  # derivatives of what it solves may be asked for later
+                self._factor_memo = self._factorised()
+        return self._factor_memo
+
+    def _factorised(self) -> Tensor:
         matrix = self.to_dense().double()
         factor = psd_safe_cholesky(matrix, jitter=gpytorch_settings.cholesky_jitter.value(self.dtype))
         _warn_of_lost_digits(matrix, factor, self.dtype)
-        if not factor.requires_grad:
-            self._factor_memo = factor
         return factor
 
     def solve(self, right_tensor: Tensor, left_tensor: Tensor | None = None) -> Tensor:
@@ -96,7 +105,7 @@ class DenselySolved(LinearOperator):
     def _exact_terms(self, rhs: Tensor | None, logdet: bool) -> tuple[Tensor, Tensor]:
         """rhsᵀ A⁻¹ rhs for each column, (*batch, r), and log |A|, (*batch)."""
         factor = self._factor()
-        inv_quad = log_determinant = torch.zeros(self.batch_shape, dtype=self.dtype, device=self.device)
+        inv_quad = log_determinant = torch.zeros(self.batch_shape, dtype=self.dtype, device=self._place)
         if rhs is not None:
             inv_quad = torch.linalg.solve_triangular(factor, rhs.double(), upper=False).square().sum(-2).to(self.dtype)
         if logdet:
@@ -105,14 +114,14 @@ class DenselySolved(LinearOperator):
 
     def _estimated_terms(self, rhs: Tensor | None, logdet: bool) -> tuple[Tensor, Tensor]:
         """The same, the log-determinant by Lanczos quadrature."""
-        empty = torch.zeros(self.batch_shape, dtype=self.dtype, device=self.device)
+        empty = torch.zeros(self.batch_shape, dtype=self.dtype, device=self._place)
         if not logdet:
             return empty if rhs is None else (rhs * self.solve(rhs)).sum(-2), empty
         preconditioner, preconditioning, preconditioning_logdet = self._preconditioner()
         if preconditioning is None:
             preconditioning_logdet = 0.0
             preconditioning = IdentityLinearOperator(
-                self.shape[-1], batch_shape=self.batch_shape, dtype=self.dtype, device=self.device
+                self.shape[-1], batch_shape=self.batch_shape, dtype=self.dtype, device=self._place
             )
         representation = preconditioning.representation()
         inv_quad, log_determinant = InvQuadLogdet.apply(

@@ -19,8 +19,7 @@ anything else                         a dense factor in float64, or iteration to
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from linear_operator.operators import (
     AddedDiagLinearOperator,
@@ -39,7 +38,6 @@ from linear_operator.operators import (
     MaskedLinearOperator,
     RootLinearOperator,
     SumKroneckerLinearOperator,
-    ToeplitzLinearOperator,
     TriangularLinearOperator,
 )
 from torch import Tensor
@@ -57,7 +55,6 @@ from .structured import (
     are_positive,
     noise_factors,
     pays_to_interpolate,
-    same_interpolation,
 )
 
 _KEPT = (
@@ -114,9 +111,9 @@ def without_constants(matrix: LinearOperator) -> LinearOperator:
             return KroneckerProductLinearOperator(first._mul_constant(constant), *others)
         if isinstance(base, BlockDiagLinearOperator | BlockInterleavedLinearOperator):
             return type(base)(base.base_linear_op._mul_constant(constant.unsqueeze(-1)))
-    if isinstance(matrix, BatchRepeatLinearOperator) and isinstance(matrix.base_linear_op, NTKLinearOperator):
-        if matrix.base_linear_op.batch_shape.numel() == 1:
-            return matrix.base_linear_op.expand(*matrix.shape)
+    repeated = isinstance(matrix, BatchRepeatLinearOperator) and isinstance(matrix.base_linear_op, NTKLinearOperator)
+    if repeated and matrix.base_linear_op.batch_shape.numel() == 1:
+        return matrix.base_linear_op.expand(*matrix.shape)
     return matrix
 
 
@@ -188,10 +185,9 @@ def _noisy(matrix: AddedDiagLinearOperator) -> LinearOperator:
         return _blocks(type(kernel)(kernel.base_linear_op + _noise_of_blocks(kernel, noise)))
     if type(kernel) is KroneckerProductLinearOperator:
         return _noisy_kronecker(kernel, noise)
-    if isinstance(kernel, InterpolatedLinearOperator) and same_interpolation(kernel):
-        _warn_of_toeplitz(kernel)
-        if pays_to_interpolate(kernel) and bool((noise._diagonal() > 0).all()):
-            return NTKInterpolatedLinearOperator(kernel, noise)
+    interpolated = isinstance(kernel, InterpolatedLinearOperator) and pays_to_interpolate(kernel)
+    if interpolated and bool((noise._diagonal() > 0).all()):
+        return NTKInterpolatedLinearOperator(kernel, noise)
     if isinstance(kernel, NTKLinearOperator | DenselySolved | LowRankRootLinearOperator):
         return kernel + noise
     return NTKSumLinearOperator(kernel) + noise
@@ -208,27 +204,6 @@ def _noise_of_blocks(
     return DiagLinearOperator(blocks._add_batch_dim(diagonal.contiguous()).squeeze(-1))
 
 
-def _interpolated(matrix: InterpolatedLinearOperator) -> LinearOperator:
-    _warn_of_toeplitz(matrix)
-    return NTKSumLinearOperator(matrix)
-
-
-def _warn_of_toeplitz(matrix: LinearOperator) -> None:
-    if any(isinstance(part, ToeplitzLinearOperator) for part in _parts(matrix)):
-        warnings.warn(
-            "A neural tangent kernel is not stationary, but GPyTorch makes the matrix of a grid from its first row. Use "
-            "gpytorch.settings.use_toeplitz(False) where a GridInterpolationKernel or GridKernel has an NTKKernel in it.",
-            stacklevel=2,
-        )
-
-
-def _parts(matrix: LinearOperator) -> Iterator[LinearOperator]:
-    yield matrix
-    for part in matrix._args:
-        if isinstance(part, LinearOperator):
-            yield from _parts(part)
-
-
 _RULES: dict[type[LinearOperator], Callable[..., LinearOperator]] = {
     ConstantMulLinearOperator: _constant_multiple,
     BatchRepeatLinearOperator: _repeated,
@@ -237,6 +212,5 @@ _RULES: dict[type[LinearOperator], Callable[..., LinearOperator]] = {
     BlockInterleavedLinearOperator: _blocks,
     SumKroneckerLinearOperator: _sum_of_kronecker,
     KroneckerProductLinearOperator: _kronecker,
-    InterpolatedLinearOperator: _interpolated,
     AddedDiagLinearOperator: _noisy,
 }

@@ -122,13 +122,17 @@ class NTKLinearOperator(LinearOperator):
         return NTKSumLinearOperator(DenseLinearOperator(self.to_dense().prod(dim)))
 
     def root_decomposition(self, method: str | None = None) -> LinearOperator:
-        """A square root, for samples, as long as it fits in the memory budget: JΣ^{1/2} where that is the smaller."""
+        """A square root, for samples, as long as it fits in the memory budget; square, as GPyTorch wants base samples.
+
+        JΣ^{1/2} and columns of zeros, where there are fewer parameters than rows.
+        """
         if method is not None:
             return super().root_decomposition(method)
         parameters = self._jacobians[0].function.num_parameters
         if parameters >= self.shape[-1] or self._inputs_require_grad:
             return NTKSumLinearOperator(self).root_decomposition()
-        return RootLinearOperator(self._features())
+        features = self._features()
+        return RootLinearOperator(torch.nn.functional.pad(features, (0, self.shape[-1] - parameters)))
 
     def _root_decomposition(self) -> Tensor | LinearOperator:
         return self.root_decomposition().root

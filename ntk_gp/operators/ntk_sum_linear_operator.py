@@ -129,7 +129,7 @@ def entry_by_entry(left: LinearOperator, right: Tensor | LinearOperator) -> Line
     right = to_linear_operator(right)
     for one, other in ((left, right), (right, left)):
         if isinstance(one, DiagLinearOperator):
-            return one._mul_matrix(other)
+            return NTKSumLinearOperator(one._mul_matrix(other))
         if one.matrix_shape == (1, 1) != other.matrix_shape:  # constants, with more batches than the other may have
             shape = torch.broadcast_shapes(one.batch_shape, other.batch_shape)
             return other.expand(*shape, *other.matrix_shape)._mul_constant(one.to_dense()[..., 0, 0].expand(shape))

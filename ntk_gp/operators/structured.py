@@ -15,7 +15,6 @@ Everything in float64, no setting of GPyTorch decides, and no gradient goes thro
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from typing import Any, NamedTuple
 
@@ -37,6 +36,7 @@ from linear_operator.utils.errors import NotPSDError
 from torch import Size, Tensor
 
 from ._checks import check_right_hand_side
+from .ntk_sum_linear_operator import NTKSumLinearOperator
 
 
 class _SolvedByStructure(LinearOperator):
@@ -70,7 +70,7 @@ class _SolvedByStructure(LinearOperator):
         if torch.is_grad_enabled() and self.requires_grad:
             return self._factorise()
         if self._parts_memo is None:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # derivatives of solutions may be asked for later
                 self._parts_memo = self._factorise()
         return self._parts_memo
 
@@ -106,6 +106,13 @@ class _SolvedByStructure(LinearOperator):
         if logdet:
             log_determinant = self._log_determinant(parts).to(self.dtype).expand(self.batch_shape)
         return inv_quad, log_determinant
+
+    def root_decomposition(self, method: str | None = None) -> LinearOperator:
+        """A square root, for samples, by a dense factor."""
+        return NTKSumLinearOperator(*self._args).root_decomposition(method)
+
+    def _root_decomposition(self) -> Tensor | LinearOperator:
+        return self.root_decomposition().root
 
 
 class _Whitened(NamedTuple):
@@ -310,23 +317,16 @@ class NTKInterpolatedLinearOperator(_SolvedByStructure, SumLinearOperator):
     def _log_determinant(self, parts: _Woodbury) -> Tensor:
         sign, logdet = torch.linalg.slogdet(parts.capacitance)
         if (sign <= 0).any():
-            raise NotPSDError(
-                "The kernel matrix of the grid is not positive semidefinite. A neural tangent kernel is not stationary:"
-                " use gpytorch.settings.use_toeplitz(False)."
-            )
+            raise NotPSDError("The kernel matrix of the grid is not positive semidefinite.")
         return logdet + parts.noise.squeeze(-1).log().sum(-1)
 
 
 def pays_to_interpolate(kernel: InterpolatedLinearOperator) -> bool:
-    """Whether Woodbury's formula takes fewer flops than a dense factor, (n + m) m² to n³/3."""
+    """Whether this is W B Wᵀ, with a W on both sides, and Woodbury's (n + m) m² flops are fewer than n³/3."""
     n, m = kernel.shape[-1], kernel.base_linear_op.shape[-1]
-    return 3 * (n + m) * m**2 < n**3 and math.prod(kernel.shape[-2:]) > 0
-
-
-def same_interpolation(kernel: InterpolatedLinearOperator) -> bool:
-    """Whether rows and columns are interpolated alike: W B Wᵀ."""
-    pairs = (
+    sides = (
         (kernel.left_interp_indices, kernel.right_interp_indices),
         (kernel.left_interp_values, kernel.right_interp_values),
     )
-    return all(a is b or (a.shape == b.shape and torch.equal(a, b)) for a, b in pairs)
+    same = all(a is b or (a.shape == b.shape and torch.equal(a, b)) for a, b in sides)
+    return same and 3 * (n + m) * m**2 < n**3
