@@ -285,3 +285,31 @@ def test_a_joint_matrix_is_computed_only_where_it_is_asked_for(monkeypatch):
         model(test_x, test_tasks).variance  # noqa: B018
     assert shapes
     assert all(shape[-2] == N_TEST for shape in shapes)
+
+
+@pytest.mark.parametrize("name", ["hadamard", "plus rbf", "times two", "jitter"])
+def test_a_network_that_changed_behind_the_caches_raises(name):
+    net, (x, tasks, y, test_x, test_tasks) = network(), inputs(600)
+    model = Model(x, tasks, y, net, CASES[name].combine).eval()
+    with torch.no_grad():
+        model(test_x, test_tasks)
+        model.covar.base_kernel.linearize(network(seed=4))
+        with pytest.raises(RuntimeError, match=r"model\.train\(\)"):
+            model(test_x, test_tasks)
+        model.train().eval()
+        model(test_x, test_tasks)
+
+
+@pytest.mark.parametrize("name", ["hadamard", "plus rbf", "times two", "jitter"])
+def test_derivatives_after_predictions_in_inference_mode(name):
+    case, net, (x, tasks, y, test_x, test_tasks) = CASES[name], network(), inputs(60)
+    model = Model(x, tasks, y, net, case.combine).eval()
+    with torch.inference_mode():
+        model(test_x, test_tasks).variance  # noqa: B018
+    fresh = Model(x, tasks, y, net, case.combine).eval()
+    derivatives = []
+    for each in (model, fresh):
+        points = test_x.clone().requires_grad_()
+        posterior = each(points, test_tasks)
+        derivatives.append(torch.autograd.grad(posterior.mean.sum() + posterior.variance.sum(), points)[0])
+    assert_close(*derivatives)

@@ -42,6 +42,7 @@ from linear_operator.operators import (
 )
 from torch import Tensor
 
+from .. import settings
 from ._densely_solved import DenselySolved
 from .ntk_added_diag_linear_operator import NTKAddedDiagLinearOperator
 from .ntk_linear_operator import NTKLinearOperator
@@ -117,6 +118,13 @@ def without_constants(matrix: LinearOperator) -> LinearOperator:
     return matrix
 
 
+def networks_of(matrix: LinearOperator) -> set[int]:
+    """The states of the networks whose kernels are parts of this matrix, as numbers."""
+    if isinstance(matrix, NTKLinearOperator):
+        return {matrix.linearization.network.fingerprint()}
+    return set().union(*(networks_of(part) for part in matrix._args if isinstance(part, LinearOperator)))
+
+
 def _constant_multiple(matrix: LinearOperator) -> LinearOperator:
     simple = without_constants(matrix)
     return NTKSumLinearOperator(simple) if simple is matrix else exactly_solved(simple)
@@ -174,7 +182,8 @@ def _sum_of_kronecker(matrix: SumKroneckerLinearOperator) -> LinearOperator:
 def _noisy_kronecker(kernel: KroneckerProductLinearOperator, noise: LinearOperator) -> LinearOperator:
     square = all(factor.is_square for factor in kernel.linear_ops)
     factors = noise_factors(noise, [factor.shape[-1] for factor in kernel.linear_ops]) if square else None
-    if factors is None or not are_positive(factors):
+    held = 4 * 8 * sum(f.shape[-1] ** 2 * f.batch_shape.numel() for f in kernel.linear_ops)
+    if factors is None or not are_positive(factors) or held > settings.memory_budget.bytes(kernel.device):
         return NTKSumLinearOperator(kernel) + noise
     return NTKKroneckerLinearOperator(kernel, noise)
 

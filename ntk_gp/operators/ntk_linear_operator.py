@@ -82,9 +82,10 @@ class NTKLinearOperator(LinearOperator):
         return self.__class__(x1, x2, variances, linearization=self.linearization)
 
     def is_of_one_kernel_with(self, other: NTKLinearOperator) -> bool:
-        """Whether both are of one network, with the same prior variances."""
+        """Whether both are of one state of one network, with the same prior variances."""
+        states = (operator.linearization.network.fingerprint() for operator in (self, other))
         ours, theirs = self.variances.detach(), other.variances.detach()
-        return self.linearization is other.linearization and bool((ours == theirs.to(ours)).all())
+        return next(states) == next(states) and bool((ours == theirs.to(ours)).all())
 
     def points_of(self, rows: Tensor) -> Tensor | None:
         """A mask of points, (n,), from one of rows, (n·C,); None if that has some but not all of a point's C."""
