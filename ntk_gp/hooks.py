@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 from gpytorch import settings as gpytorch_settings
-from gpytorch.distributions import MultivariateNormal
-from gpytorch.kernels import AdditiveStructureKernel, Kernel, ScaleKernel
+from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
+from gpytorch.kernels import AdditiveStructureKernel, InducingPointKernel, Kernel, ScaleKernel
 from gpytorch.lazy import LazyEvaluatedKernelTensor
-from gpytorch.models import exact_gp, exact_prediction_strategies
-from linear_operator.operators import LinearOperator
+from gpytorch.models import GP, exact_gp, exact_prediction_strategies
+from linear_operator.operators import DenseLinearOperator, LinearOperator
 from torch import Size, Tensor
 
 from .kernels import NTKKernel
 from .operators import NTKLinearOperator
 from .operators.exactly_solved import NTK_OPERATORS, exactly_solved, without_constants
-from .operators.ntk_sum_linear_operator import entry_by_entry
-from .prediction import NTKPredictionStrategy
+from .operators.ntk_sum_linear_operator import NTKSumLinearOperator, entry_by_entry, product_over_batch
+from .prediction import NTKInducingPointStrategy, NTKPredictionStrategy
 
 _MARK = "_ntk_gp_replaces"  # on each function put in, with what was there before
 
@@ -36,7 +36,7 @@ def install() -> None:
     """Puts the functions below in the place of GPyTorch's; a second time changes nothing."""
     uninstall()  # what an earlier copy of this module has put there
     for owner, name, replacement in _REPLACED:
-        setattr(owner, name, _wrapped(replacement, getattr(owner, name)))
+        setattr(owner, name, _wrapped(replacement, getattr(owner, name), inherited=name not in vars(owner)))
 
 
 def uninstall() -> None:
@@ -46,18 +46,20 @@ def uninstall() -> None:
     likelihoods and samples become GPyTorch's: estimates beyond 800 points.
     """
     for owner, name, _ in _REPLACED:
-        function = getattr(owner, name)
-        while hasattr(function, _MARK):
-            function = getattr(function, _MARK)
-        setattr(owner, name, function)
+        while hasattr(function := getattr(owner, name), _MARK):
+            default, inherited = getattr(function, _MARK)
+            if inherited:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, default)
 
 
-def _wrapped(replacement: Callable[..., Any], default: Callable[..., Any]) -> Callable[..., Any]:
+def _wrapped(replacement: Callable[..., Any], default: Callable[..., Any], inherited: bool) -> Callable[..., Any]:
     @functools.wraps(default)
     def function(*args: Any, **kwargs: Any) -> Any:
         return replacement(default, *args, **kwargs)
 
-    setattr(function, _MARK, default)
+    setattr(function, _MARK, (default, inherited))
     return function
 
 
@@ -65,23 +67,48 @@ def _prediction_strategy(
     default: Callable[..., Any], train_inputs: Any, train_prior_dist: Any, train_labels: Any, likelihood: Any
 ) -> Any:
     """This package's, where GPyTorch would take its default one; a kernel's own comes first."""
+    arguments = train_inputs, train_prior_dist, train_labels, likelihood
     matrix = train_prior_dist.lazy_covariance_matrix
-    strategy = NTKPredictionStrategy if contains_ntk(matrix) and _has_no_strategy(matrix) else default
-    return strategy(
-        train_inputs=train_inputs, train_prior_dist=train_prior_dist, train_labels=train_labels, likelihood=likelihood
-    )
+    if not contains_ntk(matrix):
+        return default(*arguments)
+    own = _own_strategy(matrix)
+    if own is None:
+        return NTKPredictionStrategy(*arguments)
+    if own is InducingPointKernel.prediction_strategy:
+        return NTKInducingPointStrategy(*arguments)
+    return default(*arguments)
 
 
-def _has_no_strategy(matrix: LinearOperator) -> bool:
+def _own_strategy(matrix: LinearOperator) -> Callable[..., Any] | None:
+    """What the outermost kernel predicts by, if not by GPyTorch's default."""
     if not isinstance(matrix, LazyEvaluatedKernelTensor):
-        return True
+        return None
     kernel = matrix.kernel
     while type(kernel).prediction_strategy in _DELEGATING:
         kernel = kernel.base_kernel
-    return type(kernel).prediction_strategy is Kernel.prediction_strategy
+    own = type(kernel).prediction_strategy
+    return None if own is Kernel.prediction_strategy else own
 
 
 _DELEGATING = (ScaleKernel.prediction_strategy, AdditiveStructureKernel.prediction_strategy)
+
+
+def _call(default: Callable[..., Any], model: GP, *args: Any, **kwargs: Any) -> Any:
+    """Marks what `forward` has put together from dense tensors: they do not say what was in them, the model does."""
+    output = default(model, *args, **kwargs)
+    if type(output) not in (MultivariateNormal, MultitaskMultivariateNormal):
+        return output
+    if output.islazy and not isinstance(output.lazy_covariance_matrix, DenseLinearOperator):
+        return output
+    if not any(isinstance(module, NTKKernel) for module in model.modules()):
+        return output
+    layout = {"interleaved": output._interleaved} if isinstance(output, MultitaskMultivariateNormal) else {}
+    return type(output)(output.mean, NTKSumLinearOperator(output.lazy_covariance_matrix), **layout)
+
+
+def _prod_batch(default: Callable[..., Any], matrix: LinearOperator, dim: int) -> LinearOperator:
+    """Entry by entry, likewise."""
+    return product_over_batch(matrix, dim) if contains_ntk(matrix) else default(matrix, dim)
 
 
 def _mul_matrix(default: Callable[..., Any], matrix: LinearOperator, other: Tensor | LinearOperator) -> LinearOperator:
@@ -138,7 +165,9 @@ def contains_ntk(matrix: LinearOperator) -> bool:
 _REPLACED: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     (exact_gp, "prediction_strategy", _prediction_strategy),
     (exact_prediction_strategies, "prediction_strategy", _prediction_strategy),
+    (GP, "__call__", _call),
     (LinearOperator, "_mul_matrix", _mul_matrix),
+    (LinearOperator, "_prod_batch", _prod_batch),
     (MultivariateNormal, "log_prob", _log_prob),
     (MultivariateNormal, "rsample", _rsample),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from gpytorch import settings as gpytorch_settings
-from gpytorch.models.exact_prediction_strategies import DefaultPredictionStrategy
+from gpytorch.models.exact_prediction_strategies import DefaultPredictionStrategy, SGPRPredictionStrategy
 from linear_operator import to_dense, to_linear_operator
 from linear_operator.operators import LinearOperator, MatmulLinearOperator, ZeroLinearOperator
 from linear_operator.utils.memoize import cached
@@ -182,6 +182,13 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
         shift = linearization.autodiff.linearize(flat).jvp(tangents)
         _check_shift(shift, x)
         return shift.reshape(*batch, -1)
+
+
+class NTKInducingPointStrategy(SGPRPredictionStrategy):
+    """GPyTorch's prediction from inducing points, with a covariance that is exactly solved at any number of points."""
+
+    def exact_predictive_covar(self, test_test_covar, test_train_covar):
+        return NTKSumLinearOperator(super().exact_predictive_covar(test_test_covar, test_train_covar))
 
 
 def _check_shift(shift: Tensor, x: Tensor) -> None:

@@ -110,6 +110,10 @@ CASES = {
         lambda m, x, i: ConstantMulLinearOperator(m.covar(x).evaluate_kernel(), torch.tensor(1.5).to(x)),
         lambda k, l, r, t, x: 1.5 * k,
     ),
+    "dense tensor": Case(lambda m, x, i: m.covar(x).to_dense() + m.rbf(x).to_dense(), lambda k, l, r, t, x: k + r),
+    "dense operator": Case(
+        lambda m, x, i: DenseLinearOperator(m.covar(x).to_dense() * m.task(i).to_dense()), lambda k, l, r, t, x: k * t
+    ),
     "permuted": Case(
         lambda m, x, i: m.covar(x.flip(-2))[..., torch.arange(x.shape[-2]).flip(0), :][
             ..., :, torch.arange(x.shape[-2]).flip(0)
@@ -313,3 +317,27 @@ def test_derivatives_after_predictions_in_inference_mode(name):
         posterior = each(points, test_tasks)
         derivatives.append(torch.autograd.grad(posterior.mean.sum() + posterior.variance.sum(), points)[0])
     assert_close(*derivatives)
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+@pytest.mark.parametrize("reduce", ["prod", "sum"])
+def test_products_and_sums_over_a_batch(reduce, lazily):
+    """As `ProductStructureKernel` and `AdditiveStructureKernel` have them over the columns of the inputs."""
+    net, (x, y), test_x = network(inputs=1), data(810), data(N_TEST, seed=1)[0]
+    kernel, noise = NTKKernel(net), 0.1
+    joint = torch.cat([x, test_x])
+    prior = getattr(torch.stack([references.kernel(net, column.unsqueeze(-1)) for column in joint.unbind(-1)]), reduce)(
+        0
+    )
+
+    def combine(model: Model, x: Tensor, tasks: Tensor) -> LinearOperator:
+        matrices = kernel(x.mT.unsqueeze(-1))
+        return getattr(matrices if lazily else matrices.evaluate_kernel(), reduce)(0)
+
+    model = Model(x, torch.zeros(810, 1), y, network(), combine).eval()
+    model.mean_module = gpytorch.means.ZeroMean()
+    mean, covariance = references.posterior(torch.zeros(len(joint), dtype=x.dtype), prior, noise, y)
+    with torch.no_grad():
+        posterior = model(test_x, torch.zeros(N_TEST, 1))
+        assert_close(posterior.mean, mean, 1e-7)
+        assert_close(posterior.covariance_matrix, covariance, 1e-7)

@@ -425,6 +425,21 @@ def test_inducing_points(inducing):
         assert_close(model(test_x).mean, mean, 1e-6)
 
 
+def test_many_points_predicted_from_inducing_points():
+    """More than GPyTorch factorises: their likelihood and samples."""
+    net, (x, y), (test_x, test_y) = network(), data(100), data(850, seed=1)
+    likelihood = GaussianLikelihood().double()
+    kernel = InducingPointKernel(ScaleKernel(NTKKernel(net)), x[:20].clone(), likelihood=likelihood)
+    model = Model(x, y, likelihood, kernel).eval()
+    with torch.no_grad():
+        predicted = likelihood(model(test_x))
+        dense = predicted.lazy_covariance_matrix.to_dense()
+        expected = torch.distributions.MultivariateNormal(predicted.mean, dense).log_prob(test_y)
+        assert_close(predicted.log_prob(test_y), expected)
+        samples = predicted.rsample(Size([850]), base_samples=torch.eye(850, dtype=F64)) - predicted.mean
+        assert_close(samples.mT @ samples, dense)
+
+
 def test_gpytorch_refuses_grids_of_kernels_that_are_not_stationary():
     with pytest.raises(RuntimeError, match="must be stationary"):
         GridInterpolationKernel(NTKKernel(network(inputs=1)), grid_size=30, num_dims=1)

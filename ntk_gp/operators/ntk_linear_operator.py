@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from linear_operator.operators import (
-    DenseLinearOperator,
     DiagLinearOperator,
     LinearOperator,
     RootLinearOperator,
@@ -17,7 +16,7 @@ from ..jacobian.base import Jacobian
 from ..jacobian.linearization import Linearization
 from ._batches import FoldedColumns, expand, flatten_batch, select
 from .ntk_added_diag_linear_operator import NTKAddedDiagLinearOperator
-from .ntk_sum_linear_operator import NTKSumLinearOperator, entry_by_entry
+from .ntk_sum_linear_operator import NTKSumLinearOperator, entry_by_entry, product_over_batch
 
 
 class NTKLinearOperator(LinearOperator):
@@ -120,7 +119,7 @@ class NTKLinearOperator(LinearOperator):
         return entry_by_entry(self, other)
 
     def _prod_batch(self, dim: int) -> LinearOperator:
-        return NTKSumLinearOperator(DenseLinearOperator(self.to_dense().prod(dim)))
+        return product_over_batch(self, dim)
 
     def root_decomposition(self, method: str | None = None) -> LinearOperator:
         """A square root, for samples, as long as it fits in the memory budget; square, as GPyTorch wants base samples.

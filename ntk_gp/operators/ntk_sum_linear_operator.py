@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from linear_operator.operators import (
     AddedDiagLinearOperator,
@@ -28,6 +30,9 @@ class NTKSumLinearOperator(DenselySolved, SumLinearOperator):
 
     def _mul_matrix(self, other: Tensor | LinearOperator) -> LinearOperator:
         return entry_by_entry(self, other)
+
+    def _prod_batch(self, dim: int) -> LinearOperator:
+        return product_over_batch(self, dim)
 
     def add_diagonal(self, diag: Tensor) -> LinearOperator:
         return self + super().add_diagonal(diag)._diag_tensor
@@ -114,6 +119,9 @@ class NTKProductLinearOperator(DenselySolved):
     def _mul_matrix(self, other: Tensor | LinearOperator) -> LinearOperator:
         return entry_by_entry(self, other)
 
+    def _prod_batch(self, dim: int) -> LinearOperator:
+        return product_over_batch(self, dim)
+
     def add_diagonal(self, diag: Tensor) -> LinearOperator:
         return self + super().add_diagonal(diag)._diag_tensor
 
@@ -142,3 +150,13 @@ def entry_by_entry(left: LinearOperator, right: Tensor | LinearOperator) -> Line
             for part in (left, right)
         )
     return NTKProductLinearOperator(left, right)
+
+
+def product_over_batch(matrix: LinearOperator, dim: int) -> LinearOperator:
+    """The product, entry by entry, of the matrices along a batch dimension, which is dropped.
+
+    :param dim: Which one, counted from the first.
+    """
+    matrix = matrix.evaluate_kernel()
+    index = [slice(None)] * dim
+    return functools.reduce(entry_by_entry, (matrix[(*index, i)] for i in range(matrix.shape[dim])))
