@@ -140,7 +140,8 @@ class NTKKroneckerLinearOperator(_SolvedByStructure, SumLinearOperator):
         kernel, noise = self.linear_ops
         noises = noise_factors(noise, [factor.shape[-1] for factor in kernel.linear_ops])
         assert noises is not None
-        return [_whitened(factor.double().to_dense(), n) for factor, n in zip(kernel.linear_ops, noises, strict=True)]
+        factors = (_symmetric(factor.double().to_dense()) for factor in kernel.linear_ops)
+        return [_whitened(factor, n) for factor, n in zip(factors, noises, strict=True)]
 
     def _values(self, parts: list[_Whitened]) -> Tensor:
         """The eigenvalues of ⊗ L⁻¹KL⁻ᵀ, (*batch, N)."""
@@ -170,6 +171,11 @@ class NTKKroneckerLinearOperator(_SolvedByStructure, SumLinearOperator):
         scales = (1 + self._values(parts)).sqrt().to(self.dtype)
         turned = KroneckerProductLinearOperator(*(part.root.to(self.dtype) for part in parts))
         return RootLinearOperator(MatmulLinearOperator(turned, DiagLinearOperator(scales)))
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    """The same, with a symmetric derivative, as upstream has it: x₁ and x₂ then take half of it each."""
+    return (matrix + matrix.mT) / 2
 
 
 def _whitened(kernel: Tensor, noise: Tensor) -> _Whitened:
@@ -298,8 +304,11 @@ class NTKInterpolatedLinearOperator(_SolvedByStructure, SumLinearOperator):
 
     def _factorise(self) -> _Woodbury:
         kernel, noise = self.linear_ops
-        base = kernel.base_linear_op.double().to_dense()
-        indices, values = kernel.left_interp_indices, kernel.left_interp_values.double()
+        base = _symmetric(kernel.base_linear_op.double().to_dense())
+        indices, values = (
+            kernel.left_interp_indices,
+            (kernel.left_interp_values + kernel.right_interp_values).double() / 2,
+        )
         weights = values.new_zeros(*indices.shape[:-1], base.shape[-1]).scatter_add(-1, indices, values)
         diagonal = noise._diagonal().double().unsqueeze(-1)
         identity = torch.eye(base.shape[-1], dtype=base.dtype, device=base.device)

@@ -65,8 +65,9 @@ class TestNTKProductLinearOperator(_Suite, LinearOperatorTestCase, unittest.Test
         return kernel_matrix * other
 
     def evaluate_linear_op(self, linear_op) -> Tensor:
-        other = linear_op.representation()[3]
-        return (super().evaluate_linear_op(linear_op) - other) * other
+        x1, x2, variances, other = linear_op.representation()
+        net = network().to(x1.dtype)
+        return (references.jacobian(net, x1) * variances) @ references.jacobian(net, x2).mT * other
 
 
 class TestNTKProductLinearOperatorBatch(TestNTKProductLinearOperator):

