@@ -130,7 +130,7 @@ def _log_prob(default: Callable[..., Any], distribution: MultivariateNormal, val
     residual = value - distribution.loc
     covariance = exactly_solved(distribution.lazy_covariance_matrix)
     shape = torch.broadcast_shapes(residual.shape[:-1], covariance.batch_shape)
-    residual = residual.expand(*shape, residual.shape[-1])
+    residual = residual.expand(*shape, residual.shape[-1]).contiguous()
     inv_quad, logdet = _repeated(covariance, shape).inv_quad_logdet(residual.unsqueeze(-1), logdet=True)
     return -0.5 * (inv_quad + logdet + residual.shape[-1] * math.log(2 * math.pi))
 

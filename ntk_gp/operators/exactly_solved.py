@@ -58,12 +58,15 @@ from .structured import (
     pays_to_interpolate,
 )
 
-_KEPT = (
+# Solved exactly, with nothing in them to evaluate.
+_EVALUATED = (
     NTKAddedDiagLinearOperator,
     NTKBlockDiagLinearOperator,
     NTKBlockInterleavedLinearOperator,
     NTKInterpolatedLinearOperator,
     NTKKroneckerLinearOperator,
+)
+_KEPT = (
     DenselySolved,
     LowRankRootAddedDiagLinearOperator,
     LowRankRootLinearOperator,
@@ -74,16 +77,7 @@ _KEPT = (
 )
 
 # A matrix that an NTK is a part of has one of these in it.
-NTK_OPERATORS = (
-    NTKLinearOperator,
-    NTKAddedDiagLinearOperator,
-    NTKPosteriorLinearOperator,
-    NTKBlockDiagLinearOperator,
-    NTKBlockInterleavedLinearOperator,
-    NTKInterpolatedLinearOperator,
-    NTKKroneckerLinearOperator,
-    DenselySolved,
-)
+NTK_OPERATORS = (NTKLinearOperator, NTKPosteriorLinearOperator, DenselySolved, *_EVALUATED)
 
 
 def exactly_solved(matrix: LinearOperator) -> LinearOperator:
@@ -91,6 +85,8 @@ def exactly_solved(matrix: LinearOperator) -> LinearOperator:
 
     :param matrix: A square one that a neural tangent kernel is a part of, under any of linear_operator's operators.
     """
+    if isinstance(matrix, _EVALUATED):
+        return matrix
     matrix = matrix.evaluate_kernel()
     if isinstance(matrix, _KEPT):
         return matrix
@@ -102,6 +98,8 @@ def exactly_solved(matrix: LinearOperator) -> LinearOperator:
 
 def without_constants(matrix: LinearOperator) -> LinearOperator:
     """The same matrix, evaluated, its constant factors absorbed by what knows how to."""
+    if isinstance(matrix, NTKLinearOperator):
+        return matrix
     matrix = matrix.evaluate_kernel()
     if type(matrix) is ConstantMulLinearOperator:
         base, constant = without_constants(matrix.base_linear_op), matrix._constant

@@ -31,9 +31,10 @@ from linear_operator.operators import (
     RootLinearOperator,
     SumLinearOperator,
 )
+from linear_operator.operators.block_linear_operator import BlockLinearOperator
 from linear_operator.utils.cholesky import psd_safe_cholesky
 from linear_operator.utils.errors import NotPSDError
-from torch import Size, Tensor
+from torch import Tensor
 
 from ._checks import check_right_hand_side
 from .ntk_sum_linear_operator import NTKSumLinearOperator
@@ -236,12 +237,10 @@ def _kronecker_matmul(factors: list[Tensor], rhs: Tensor) -> Tensor:
     return result
 
 
-class _Blockwise:
+class _Blockwise(BlockLinearOperator):
     """A block-diagonal matrix whose blocks, a batch, know how to solve."""
 
-    base_linear_op: LinearOperator
-    batch_shape: Size
-    shape: Size
+    _stock: type[BlockLinearOperator]
 
     def solve(self, right_tensor: Tensor, left_tensor: Tensor | None = None) -> Tensor:
         vector = right_tensor.dim() == 1
