@@ -124,30 +124,30 @@ OPERATORS: dict[str, Callable[[Kernel], LinearOperator]] = {
     ),
     "constant": lambda k: ConstantMulLinearOperator(matrix_of(k, 900), torch.tensor(2.0, dtype=F64)) + diagonal(900),
     "interpolated": lambda k: interpolated(k, 1500, 40) + constant(1500),
-    "kronecker": lambda k: KroneckerProductLinearOperator(matrix_of(k, 300), task_matrix(4)) + constant(1200),
+    "kronecker": lambda k: KroneckerProductLinearOperator(matrix_of(k, 220), task_matrix(4)) + constant(880),
     "kronecker, noise of each task": lambda k: (
-        KroneckerProductLinearOperator(matrix_of(k, 300), task_matrix(4))
-        + KroneckerProductDiagLinearOperator(constant(300), diagonal(4))
+        KroneckerProductLinearOperator(matrix_of(k, 220), task_matrix(4))
+        + KroneckerProductDiagLinearOperator(constant(220), diagonal(4))
     ),
     "kronecker, correlated noise": lambda k: (
-        KroneckerProductLinearOperator(matrix_of(k, 300), task_matrix(4))
-        + KroneckerProductLinearOperator(constant(300), DenseLinearOperator(task_matrix(4)))
+        KroneckerProductLinearOperator(matrix_of(k, 220), task_matrix(4))
+        + KroneckerProductLinearOperator(constant(220), DenseLinearOperator(task_matrix(4)))
     ),
     "kronecker the other way": lambda k: (
-        KroneckerProductLinearOperator(task_matrix(4), matrix_of(k, 300)) + constant(1200)
+        KroneckerProductLinearOperator(task_matrix(4), matrix_of(k, 220)) + constant(880)
     ),
     "kronecker of three": lambda k: (
         KroneckerProductLinearOperator(matrix_of(k, 40), task_matrix(4), matrix_of(k, 6)) + constant(960)
     ),
     "kronecker times constant": lambda k: (
         ConstantMulLinearOperator(
-            KroneckerProductLinearOperator(matrix_of(k, 300), task_matrix(4)), torch.tensor(2.0, dtype=F64)
+            KroneckerProductLinearOperator(matrix_of(k, 220), task_matrix(4)), torch.tensor(2.0, dtype=F64)
         )
-        + constant(1200)
+        + constant(880)
     ),
     "kronecker, batch": lambda k: (
-        KroneckerProductLinearOperator(matrix_of(k, 250, 2), task_matrix(4).expand(2, 4, 4))
-        + ConstantDiagLinearOperator(torch.tensor([[0.3], [0.4]], dtype=F64), diag_shape=1000)
+        KroneckerProductLinearOperator(matrix_of(k, 205, 2), task_matrix(4).expand(2, 4, 4))
+        + ConstantDiagLinearOperator(torch.tensor([[0.3], [0.4]], dtype=F64), diag_shape=820)
     ),
     "large factor": lambda k: KroneckerProductLinearOperator(matrix_of(k, 810), task_matrix(2)) + constant(1620),
     "low rank": lambda k: LowRankRootLinearOperator(matrix_of(k, 900).to_dense()[:, :20]) + diagonal(900),
