@@ -21,9 +21,10 @@ from linear_operator.operators import (
     MulLinearOperator,
     PsdSumLinearOperator,
 )
+from linear_operator.utils.warnings import NumericalWarning
 from torch import Size, Tensor, nn
 
-from ntk_gp import NetworkMean, NTKKernel, NTKLinearOperator
+from ntk_gp import NetworkMean, NTKKernel, NTKLinearOperator, settings
 from ntk_gp.prediction import NTKPredictionStrategy
 from tests import references
 from tests.adapted import assert_close, data, network
@@ -352,3 +353,10 @@ def test_products_and_sums_over_a_batch(reduce, lazily):
         posterior = model(test_x, torch.zeros(N_TEST, 1))
         assert_close(posterior.mean, mean, 1e-7)
         assert_close(posterior.covariance_matrix, covariance, 1e-7)
+
+
+def test_samples_that_do_not_fit_say_so():
+    net, x = network(), data(810)[0]
+    prior = MultivariateNormal(torch.zeros(810, dtype=x.dtype), NTKKernel(net)(x) + RBFKernel().double()(x))
+    with settings.memory_budget(8 * 810**2), pytest.warns(NumericalWarning, match="rank 100"), torch.no_grad():
+        prior.sample()

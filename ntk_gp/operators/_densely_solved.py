@@ -19,7 +19,7 @@ from .. import settings
 from ..solvers.choice import STOCK_CHOLESKY_SIZES
 from ..solvers.iterative import tolerance
 from ._checks import check_right_hand_side
-from ._roots import square_root
+from ._roots import square_root, warn_of_low_rank
 from ._solve import Solve
 
 _Preconditioner = Callable[[Tensor], Tensor] | None
@@ -140,6 +140,8 @@ class DenselySolved(LinearOperator):
     def root_decomposition(self, method: str | None = None) -> LinearOperator:
         """A square root, for samples: exact, also of singular matrices, as long as the matrix fits in the budget."""
         if method is not None or not self._fits:
+            if method is None and self._choose_root_method() == "lanczos":
+                warn_of_low_rank(self.shape[-1])
             return super().root_decomposition(method)
         return RootLinearOperator(square_root(self.to_dense().double()).to(self.dtype))
 

@@ -11,7 +11,7 @@ from torch import Size, Tensor
 from .. import settings
 from ..solvers import FastVariance, Solver
 from ._batches import expand, select
-from ._roots import square_root
+from ._roots import square_root, warn_of_low_rank
 
 _NO_BATCH = Size()
 
@@ -90,6 +90,8 @@ class NTKPosteriorLinearOperator(LinearOperator):
         GPyTorch's own has rank 100 at most beyond 800 points, and adds 1e-6 to every variance in float32.
         """
         if 3 * 8 * self.shape.numel() > settings.memory_budget.bytes(self.device):
+            if method is None and self._choose_root_method() == "lanczos":
+                warn_of_low_rank(self.shape[-1])
             return super().root_decomposition(method)
         return RootLinearOperator(square_root(self._covariance()).to(self.dtype))
 
