@@ -29,6 +29,7 @@ from .operators.exactly_solved import NTK_OPERATORS, exactly_solved, without_con
 from .operators.ntk_sum_linear_operator import NTKSumLinearOperator, entry_by_entry, product_over_batch
 from .prediction import NTKInducingPointStrategy, NTKPredictionStrategy
 
+_ONE = Size()
 _MARK = "_ntk_gp_replaces"  # on each function put in, with what was there before
 
 
@@ -142,14 +143,19 @@ def _repeated(matrix: LinearOperator, batch_shape: Size) -> LinearOperator:
     return matrix if matrix.batch_shape == batch_shape else matrix.repeat(*repeats, 1, 1)
 
 
-def _rsample(default: Callable[..., Any], distribution: MultivariateNormal, *args: Any, **kwargs: Any) -> Tensor:
+def _rsample(
+    default: Callable[..., Any],
+    distribution: MultivariateNormal,
+    sample_shape: Size = _ONE,
+    base_samples: Tensor | None = None,
+) -> Tensor:
     """From exact roots: GPyTorch's have rank 100 beyond 800 points."""
     if not distribution.islazy or not contains_ntk(distribution.lazy_covariance_matrix):
-        return default(distribution, *args, **kwargs)
+        return default(distribution, sample_shape, base_samples)
     covariance = without_constants(distribution.lazy_covariance_matrix)
-    if not isinstance(covariance, NTKLinearOperator):
+    if base_samples is not None or not isinstance(covariance, NTKLinearOperator):  # they need a square root
         covariance = exactly_solved(covariance)
-    return default(MultivariateNormal(distribution.loc, covariance), *args, **kwargs)
+    return default(MultivariateNormal(distribution.loc, covariance), sample_shape, base_samples)
 
 
 def contains_ntk(matrix: LinearOperator) -> bool:

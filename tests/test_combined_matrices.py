@@ -360,3 +360,25 @@ def test_samples_that_do_not_fit_say_so():
     prior = MultivariateNormal(torch.zeros(810, dtype=x.dtype), NTKKernel(net)(x) + RBFKernel().double()(x))
     with settings.memory_budget(8 * 810**2), pytest.warns(NumericalWarning, match="rank 100"), torch.no_grad():
         prior.sample()
+
+
+@pytest.mark.parametrize("name", ["hadamard", "plus rbf", "times two"])
+def test_more_data_and_missing_targets(name):
+    net, (x, tasks, y, test_x, test_tasks) = network(), inputs(60)
+    seen = torch.arange(60) % 5 > 0
+
+    def predict(model: Model) -> tuple[Tensor, Tensor]:
+        posterior = model(test_x, test_tasks)
+        return posterior.mean, posterior.covariance_matrix
+
+    with torch.no_grad():
+        model = Model(x[:50], tasks[:50], y[:50], net, CASES[name].combine).eval()
+        predict(model)
+        expected = predict(Model(x, tasks, y, net, CASES[name].combine).eval())
+        for a, b in zip(predict(model.get_fantasy_model([x[50:], tasks[50:]], y[50:])), expected, strict=True):
+            assert_close(a, b)
+        expected = predict(Model(x[seen], tasks[seen], y[seen], net, CASES[name].combine).eval())
+        with gpytorch.settings.observation_nan_policy("mask"):
+            actual = predict(Model(x, tasks, y.where(seen, torch.nan), net, CASES[name].combine).eval())
+        for a, b in zip(actual, expected, strict=True):
+            assert_close(a, b)

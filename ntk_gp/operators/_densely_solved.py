@@ -145,9 +145,6 @@ class DenselySolved(LinearOperator):
             return super().root_decomposition(method)
         return RootLinearOperator(square_root(self.to_dense().double()).to(self.dtype))
 
-    def _root_decomposition(self) -> Tensor | LinearOperator:
-        return self.root_decomposition().root if self._fits else super()._root_decomposition()
-
 
 def _warn_of_lost_digits(matrix: Tensor, factor: Tensor, dtype: torch.dtype) -> None:
     rounding = torch.finfo(dtype).eps * matrix.detach().diagonal(dim1=-2, dim2=-1).amax()

@@ -50,9 +50,6 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
         """A square root, for samples: exact as long as the matrix fits in the memory budget."""
         return self._as_sum.root_decomposition(method)
 
-    def _root_decomposition(self) -> Tensor | LinearOperator:
-        return self._as_sum._root_decomposition()
-
     def _kept(self, kind: str, system: System, build: Any) -> Any:
         """What was built for an equal system before: operators are rebuilt at every call, the linearization stays."""
 

@@ -12,6 +12,7 @@ from linear_operator.operators import (
 from linear_operator.utils.getitem import IndexType, _is_noop_index, _noop_index
 from torch import Size, Tensor
 
+from .. import settings
 from ..jacobian.base import Jacobian
 from ..jacobian.linearization import Linearization
 from ._batches import FoldedColumns, expand, flatten_batch, select
@@ -122,20 +123,15 @@ class NTKLinearOperator(LinearOperator):
         return product_over_batch(self, dim)
 
     def root_decomposition(self, method: str | None = None) -> LinearOperator:
-        """A square root, for samples, as long as it fits in the memory budget; square, as GPyTorch wants base samples.
-
-        JΣ^{1/2} and columns of zeros, where there are fewer parameters than rows.
-        """
+        """A square root, for samples, as long as it fits in the memory budget: JΣ^{1/2} where that is the smaller."""
         if method is not None:
             return super().root_decomposition(method)
         parameters = self._jacobians[0].function.num_parameters
-        if parameters >= self.shape[-1] or self._inputs_require_grad:
+        held = 2 * 8 * self.shape[:-1].numel() * parameters
+        fits = parameters < self.shape[-1] and held <= settings.memory_budget.bytes(self.device)
+        if not fits or self._inputs_require_grad:
             return NTKSumLinearOperator(self).root_decomposition()
-        features = self._features()
-        return RootLinearOperator(torch.nn.functional.pad(features, (0, self.shape[-1] - parameters)))
-
-    def _root_decomposition(self) -> Tensor | LinearOperator:
-        return self.root_decomposition().root
+        return RootLinearOperator(self._features())
 
     def _features(self) -> Tensor:
         """JΣ^{1/2}, (*batch, N, P), evaluated in float64."""

@@ -112,9 +112,6 @@ class _SolvedByStructure(LinearOperator):
         """A square root, for samples, by a dense factor."""
         return NTKSumLinearOperator(*self._args).root_decomposition(method)
 
-    def _root_decomposition(self) -> Tensor | LinearOperator:
-        return self.root_decomposition().root
-
 
 class _Whitened(NamedTuple):
     """One factor of the Kronecker products: K, and N = L Lᵀ; L⁻¹ K L⁻ᵀ = Q Λ Qᵀ."""
@@ -258,9 +255,6 @@ class _Blockwise(BlockLinearOperator):
     def root_decomposition(self, method: str | None = None) -> LinearOperator:
         root = self.base_linear_op.root_decomposition(method).root.to_dense()
         return RootLinearOperator(self._stock(root))
-
-    def _root_decomposition(self) -> LinearOperator:
-        return self.root_decomposition().root
 
 
 class NTKBlockDiagLinearOperator(_Blockwise, BlockDiagLinearOperator):
