@@ -14,6 +14,7 @@ from torch import Size, Tensor, nn
 from .jacobian.linearization import Linearization
 from .network import FrozenNetwork, ParameterSelection, check_finite
 from .operators import JacobianLinearOperator, NTKLinearOperator
+from .prediction import NTKPredictionStrategy
 
 
 class NTKKernel(Kernel):
@@ -186,6 +187,10 @@ class NTKKernel(Kernel):
         self._check_inputs(x1, x2)
         kernel_matrix = NTKLinearOperator(x1, x2, variance, linearization=self._linearization)
         return kernel_matrix._diagonal() if diag else kernel_matrix
+
+    def prediction_strategy(self, train_inputs, train_prior_dist, train_labels, likelihood) -> NTKPredictionStrategy:
+        """GPyTorch asks for it, and serves every prediction by it."""
+        return NTKPredictionStrategy(train_inputs, train_prior_dist, train_labels, likelihood)
 
     def named_sub_kernels(self) -> Iterator[tuple[str, Kernel]]:
         """None; GPyTorch would look for some among the modules of the network, whenever it needs the batch shape."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from gpytorch import settings as gpytorch_settings
-from gpytorch.models.exact_prediction_strategies import DefaultPredictionStrategy
+from gpytorch.models.exact_prediction_strategies import DefaultPredictionStrategy, SGPRPredictionStrategy
 from linear_operator import to_dense, to_linear_operator
 from linear_operator.operators import LinearOperator, MatmulLinearOperator, ZeroLinearOperator
 from linear_operator.utils.memoize import cached
@@ -13,7 +13,7 @@ from torch import Size, Tensor
 from .network import is_finite, normal_tensor
 from .operators import NTKAddedDiagLinearOperator, NTKLinearOperator
 from .operators._batches import FoldedColumns
-from .operators.exactly_solved import exactly_solved
+from .operators.exactly_solved import exactly_solved, networks_of, without_constants
 from .operators.ntk_posterior_linear_operator import NTKPosteriorLinearOperator
 from .operators.ntk_sum_linear_operator import NTKSumLinearOperator
 from .solvers import FastVariance, Solver, choose_fast_variance
@@ -35,6 +35,8 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
 
     def __init__(self, train_inputs, train_prior_dist, train_labels, likelihood, **kwargs):
         _check_targets(train_inputs[0], train_labels)
+        self._networks: set[int] = set()  # the states of the networks in K
+        self._memoize_cache: dict = {}  # made here, since threads that share this could each make their own later
         super().__init__(train_inputs, train_prior_dist, train_labels, likelihood, **kwargs)
 
     @property
@@ -43,11 +45,19 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
         """K + D of the training data; exactly solved also where K is a sum or a product that an NTK is part of, and
         where targets are missing."""
         matrix = self.lik_train_train_covar.evaluate_kernel()
+        self._networks = networks_of(matrix)
         if self._missing.any():
             observed = (~self._missing).to(self.train_labels.dtype)
             together = observed.unsqueeze(-1) * observed.unsqueeze(-2) + torch.diag_embed(1 - observed)
             return NTKSumLinearOperator(to_linear_operator(matrix.to_dense() * together))
         return exactly_solved(matrix)
+
+    @property
+    @cached(name="constant_train_system")
+    def _constant_train_matrix(self) -> LinearOperator:
+        """The same without a graph, with its factor from one prediction to the next."""
+        with torch.inference_mode(False):
+            return self._train_matrix.detach()
 
     @property
     def _missing(self) -> Tensor:
@@ -100,13 +110,15 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
             isinstance(test_test_covar, NTKLinearOperator)
             and isinstance(self._train_matrix, NTKAddedDiagLinearOperator)
             and self._train_matrix._is_positive
+            and self._train_matrix._linear_op.is_of_one_kernel_with(test_test_covar)
             and gpytorch_settings.detach_test_caches.on()
         )
 
     def exact_prediction(self, test_mean, test_test_covar, test_train_covar):
+        test_test_covar = without_constants(to_linear_operator(test_test_covar))
+        self._check_networks(test_test_covar)
         if not self._covers(test_test_covar):
             return super().exact_prediction(test_mean, test_test_covar, test_train_covar)
-        self._check_network(test_test_covar)
         x = test_test_covar.x1
         mean = test_mean + self._mean_shift(x).reshape(*x.shape[:-2], -1)
         if gpytorch_settings.skip_posterior_variances.on():
@@ -116,12 +128,16 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
         source = self.fast_variance if fast else self.solver
         return mean, NTKPosteriorLinearOperator(x, x, source=source, batch_shape=batch_shape)
 
-    def _check_network(self, test_test_covar: NTKLinearOperator) -> None:
-        if test_test_covar.linearization.network.fingerprint() != self.solver.system.state:
+    def _check_networks(self, test_test_covar: LinearOperator) -> None:
+        self._train_matrix  # noqa: B018 -- prepared now, if it was not
+        if self._networks and not networks_of(test_test_covar) <= self._networks:
             raise RuntimeError(
                 "The kernel's network has changed since the model's predictions were prepared. Call model.train() and "
                 "model.eval() to prepare them anew."
             )
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_networks": set()}  # they are others where this is loaded
 
     def _mean_cache(self, nan_policy: str) -> Tensor:
         return self._alpha if gpytorch_settings.detach_test_caches.on() else self._solved_residual()
@@ -129,7 +145,8 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
     @property
     @cached(name="alpha")
     def _alpha(self) -> Tensor:
-        return self._solved_residual().detach()
+        with torch.inference_mode(False), torch.no_grad():
+            return normal_tensor(self._solved_residual())
 
     def _solved_residual(self) -> Tensor:
         """(K + D)⁻¹ (y - m), (*batch, N)."""
@@ -146,10 +163,11 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
     def exact_predictive_covar(self, test_test_covar, test_train_covar):
         if gpytorch_settings.skip_posterior_variances.on():
             return super().exact_predictive_covar(test_test_covar, test_train_covar)
-        matrix = self._train_matrix.detach() if gpytorch_settings.detach_test_caches.on() else self._train_matrix
+        constant = gpytorch_settings.detach_test_caches.on()
+        matrix = self._constant_train_matrix if constant else self._train_matrix
         cross = to_dense(test_train_covar).masked_fill(self._missing.unsqueeze(-2), 0.0)
         explained = MatmulLinearOperator(cross, -matrix.solve(cross.mT))
-        return to_linear_operator(test_test_covar) + explained
+        return NTKSumLinearOperator(to_linear_operator(test_test_covar), explained)
 
     def _mean_shift(self, x: Tensor) -> Tensor:
         """J(x) ŵ: (*batch, m, d) to (*batch, m·C)."""
@@ -164,6 +182,13 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
         shift = linearization.autodiff.linearize(flat).jvp(tangents)
         _check_shift(shift, x)
         return shift.reshape(*batch, -1)
+
+
+class NTKInducingPointStrategy(SGPRPredictionStrategy):
+    """GPyTorch's prediction from inducing points, with a covariance that is exactly solved at any number of points."""
+
+    def exact_predictive_covar(self, test_test_covar, test_train_covar):
+        return NTKSumLinearOperator(super().exact_predictive_covar(test_test_covar, test_train_covar))
 
 
 def _check_shift(shift: Tensor, x: Tensor) -> None:

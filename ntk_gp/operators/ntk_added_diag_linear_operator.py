@@ -13,13 +13,13 @@ from linear_operator.operators import (
 )
 from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Size, Tensor
-from torch.autograd.function import once_differentiable
 
 from ..solvers import Solver, Spectrum, System, choose_solver, solver_class
 from ..solvers.iterative import IterativeSolver
 from ._batches import FoldedColumns, flatten_batch
 from ._checks import check_right_hand_side
-from .ntk_sum_linear_operator import NTKSumLinearOperator
+from ._solve import Solve
+from .ntk_sum_linear_operator import NTKSumLinearOperator, entry_by_entry
 
 # Up to this size one eigendecomposition takes seconds, and the first step of fitting may as well do it.
 _ALWAYS_DECOMPOSED = 4000
@@ -42,6 +42,13 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
         if isinstance(other, DiagLinearOperator):
             return super().__add__(other)
         return (self._linear_op + other) + self._diag_tensor
+
+    def _mul_matrix(self, other: Tensor | LinearOperator) -> LinearOperator:
+        return entry_by_entry(self, other)
+
+    def root_decomposition(self, method: str | None = None) -> LinearOperator:
+        """A square root, for samples: exact as long as the matrix fits in the memory budget."""
+        return self._as_sum.root_decomposition(method)
 
     def _kept(self, kind: str, system: System, build: Any) -> Any:
         """What was built for an equal system before: operators are rebuilt at every call, the linearization stays."""
@@ -79,9 +86,18 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
             return self._as_sum.solve(right_tensor, left_tensor)
         vector = right_tensor.dim() == 1
         rhs = right_tensor.unsqueeze(-1) if vector else right_tensor
-        solution = _Solve.apply(self, rhs, *self.representation())
+        solution = Solve.apply(self, rhs, *self.representation())
         solution = solution.squeeze(-1) if vector else solution
         return solution if left_tensor is None else left_tensor @ solution
+
+    def _solve(self, rhs: Tensor, preconditioner: Any = None, num_tridiag: int | None = 0) -> Any:
+        if num_tridiag or not self._is_positive:
+            return self._as_sum._solve(rhs, preconditioner, num_tridiag)
+        # A system with one batch serves all of the operator's, as more columns.
+        columns = FoldedColumns(rhs.double(), self.batch_shape if self.solver.system.batch > 1 else Size())
+        solution = columns.unfold(self.solver.solve(columns.flat))
+        shape = torch.broadcast_shapes(solution.shape[:-2], self.batch_shape)
+        return solution.expand(*shape, *solution.shape[-2:]).to(self.dtype)
 
     @property
     def _is_positive(self) -> bool:
@@ -170,38 +186,6 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
 
 class _Counter:
     count = 0
-
-
-class _Solve(torch.autograd.Function):
-    """(K + D)⁻¹ rhs, differentiable with respect to rhs and everything that represents the operator."""
-
-    @staticmethod
-    def forward(ctx, operator: NTKAddedDiagLinearOperator, rhs: Tensor, *representation: Tensor) -> Tensor:
-        solution = _solve(operator, rhs)
-        ctx.operator = operator
-        ctx.save_for_backward(rhs, solution)
-        return solution
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rhs, solution = ctx.saved_tensors
-        adjoint = _solve(ctx.operator, grad)
-        representation_grads: tuple[Tensor | None, ...] = (None,) * len(ctx.operator.representation())
-        if any(ctx.needs_input_grad[2:]):
-            # Symmetric, as upstream has it: x₁ and x₂ then take half of the derivative each.
-            left, right = torch.cat([adjoint, solution], -1), torch.cat([solution, adjoint], -1)
-            representation_grads = ctx.operator._bilinear_derivative(left, right.mul(-0.5))
-        return None, adjoint.sum_to_size(rhs.shape), *representation_grads
-
-
-def _solve(operator: NTKAddedDiagLinearOperator, rhs: Tensor) -> Tensor:
-    solver = operator.solver
-    # A system with one batch serves all of the operator's, as more columns.
-    columns = FoldedColumns(rhs.double(), operator.batch_shape if solver.system.batch > 1 else Size())
-    solution = columns.unfold(solver.solve(columns.flat))
-    shape = torch.broadcast_shapes(solution.shape[:-2], operator.batch_shape)
-    return solution.expand(*shape, *solution.shape[-2:]).to(operator.dtype)
 
 
 class _MarginalTerms(torch.autograd.Function):

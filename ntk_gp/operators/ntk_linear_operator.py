@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import torch
-from linear_operator.operators import DiagLinearOperator, LinearOperator, RootLinearOperator, SumLinearOperator
+from linear_operator.operators import (
+    DiagLinearOperator,
+    LinearOperator,
+    RootLinearOperator,
+    SumLinearOperator,
+)
 from linear_operator.utils.getitem import IndexType, _is_noop_index, _noop_index
 from torch import Size, Tensor
 
+from .. import settings
 from ..jacobian.base import Jacobian
 from ..jacobian.linearization import Linearization
 from ._batches import FoldedColumns, expand, flatten_batch, select
 from .ntk_added_diag_linear_operator import NTKAddedDiagLinearOperator
-from .ntk_sum_linear_operator import NTKSumLinearOperator
+from .ntk_sum_linear_operator import NTKSumLinearOperator, entry_by_entry, product_over_batch
 
 
 class NTKLinearOperator(LinearOperator):
@@ -75,6 +81,12 @@ class NTKLinearOperator(LinearOperator):
     def _like(self, x1: Tensor, x2: Tensor, variances: Tensor) -> NTKLinearOperator:
         return self.__class__(x1, x2, variances, linearization=self.linearization)
 
+    def is_of_one_kernel_with(self, other: NTKLinearOperator) -> bool:
+        """Whether both are of one state of one network, with the same prior variances."""
+        states = (operator.linearization.network.fingerprint() for operator in (self, other))
+        ours, theirs = self.variances.detach(), other.variances.detach()
+        return next(states) == next(states) and bool((ours == theirs.to(ours)).all())
+
     def points_of(self, rows: Tensor) -> Tensor | None:
         """A mask of points, (n,), from one of rows, (n·C,); None if that has some but not all of a point's C."""
         outputs = rows.reshape(-1, self._outputs)
@@ -103,6 +115,30 @@ class NTKLinearOperator(LinearOperator):
     def _mul_constant(self, other: float | Tensor) -> NTKLinearOperator:
         other = torch.as_tensor(other, dtype=self.variances.dtype, device=self.variances.device)
         return self._like(self.x1, self.x2, self.variances * other[..., None, None])
+
+    def _mul_matrix(self, other: Tensor | LinearOperator) -> LinearOperator:
+        return entry_by_entry(self, other)
+
+    def _prod_batch(self, dim: int) -> LinearOperator:
+        return product_over_batch(self, dim)
+
+    def root_decomposition(self, method: str | None = None) -> LinearOperator:
+        """A square root, for samples, as long as it fits in the memory budget: JΣ^{1/2} where that is the smaller."""
+        if method is not None:
+            return super().root_decomposition(method)
+        parameters = self._jacobians[0].function.num_parameters
+        held = 2 * 8 * self.shape[:-1].numel() * parameters
+        fits = parameters < self.shape[-1] and held <= settings.memory_budget.bytes(self.device)
+        if not fits or self._inputs_require_grad:
+            return NTKSumLinearOperator(self).root_decomposition()
+        return RootLinearOperator(self._features())
+
+    def _features(self) -> Tensor:
+        """JΣ^{1/2}, (*batch, N, P), evaluated in float64."""
+        jacobian = self.linearization.jacobian(flatten_batch(self.x1.detach().double()))
+        scales = jacobian.function.expand_weights(self._weights.double()).sqrt()
+        rows = jacobian.rows() * scales.unsqueeze(-2)
+        return rows.expand(self.batch_shape.numel(), *rows.shape[-2:]).reshape(*self.shape[:-1], -1).to(self.dtype)
 
     def _matmul(self, rhs: Tensor) -> Tensor:
         if rhs.dim() == 1:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from linear_operator.operators import DenseLinearOperator, LinearOperator, RootLinearOperator
-from linear_operator.utils.cholesky import psd_safe_cholesky
 from linear_operator.utils.getitem import IndexType
 from linear_operator.utils.memoize import cached
 from torch import Size, Tensor
@@ -12,6 +11,7 @@ from torch import Size, Tensor
 from .. import settings
 from ..solvers import FastVariance, Solver
 from ._batches import expand, select
+from ._roots import square_root, warn_of_low_rank
 
 _NO_BATCH = Size()
 
@@ -90,8 +90,10 @@ class NTKPosteriorLinearOperator(LinearOperator):
         GPyTorch's own has rank 100 at most beyond 800 points, and adds 1e-6 to every variance in float32.
         """
         if 3 * 8 * self.shape.numel() > settings.memory_budget.bytes(self.device):
+            if method is None and self._choose_root_method() == "lanczos":
+                warn_of_low_rank(self.shape[-1])
             return super().root_decomposition(method)
-        return RootLinearOperator(_square_root(self._covariance()).to(self.dtype))
+        return RootLinearOperator(square_root(self._covariance()).to(self.dtype))
 
     def _covariance(self) -> Tensor:
         """In float64."""
@@ -131,17 +133,6 @@ class NTKPosteriorLinearOperator(LinearOperator):
     def _dense(self) -> DenseLinearOperator:
         """For what the batches of the training data leave no other way to."""
         return DenseLinearOperator(self.to_dense())
-
-
-def _square_root(matrix: Tensor) -> Tensor:
-    """R with R Rᵀ equal to a positive semidefinite matrix: by Cholesky, or by eigenvalues where it is singular."""
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if not info.any():
-        return factor
-    if matrix.requires_grad:  # equal eigenvalues have no derivative
-        return psd_safe_cholesky(matrix)
-    values, vectors = torch.linalg.eigh(matrix)
-    return vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2)
 
 
 def _same_index(one: IndexType, other: IndexType) -> bool:

@@ -2,80 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
+import functools
 
 import torch
-from gpytorch import settings as gpytorch_settings
-from linear_operator.operators import AddedDiagLinearOperator, DiagLinearOperator, LinearOperator, SumLinearOperator
-from linear_operator.utils.cholesky import psd_safe_cholesky
-from linear_operator.utils.memoize import cached
-from linear_operator.utils.warnings import NumericalWarning
+from linear_operator.operators import (
+    AddedDiagLinearOperator,
+    DiagLinearOperator,
+    LinearOperator,
+    RootLinearOperator,
+    SumLinearOperator,
+    to_linear_operator,
+)
 from torch import Tensor
 
-from .. import settings
-from ..solvers.choice import STOCK_CHOLESKY_SIZES
-from ..solvers.iterative import tolerance
-from ._checks import check_right_hand_side
+from ._densely_solved import DenselySolved
 
 
-class _DenselySolved(LinearOperator):
-    """Solves and log-determinants by one dense Cholesky factor in float64 as long as that fits in
-    :class:`ntk_gp.settings.memory_budget`; beyond, by GPyTorch's conjugate gradients at this package's tolerance."""
-
-    @property
-    def _is_dense(self) -> bool:
-        elements = 3 * self.batch_shape.numel() * self.shape[-1] ** 2
-        return 8 * elements <= settings.memory_budget.bytes(self.device)
-
-    @cached(name="float64_factor")
-    def _factor(self) -> Tensor:
-        matrix = self.to_dense().double()
-        factor = psd_safe_cholesky(matrix, jitter=gpytorch_settings.cholesky_jitter.value(self.dtype))
-        rounding = torch.finfo(self.dtype).eps * matrix.detach().diagonal(dim1=-2, dim2=-1).amax()
-        smallest = factor.detach().diagonal(dim1=-2, dim2=-1).amin().square()
-        if 0.1 * smallest < rounding:
-            warnings.warn(
-                f"A sum or product of kernels in {self.dtype} with so little noise loses too many digits: what its "
-                f"factorisation leaves falls to {float(smallest):.1e}, and its entries are known to "
-                f"{float(rounding):.1e}. Use float64 inputs and model, or more noise.",
-                NumericalWarning,
-                stacklevel=2,
-            )
-        return factor
-
-    def solve(self, right_tensor: Tensor, left_tensor: Tensor | None = None) -> Tensor:
-        check_right_hand_side(right_tensor)
-        if not self._is_dense:
-            with _conjugate_gradients():
-                return super().solve(right_tensor, left_tensor)
-        vector = right_tensor.dim() == 1
-        rhs = right_tensor.unsqueeze(-1) if vector else right_tensor
-        solution = torch.cholesky_solve(rhs.double(), self._factor()).to(right_tensor.dtype)
-        solution = solution.squeeze(-1) if vector else solution
-        return solution if left_tensor is None else left_tensor @ solution
-
-    def inv_quad_logdet(
-        self, inv_quad_rhs: Tensor | None = None, logdet: bool | None = False, reduce_inv_quad: bool | None = True
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if inv_quad_rhs is not None:
-            check_right_hand_side(inv_quad_rhs)
-        if not self._is_dense:
-            with _conjugate_gradients():
-                return super().inv_quad_logdet(inv_quad_rhs, logdet, reduce_inv_quad)
-        factor = self._factor()
-        inv_quad = log_determinant = torch.zeros(self.batch_shape, dtype=self.dtype, device=self.device)
-        if inv_quad_rhs is not None:
-            vector = inv_quad_rhs.dim() == 1
-            rhs = inv_quad_rhs.unsqueeze(-1) if vector else inv_quad_rhs
-            inv_quad = torch.linalg.solve_triangular(factor, rhs.double(), upper=False).square().sum(-2).to(self.dtype)
-            inv_quad = inv_quad.sum(-1) if vector or reduce_inv_quad else inv_quad
-        if logdet:
-            log_determinant = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(self.dtype)
-        return inv_quad, log_determinant
-
-
-class NTKSumLinearOperator(_DenselySolved, SumLinearOperator):
+class NTKSumLinearOperator(DenselySolved, SumLinearOperator):
     """A neural tangent kernel matrix plus others, such as a Matérn kernel's or correlated noise; solved exactly.
 
     :param linear_ops: The matrices to add; or one alone that holds such a sum or a product, in a form that solves
@@ -85,30 +28,135 @@ class NTKSumLinearOperator(_DenselySolved, SumLinearOperator):
     def _mul_constant(self, other: float | Tensor) -> LinearOperator:
         return self.__class__(*(operator._mul_constant(other) for operator in self.linear_ops))
 
+    def _mul_matrix(self, other: Tensor | LinearOperator) -> LinearOperator:
+        return entry_by_entry(self, other)
+
+    def _prod_batch(self, dim: int) -> LinearOperator:
+        return product_over_batch(self, dim)
+
     def add_diagonal(self, diag: Tensor) -> LinearOperator:
         return self + super().add_diagonal(diag)._diag_tensor
 
     def __add__(self, other: Tensor | LinearOperator | float) -> LinearOperator | Tensor:
         if isinstance(other, DiagLinearOperator):
             return NTKSumAddedDiagLinearOperator(self, other)
+        if isinstance(other, RootLinearOperator):  # the base class would form root and inverse root of both
+            return self.__class__(*self.linear_ops, other)
         added = super().__add__(other)
         return self.__class__(*added.linear_ops) if type(added) is SumLinearOperator else added
 
 
-class NTKSumAddedDiagLinearOperator(_DenselySolved, AddedDiagLinearOperator):
-    """Such a sum plus noise.
+class NTKSumAddedDiagLinearOperator(DenselySolved, AddedDiagLinearOperator):
+    """Such a sum, or a product, plus noise.
 
     :param linear_ops: The :class:`NTKSumLinearOperator` and the :class:`~linear_operator.operators.DiagLinearOperator`.
     """
 
+    def _mul_matrix(self, other: Tensor | LinearOperator) -> LinearOperator:
+        return entry_by_entry(self, other)
 
-def _conjugate_gradients() -> contextlib.ExitStack:
-    """GPyTorch's settings as the user has made them, at this package's tolerance if none; not those of an import."""
-    stack = contextlib.ExitStack()
-    stack.enter_context(gpytorch_settings.cg_tolerance(tolerance()))
-    if gpytorch_settings.max_cholesky_size.value() in STOCK_CHOLESKY_SIZES:
-        stack.enter_context(gpytorch_settings.max_cholesky_size(min(STOCK_CHOLESKY_SIZES)))
-    for flag in (gpytorch_settings.fast_computations.solves, gpytorch_settings.fast_computations.log_prob):
-        if flag.is_default():
-            stack.enter_context(flag(True))
-    return stack
+
+class NTKProductLinearOperator(DenselySolved):
+    """The product, entry by entry, of a neural tangent kernel matrix and another, as lazy as they are.
+
+    Slices are products of slices: of a joint matrix of training and test points only what is asked for is computed.
+
+    :param left: (*batch, M, N).
+    :param right: (*batch, M, N); the batches broadcast.
+    """
+
+    def __init__(self, left: LinearOperator, right: LinearOperator):
+        batch_shape = torch.broadcast_shapes(left.batch_shape, right.batch_shape)
+        left, right = (
+            part if part.batch_shape == batch_shape else part._expand_batch(batch_shape) for part in (left, right)
+        )
+        super().__init__(left, right)
+        self.left = left
+        self.right = right
+
+    def _size(self) -> torch.Size:
+        return self.left.shape
+
+    def _transpose_nonbatch(self) -> LinearOperator:
+        return self.__class__(self.left._transpose_nonbatch(), self.right._transpose_nonbatch())
+
+    def _expand_batch(self, batch_shape: torch.Size | list[int]) -> LinearOperator:
+        return self.__class__(self.left._expand_batch(batch_shape), self.right._expand_batch(batch_shape))
+
+    def _permute_batch(self, *dims: int) -> LinearOperator:
+        return self.__class__(self.left._permute_batch(*dims), self.right._permute_batch(*dims))
+
+    def _unsqueeze_batch(self, dim: int) -> LinearOperator:
+        return self.__class__(self.left._unsqueeze_batch(dim), self.right._unsqueeze_batch(dim))
+
+    def _getitem(self, row_index, col_index, *batch_indices) -> LinearOperator:
+        return self.__class__(
+            self.left._getitem(row_index, col_index, *batch_indices),
+            self.right._getitem(row_index, col_index, *batch_indices),
+        )
+
+    def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
+        parts = (self.left.evaluate_kernel(), self.right.evaluate_kernel())
+        left, right = (part._get_indices(row_index, col_index, *batch_indices) for part in parts)
+        return left * right
+
+    def _diagonal(self) -> Tensor:
+        return self.left._diagonal() * self.right._diagonal()
+
+    def to_dense(self) -> Tensor:
+        return self.left.to_dense() * self.right.to_dense()
+
+    def _matmul(self, rhs: Tensor) -> Tensor:
+        if self._fits or self.shape[-2] <= 1:
+            return self.to_dense() @ rhs
+        half = self.shape[-2] // 2  # one half of the rows after the other, as often as it takes
+        parts = (self[..., :half, :], self[..., half:, :])
+        return torch.cat([part._matmul(rhs) for part in parts], dim=-1 if rhs.dim() == 1 else -2)
+
+    def _mul_constant(self, other: float | Tensor) -> LinearOperator:
+        return self.__class__(self.left._mul_constant(other), self.right)
+
+    def _mul_matrix(self, other: Tensor | LinearOperator) -> LinearOperator:
+        return entry_by_entry(self, other)
+
+    def _prod_batch(self, dim: int) -> LinearOperator:
+        return product_over_batch(self, dim)
+
+    def add_diagonal(self, diag: Tensor) -> LinearOperator:
+        return self + super().add_diagonal(diag)._diag_tensor
+
+    def __add__(self, other: Tensor | LinearOperator | float) -> LinearOperator | Tensor:
+        return NTKSumLinearOperator(self) + other
+
+
+def entry_by_entry(left: LinearOperator, right: Tensor | LinearOperator) -> LinearOperator:
+    """The product, entry by entry, of two matrices, (*batch, M, N), that a neural tangent kernel is a part of.
+
+    linear_operator's own takes roots of both, of rank 100 beyond 800 points.
+    """
+    right = to_linear_operator(right)
+    for one, other in ((left, right), (right, left)):
+        if isinstance(one, DiagLinearOperator):
+            return NTKSumLinearOperator(one._mul_matrix(other))
+        if one.matrix_shape == (1, 1) != other.matrix_shape:  # constants, with more batches than the other may have
+            shape = torch.broadcast_shapes(one.batch_shape, other.batch_shape)
+            return other.expand(*shape, *other.matrix_shape)._mul_constant(one.to_dense()[..., 0, 0].expand(shape))
+    if left.matrix_shape != right.matrix_shape:
+        shape = torch.broadcast_shapes(left.matrix_shape, right.matrix_shape)
+        left, right = (
+            part
+            if part.matrix_shape == shape
+            else to_linear_operator(part.to_dense().expand(*part.batch_shape, *shape))
+            for part in (left, right)
+        )
+    return NTKProductLinearOperator(left, right)
+
+
+def product_over_batch(matrix: LinearOperator, dim: int) -> LinearOperator:
+    """The product, entry by entry, of the matrices along a batch dimension, which is dropped.
+
+    :param dim: Which one, counted from the first.
+    """
+    matrix = matrix.evaluate_kernel()
+    index = [slice(None)] * dim
+    return functools.reduce(entry_by_entry, (matrix[(*index, i)] for i in range(matrix.shape[dim])))

@@ -24,6 +24,7 @@ class _Suite:
     should_test_sample = True
     should_call_cg = False
     should_call_cholesky = False
+    should_call_lanczos = False
     x_shape: tuple[int, ...] = (5, 3)
     noise_shape: tuple[int, ...] = (5,)
 

@@ -25,6 +25,7 @@ class _Suite:
 
     seed = 0
     should_test_sample = True
+    should_call_lanczos = False
     outputs = 1
     x_shape: tuple[int, ...] = (5, 4)
     x2_shape: tuple[int, ...] | None = None  # square if None

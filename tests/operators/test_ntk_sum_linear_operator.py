@@ -5,7 +5,7 @@ import unittest
 import pytest
 import torch
 from linear_operator.operators import DenseLinearOperator, DiagLinearOperator, KroneckerProductLinearOperator
-from linear_operator.test.linear_operator_test_case import LinearOperatorTestCase
+from linear_operator.test.linear_operator_test_case import LinearOperatorTestCase, RectangularLinearOperatorTestCase
 from torch import Tensor
 
 from ntk_gp import NTKLinearOperator, settings
@@ -21,6 +21,7 @@ class _Suite:
     should_test_sample = True
     should_call_cg = False
     should_call_cholesky = False
+    should_call_lanczos = False
     x_shape: tuple[int, ...] = (5, 3)
 
     def parts(self) -> tuple[NTKLinearOperator, DenseLinearOperator]:
@@ -55,6 +56,38 @@ class TestNTKSumAddedDiagLinearOperator(_Suite, LinearOperatorTestCase, unittest
 
     def evaluate_linear_op(self, linear_op) -> Tensor:
         return super().evaluate_linear_op(linear_op) + torch.diag_embed(linear_op.representation()[-1])
+
+
+class TestNTKProductLinearOperator(_Suite, LinearOperatorTestCase, unittest.TestCase):
+    """Whose matrices are positive definite by Schur's theorem."""
+
+    def create_linear_op(self):
+        kernel_matrix, other = self.parts()
+        return kernel_matrix * other
+
+    def evaluate_linear_op(self, linear_op) -> Tensor:
+        x1, x2, variances, other = linear_op.representation()
+        net = network().to(x1.dtype)
+        return (references.jacobian(net, x1) * variances) @ references.jacobian(net, x2).mT * other
+
+
+class TestNTKProductLinearOperatorBatch(TestNTKProductLinearOperator):
+    x_shape = (3, 5, 3)
+
+
+class TestNTKProductLinearOperatorRectangular(RectangularLinearOperatorTestCase, unittest.TestCase):
+    seed = 0
+
+    def create_linear_op(self):
+        x = torch.randn(5, 3).requires_grad_()
+        variances = torch.ones(1, 1).requires_grad_()
+        kernel_matrix = NTKLinearOperator(x, x[:4], variances, linearization=Linearization(FrozenNetwork(network())))
+        return kernel_matrix * DenseLinearOperator(torch.randn(5, 4).requires_grad_())
+
+    def evaluate_linear_op(self, linear_op) -> Tensor:
+        x1, x2, variances, other = linear_op.representation()
+        net = network().to(x1.dtype)
+        return (references.jacobian(net, x1) * variances) @ references.jacobian(net, x2).mT * other
 
 
 def make(n: int) -> tuple[NTKSumLinearOperator, Tensor, tuple[Tensor, ...]]:

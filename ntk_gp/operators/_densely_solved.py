@@ -1,0 +1,171 @@
+"""Matrices without a structure to solve by: one dense factor, or iteration where that does not fit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from gpytorch import settings as gpytorch_settings
+from linear_operator.functions._inv_quad_logdet import InvQuadLogdet
+from linear_operator.operators import IdentityLinearOperator, LinearOperator, RootLinearOperator
+from linear_operator.utils import linear_cg
+from linear_operator.utils.cholesky import psd_safe_cholesky
+from linear_operator.utils.warnings import NumericalWarning
+from torch import Tensor
+
+from .. import settings
+from ..solvers.choice import STOCK_CHOLESKY_SIZES
+from ..solvers.iterative import tolerance
+from ._checks import check_right_hand_side
+from ._roots import square_root, warn_of_low_rank
+from ._solve import Solve
+
+_Preconditioner = Callable[[Tensor], Tensor] | None
+
+
+class DenselySolved(LinearOperator):
+    """Solves, log-determinants and roots by one dense factor in float64 as long as that fits in
+    :class:`ntk_gp.settings.memory_budget`; beyond, by linear_operator's conjugate gradients at this package's
+    tolerance. No setting of GPyTorch is changed for that: other threads would meet it."""
+
+    _factor_memo: Tensor | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._memoize_cache: dict = {}  # made here, since threads that share this could each make their own later
+        super().__init__(*args, **kwargs)
+
+    @property
+    def _is_dense(self) -> bool:
+        return self._fits or self.shape[-1] <= _cholesky_size() or _iteration_is_switched_off()
+
+    @property
+    def _fits(self) -> bool:
+        elements = 3 * self.shape.numel()
+        return 8 * elements <= settings.memory_budget.bytes(self._place)
+
+    @property
+    def _place(self) -> torch.device:
+        """The device, which an operator made of several may not know itself."""
+        return self.representation()[0].device if self.device is None else self.device
+
+    def _factor(self) -> Tensor:
+        """The Cholesky factor, (*batch, N, N); kept where it has no graph, whose derivatives may be asked for once."""
+        if torch.is_grad_enabled() and self.requires_grad:
+            return self._factorised()
+        if self._factor_memo is None:
+            with torch.inference_mode(False), torch.no_grad():  # derivatives of what it solves may be asked for later
+                self._factor_memo = self._factorised()
+        return self._factor_memo
+
+    def _factorised(self) -> Tensor:
+        matrix = self.to_dense().double()
+        factor = psd_safe_cholesky(matrix, jitter=gpytorch_settings.cholesky_jitter.value(self.dtype))
+        _warn_of_lost_digits(matrix, factor, self.dtype)
+        return factor
+
+    def solve(self, right_tensor: Tensor, left_tensor: Tensor | None = None) -> Tensor:
+        check_right_hand_side(right_tensor)
+        vector = right_tensor.dim() == 1
+        rhs = right_tensor.unsqueeze(-1) if vector else right_tensor
+        if self._is_dense:
+            solution = torch.cholesky_solve(rhs.double(), self._factor()).to(right_tensor.dtype)
+        else:
+            solution = Solve.apply(self, rhs, *self.representation())
+        solution = solution.squeeze(-1) if vector else solution
+        return solution if left_tensor is None else left_tensor @ solution
+
+    def _solve(self, rhs: Tensor, preconditioner: _Preconditioner = None, num_tridiag: int | None = 0) -> Any:
+        if not num_tridiag and self._is_dense:
+            return torch.cholesky_solve(rhs.double(), self._factor()).to(rhs.dtype)
+        if preconditioner is None:
+            preconditioner = self._solve_preconditioner()
+        return linear_cg(
+            self._matmul,
+            rhs,
+            n_tridiag=num_tridiag or 0,
+            tolerance=tolerance(),
+            max_iter=gpytorch_settings.max_cg_iterations.value(),
+            max_tridiag_iter=gpytorch_settings.max_lanczos_quadrature_iterations.value(),
+            preconditioner=preconditioner,
+        )
+
+    def inv_quad_logdet(
+        self, inv_quad_rhs: Tensor | None = None, logdet: bool | None = False, reduce_inv_quad: bool | None = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if inv_quad_rhs is not None:
+            check_right_hand_side(inv_quad_rhs)
+            reduce_inv_quad = reduce_inv_quad or inv_quad_rhs.dim() == 1
+            inv_quad_rhs = inv_quad_rhs.unsqueeze(-1) if inv_quad_rhs.dim() == 1 else inv_quad_rhs
+        terms = self._exact_terms if self._is_dense else self._estimated_terms
+        inv_quad, log_determinant = terms(inv_quad_rhs, bool(logdet))
+        return inv_quad.sum(-1) if inv_quad_rhs is not None and reduce_inv_quad else inv_quad, log_determinant
+
+    def _exact_terms(self, rhs: Tensor | None, logdet: bool) -> tuple[Tensor, Tensor]:
+        """rhsᵀ A⁻¹ rhs for each column, (*batch, r), and log |A|, (*batch)."""
+        factor = self._factor()
+        inv_quad = log_determinant = torch.zeros(self.batch_shape, dtype=self.dtype, device=self._place)
+        if rhs is not None:
+            inv_quad = torch.linalg.solve_triangular(factor, rhs.double(), upper=False).square().sum(-2).to(self.dtype)
+        if logdet:
+            log_determinant = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(self.dtype)
+        return inv_quad, log_determinant
+
+    def _estimated_terms(self, rhs: Tensor | None, logdet: bool) -> tuple[Tensor, Tensor]:
+        """The same, the log-determinant by Lanczos quadrature."""
+        empty = torch.zeros(self.batch_shape, dtype=self.dtype, device=self._place)
+        if not logdet:
+            return empty if rhs is None else (rhs * self.solve(rhs)).sum(-2), empty
+        preconditioner, preconditioning, preconditioning_logdet = self._preconditioner()
+        if preconditioning is None:
+            preconditioning_logdet = 0.0
+            preconditioning = IdentityLinearOperator(
+                self.shape[-1], batch_shape=self.batch_shape, dtype=self.dtype, device=self._place
+            )
+        representation = preconditioning.representation()
+        inv_quad, log_determinant = InvQuadLogdet.apply(
+            self.representation_tree(),
+            preconditioning.representation_tree(),
+            preconditioner,
+            len(representation),
+            rhs is not None,
+            *self._probe_vectors_and_norms(),
+            *(() if rhs is None else (rhs,)),
+            *self.representation(),
+            *representation,
+        )
+        return inv_quad, log_determinant + preconditioning_logdet
+
+    def root_decomposition(self, method: str | None = None) -> LinearOperator:
+        """A square root, for samples: exact, also of singular matrices, as long as the matrix fits in the budget."""
+        if method is not None or not self._fits:
+            if method is None and self._choose_root_method() == "lanczos":
+                warn_of_low_rank(self.shape[-1])
+            return super().root_decomposition(method)
+        return RootLinearOperator(square_root(self.to_dense().double()).to(self.dtype))
+
+
+def _warn_of_lost_digits(matrix: Tensor, factor: Tensor, dtype: torch.dtype) -> None:
+    rounding = torch.finfo(dtype).eps * matrix.detach().diagonal(dim1=-2, dim2=-1).amax()
+    smallest = factor.detach().diagonal(dim1=-2, dim2=-1).amin().square()
+    if 0.1 * smallest < rounding:
+        warnings.warn(
+            f"A sum or product of kernels in {dtype} with so little noise loses too many digits: what its "
+            f"factorisation leaves falls to {float(smallest):.1e}, and its entries are known to "
+            f"{float(rounding):.1e}. Use float64 inputs and model, or more noise.",
+            NumericalWarning,
+            stacklevel=2,
+        )
+
+
+def _cholesky_size() -> float:
+    """Up to which size GPyTorch would factorise: as the user has set it, not as an import has."""
+    size = gpytorch_settings.max_cholesky_size.value()
+    return min(STOCK_CHOLESKY_SIZES) if size in STOCK_CHOLESKY_SIZES else size
+
+
+def _iteration_is_switched_off() -> bool:
+    """Whether the user, not an import, has asked GPyTorch for factorisations throughout."""
+    flags = (gpytorch_settings.fast_computations.solves, gpytorch_settings.fast_computations.log_prob)
+    return any(not flag.is_default() and flag.off() for flag in flags)
