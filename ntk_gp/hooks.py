@@ -20,10 +20,11 @@ from linear_operator import to_dense, to_linear_operator
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from . import composites, stock, variances
 from .kernels import NTKKernel
 from .operators import NTKAddedDiagLinearOperator, NTKLinearOperator
 from .operators.exactly_solved import exactly_solved
-from .operators.ntk_posterior_linear_operator import NTKPosteriorLinearOperator
+from .operators.ntk_posterior_linear_operator import NTKPosteriorAddedDiagLinearOperator, NTKPosteriorLinearOperator
 from .operators.ntk_sum_linear_operator import NTKSumAddedDiagLinearOperator, NTKSumLinearOperator
 from .prediction import NTKPredictionStrategy
 
@@ -34,6 +35,7 @@ _default_log_prob = MultivariateNormal.log_prob
 _OPERATORS = (
     NTKAddedDiagLinearOperator,
     NTKLinearOperator,
+    NTKPosteriorAddedDiagLinearOperator,
     NTKPosteriorLinearOperator,
     NTKSumAddedDiagLinearOperator,
     NTKSumLinearOperator,
@@ -45,6 +47,9 @@ def install() -> None:
     Kernel.prediction_strategy = _prediction_strategy
     ProductKernel.forward = _product
     MultivariateNormal.log_prob = _log_prob
+    composites.install()
+    variances.install()
+    stock.mark()
 
 
 @functools.wraps(_default_prediction_strategy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from gpytorch.constraints import Interval, Positive
@@ -14,6 +15,7 @@ from torch import Size, Tensor, nn
 from .jacobian.linearization import Linearization
 from .network import FrozenNetwork, ParameterSelection, check_finite
 from .operators import JacobianLinearOperator, NTKLinearOperator
+from .stock import mark_botorchs
 
 
 class NTKKernel(Kernel):
@@ -56,6 +58,8 @@ class NTKKernel(Kernel):
 
     :ivar torch.Tensor variance: The prior variances, (*batch_shape, 1, G); all one without `variance_groups`.
 
+    :raises TypeError: For the base class's options for lengthscales, such as `ard_num_dims`: the network scales its own
+        inputs.
     :raises ValueError: If the network has no parameters, the selection matches none, or (at the first inputs) the
         network cannot be evaluated there, mixes the rows of a batch, or has several outputs and none was chosen.
 
@@ -84,6 +88,8 @@ class NTKKernel(Kernel):
         active_dims: tuple[int, ...] | None = None,
         **kwargs,
     ):
+        _check_no_lengthscale(kwargs)
+        mark_botorchs()
         super().__init__(batch_shape=batch_shape, active_dims=active_dims, **kwargs)
         self.network = FrozenNetwork(
             network,
@@ -179,6 +185,8 @@ class NTKKernel(Kernel):
             variance = self.variance.to(x1.device, x1.dtype)
         else:
             variance = x1.new_ones(*self.batch_shape, 1, 1)
+        if not torch.is_grad_enabled():  # the matrix may be evaluated where gradients are on
+            variance, x1, x2 = variance.detach(), *_detached(x1, x2)
         if last_dim_is_batch:
             x1, x2 = (x.transpose(-1, -2).unsqueeze(-1) for x in (x1, x2))
             variance = variance.unsqueeze(-3)
@@ -226,6 +234,36 @@ class NTKKernel(Kernel):
         if "raw_variance" in self._parameters:
             new.raw_variance = nn.Parameter(transform(self.raw_variance.detach()).clone())
         return new
+
+
+def contains_ntk(kernel: nn.Module) -> bool:
+    """Whether a kernel is one of these, or is made of some."""
+    return any(isinstance(module, NTKKernel) for module in kernel.modules())
+
+
+# What the base class takes for kernels with a lengthscale, and would drop without a word here.
+_OF_LENGTHSCALES = ("ard_num_dims", "lengthscale_prior", "lengthscale_constraint", "param_transform")
+
+
+def _check_no_lengthscale(arguments: dict[str, Any]) -> None:
+    given = {name for name, value in arguments.items() if value is not None}
+    if given & set(_OF_LENGTHSCALES):
+        raise TypeError(
+            f"NTKKernel has no lengthscales, so {', '.join(sorted(given & set(_OF_LENGTHSCALES)))} would have no "
+            "effect: the trained network scales its own inputs. Prior variances are learned with variance_groups, "
+            "variance_prior and variance_constraint, one for all by a ScaleKernel."
+        )
+    if arguments.keys() - set(_OF_LENGTHSCALES):
+        raise TypeError(
+            f"NTKKernel has no option {', '.join(sorted(arguments.keys() - set(_OF_LENGTHSCALES)))}; its options are "
+            "parameters, input_shape, output, variance_groups, variance_prior, variance_constraint, engine, "
+            "batch_shape and active_dims."
+        )
+
+
+def _detached(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+    detached = x1.detach()
+    return detached, detached if x2 is x1 else x2.detach()
 
 
 def _group_function(variance_groups: str | Callable[[str], str] | None) -> Callable[[str], str] | None:

@@ -13,9 +13,16 @@ from torch import Tensor
 
 from .ntk_added_diag_linear_operator import NTKAddedDiagLinearOperator
 from .ntk_linear_operator import NTKLinearOperator
+from .ntk_posterior_linear_operator import NTKPosteriorAddedDiagLinearOperator, NTKPosteriorLinearOperator
 from .ntk_sum_linear_operator import NTKSumAddedDiagLinearOperator, NTKSumLinearOperator
 
-_SOLVED = (NTKAddedDiagLinearOperator, NTKSumAddedDiagLinearOperator, NTKSumLinearOperator)
+_SOLVED = (
+    NTKAddedDiagLinearOperator,
+    NTKPosteriorAddedDiagLinearOperator,
+    NTKPosteriorLinearOperator,
+    NTKSumAddedDiagLinearOperator,
+    NTKSumLinearOperator,
+)
 
 
 def exactly_solved(matrix: LinearOperator) -> LinearOperator:

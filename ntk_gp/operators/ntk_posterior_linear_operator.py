@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import torch
-from linear_operator.operators import DenseLinearOperator, LinearOperator, RootLinearOperator
+from linear_operator.operators import (
+    AddedDiagLinearOperator,
+    DenseLinearOperator,
+    DiagLinearOperator,
+    LinearOperator,
+    RootLinearOperator,
+)
 from linear_operator.utils.cholesky import psd_safe_cholesky
 from linear_operator.utils.getitem import IndexType
 from linear_operator.utils.memoize import cached
@@ -12,11 +18,74 @@ from torch import Size, Tensor
 from .. import settings
 from ..solvers import FastVariance, Solver
 from ._batches import expand, select
+from ._checks import check_right_hand_side
 
 _NO_BATCH = Size()
 
 
-class NTKPosteriorLinearOperator(LinearOperator):
+class _FactorisedInDouble(LinearOperator):
+    """Solves, determinants and roots from the covariance in float64, whatever the inputs' dtype, while it fits in
+    :class:`ntk_gp.settings.memory_budget`.
+
+    In float32 a posterior covariance, rounded to six digits of its largest entry, is no longer positive definite, and
+    GPyTorch's jitter, 1e-6 whatever the entries' size, would be all that is left of a small one.
+    """
+
+    def _covariance(self) -> Tensor:
+        """In float64."""
+        raise NotImplementedError
+
+    @property
+    def _is_factorised(self) -> bool:
+        return self.is_square and 3 * 8 * self.shape.numel() <= settings.memory_budget.bytes(self.device)
+
+    @cached(name="float64_factor")
+    def _factor(self) -> Tensor:
+        """Lower triangular; with jitter, in units of the mean variance, where the matrix is singular."""
+        matrix = self._covariance()
+        size = matrix.detach().diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        size = size.where(size > 0, 1.0)
+        return psd_safe_cholesky(matrix / size) * size.sqrt()
+
+    def solve(self, right_tensor: Tensor, left_tensor: Tensor | None = None) -> Tensor:
+        if not self._is_factorised:
+            return super().solve(right_tensor, left_tensor)
+        vector = right_tensor.dim() == 1
+        rhs = right_tensor.unsqueeze(-1) if vector else right_tensor
+        solution = torch.cholesky_solve(rhs.double(), self._factor()).to(right_tensor.dtype)
+        solution = solution.squeeze(-1) if vector else solution
+        return solution if left_tensor is None else left_tensor @ solution
+
+    def inv_quad_logdet(
+        self, inv_quad_rhs: Tensor | None = None, logdet: bool | None = False, reduce_inv_quad: bool | None = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if inv_quad_rhs is not None:
+            check_right_hand_side(inv_quad_rhs)
+        if not self._is_factorised:
+            return super().inv_quad_logdet(inv_quad_rhs, logdet, reduce_inv_quad)
+        factor = self._factor()
+        inv_quad = log_determinant = torch.zeros(self.batch_shape, dtype=self.dtype, device=self.device)
+        if inv_quad_rhs is not None:
+            vector = inv_quad_rhs.dim() == 1
+            rhs = inv_quad_rhs.unsqueeze(-1) if vector else inv_quad_rhs
+            inv_quad = torch.linalg.solve_triangular(factor, rhs.double(), upper=False).square().sum(-2).to(self.dtype)
+            inv_quad = inv_quad.sum(-1) if vector or reduce_inv_quad else inv_quad
+        if logdet:
+            log_determinant = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(self.dtype)
+        return inv_quad, log_determinant
+
+    @cached(name="root_decomposition")
+    def root_decomposition(self, method: str | None = None) -> LinearOperator:
+        """A square root, for samples: exact, and found in float64, as long as the matrix fits in the memory budget.
+
+        GPyTorch's own has rank 100 at most beyond 800 points, and adds 1e-6 to every variance in float32.
+        """
+        if not self._is_factorised:
+            return super().root_decomposition(method)
+        return RootLinearOperator(_square_root(self._covariance()).to(self.dtype))
+
+
+class NTKPosteriorLinearOperator(_FactorisedInDouble):
     r"""The posterior covariance between two sets of test inputs, (*batch, m₁·C, m₂·C).
 
     Its diagonal, the posterior variances, is computed block of points by block and is never negative; other products
@@ -83,15 +152,13 @@ class NTKPosteriorLinearOperator(LinearOperator):
     def to_dense(self) -> Tensor:
         return self._covariance().to(self.dtype)
 
-    @cached(name="root_decomposition")
-    def root_decomposition(self, method: str | None = None) -> LinearOperator:
-        """A square root, for samples: exact, and found in float64, as long as the matrix fits in the memory budget.
+    def __add__(self, other: Tensor | LinearOperator | float) -> LinearOperator | Tensor:
+        if isinstance(other, DiagLinearOperator):
+            return NTKPosteriorAddedDiagLinearOperator(self, other)
+        return super().__add__(other)
 
-        GPyTorch's own has rank 100 at most beyond 800 points, and adds 1e-6 to every variance in float32.
-        """
-        if 3 * 8 * self.shape.numel() > settings.memory_budget.bytes(self.device):
-            return super().root_decomposition(method)
-        return RootLinearOperator(_square_root(self._covariance()).to(self.dtype))
+    def add_diagonal(self, diag: Tensor) -> LinearOperator:
+        return self + super().add_diagonal(diag)._diag_tensor
 
     def _covariance(self) -> Tensor:
         """In float64."""
@@ -131,6 +198,25 @@ class NTKPosteriorLinearOperator(LinearOperator):
     def _dense(self) -> DenseLinearOperator:
         """For what the batches of the training data leave no other way to."""
         return DenseLinearOperator(self.to_dense())
+
+
+class NTKPosteriorAddedDiagLinearOperator(_FactorisedInDouble, AddedDiagLinearOperator):
+    """A posterior covariance plus noise: what a likelihood makes of a prediction.
+
+    :param linear_ops: The :class:`NTKPosteriorLinearOperator` and the
+        :class:`~linear_operator.operators.DiagLinearOperator`.
+    """
+
+    def __add__(self, other: Tensor | LinearOperator | float) -> LinearOperator | Tensor:
+        if isinstance(other, DiagLinearOperator):
+            return self.__class__(self._linear_op, self._diag_tensor + other)
+        return super().__add__(other)
+
+    def _covariance(self) -> Tensor:
+        matrix = self._linear_op._covariance()
+        noise = self._diag_tensor._diagonal().double()
+        matrix = matrix.expand(torch.broadcast_shapes(matrix.shape, (*noise.shape, 1)))
+        return matrix + torch.diag_embed(noise)
 
 
 def _square_root(matrix: Tensor) -> Tensor:

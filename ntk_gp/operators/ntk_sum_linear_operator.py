@@ -14,8 +14,8 @@ from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
 from .. import settings
-from ..solvers.choice import STOCK_CHOLESKY_SIZES
 from ..solvers.iterative import tolerance
+from ..stock import STOCK_CHOLESKY_SIZES, chosen_cholesky_size, stock
 from ._checks import check_right_hand_side
 
 
@@ -106,8 +106,8 @@ def _conjugate_gradients() -> contextlib.ExitStack:
     """GPyTorch's settings as the user has made them, at this package's tolerance if none; not those of an import."""
     stack = contextlib.ExitStack()
     stack.enter_context(gpytorch_settings.cg_tolerance(tolerance()))
-    if gpytorch_settings.max_cholesky_size.value() in STOCK_CHOLESKY_SIZES:
-        stack.enter_context(gpytorch_settings.max_cholesky_size(min(STOCK_CHOLESKY_SIZES)))
+    if chosen_cholesky_size() is None:
+        stack.enter_context(gpytorch_settings.max_cholesky_size(stock(min(STOCK_CHOLESKY_SIZES))))
     for flag in (gpytorch_settings.fast_computations.solves, gpytorch_settings.fast_computations.log_prob):
         if flag.is_default():
             stack.enter_context(flag(True))
