@@ -45,6 +45,12 @@ def cholesky_solve(factor: Tensor, rhs: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
+def positive_factor(matrix: Tensor) -> Tensor | None:
+    """The Cholesky factor of a matrix (B, N, N), if it has one."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    return None if info.any() else factor
+
+
 def _factorise(matrix: Tensor, noise: Tensor, tolerance: float) -> int:
     """Overwrites (N, N) with its factor; returns zero, or the first rows that are not positive definite."""
     left = matrix.diagonal() - noise  # of the diagonal of K, by the columns so far

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..jacobian.products import TransposedJacobianProduct
+from .base import MENDABLE
 from .system import System
 from .weight_space import feature_moment
 
@@ -45,6 +46,12 @@ class Spectrum:
         seen = values > floor
         self.values = torch.where(seen, values, 0.0)
         self._vectors = vectors * torch.where(seen, values.where(seen, 1.0).rsqrt(), 0.0).unsqueeze(-2)
+
+    def resolves(self, scale: Tensor, noise: Tensor) -> bool:
+        """Whether the noise is above what rounding leaves of the smallest eigenvalues of sK, for s and σ² of
+        :meth:`inv_quad_logdet`; below, the features have to be orthogonalised."""
+        rounding = torch.finfo(self.values.dtype).eps * self.values.sum(-1, keepdim=True) * scale.detach()
+        return bool((rounding <= MENDABLE.get(self.system.dtype, MENDABLE[torch.float32]) * noise.detach()).all())
 
     @property
     def nbytes(self) -> int:
