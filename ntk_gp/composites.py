@@ -32,6 +32,8 @@ def uninstall() -> None:
 
 
 def _of_inputs(default: property) -> property:
+    assert default.fget is not None
+
     @functools.wraps(default.fget)
     def read(matrix: LazyEvaluatedKernelTensor) -> Any:
         return matrix.x1.dtype if contains_ntk(matrix.kernel) else default.__get__(matrix)
@@ -41,6 +43,8 @@ def _of_inputs(default: property) -> property:
 
 
 def _of_ntk(default: property, name: str) -> property:
+    assert default.fget is not None
+
     @functools.wraps(default.fget)
     def read(kernel: Kernel) -> Any:
         if next(kernel.parameters(), None) is None:

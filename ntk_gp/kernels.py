@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from gpytorch.priors import Prior
 from torch import Size, Tensor, nn
 
 from .jacobian.linearization import Linearization
-from .network import FrozenNetwork, ParameterSelection, check_finite
+from .network import FrozenNetwork, ParameterSelection, check_finite, check_tensor
 from .operators import JacobianLinearOperator, NTKLinearOperator
 from .stock import mark_botorchs
 
@@ -90,6 +91,7 @@ class NTKKernel(Kernel):
     ):
         _check_no_lengthscale(kwargs)
         mark_botorchs()
+        _refuse_in_botorch()
         super().__init__(batch_shape=batch_shape, active_dims=active_dims, **kwargs)
         self.network = FrozenNetwork(
             network,
@@ -163,6 +165,7 @@ class NTKKernel(Kernel):
     def jacobian(self, x: Tensor) -> JacobianLinearOperator:
         """J(x) as a lazy matrix, (*batch, n·C, P), without the prior variances; columns in the order of
         `kernel.network.parameter_names`, each parameter flattened."""
+        x = self.network.flattened(x)
         self._check_inputs(x)
         return JacobianLinearOperator(x, linearization=self._linearization)
 
@@ -174,9 +177,17 @@ class NTKKernel(Kernel):
             (`served_by`), the `bytes` of its factors at these inputs, and the flops for one entry of a Gram matrix
             (`gram_flops`).
         """
+        x = self.network.flattened(x)
         self._check_inputs(x)
         jacobian = self._linearization.jacobian(x.detach().reshape(1, -1, x.shape[-1]))
         return jacobian.report()
+
+    def __call__(self, x1: Tensor, x2: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The kernel matrix of (*batch, n, d), or of (*batch, n, *input_shape)."""
+        _refuse_in_botorch()
+        if self.active_dims is None:
+            x1, x2 = self.network.flattened(x1), None if x2 is None else self.network.flattened(x2)
+        return super().__call__(x1, x2, *args, **kwargs)
 
     def forward(
         self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **params
@@ -200,6 +211,8 @@ class NTKKernel(Kernel):
 
     def _check_inputs(self, x1: Tensor, x2: Tensor | None = None) -> None:
         x2 = x1 if x2 is None else x2
+        check_tensor(x1)
+        check_tensor(x2)
         if (x1.dtype, x1.device) != (x2.dtype, x2.device):
             raise ValueError(
                 f"The two sets of inputs differ: {x1.dtype} on {x1.device}, and {x2.dtype} on {x2.device}. "
@@ -243,6 +256,20 @@ def contains_ntk(kernel: nn.Module) -> bool:
 
 # What the base class takes for kernels with a lengthscale, and would drop without a word here.
 _OF_LENGTHSCALES = ("ard_num_dims", "lengthscale_prior", "lengthscale_constraint", "param_transform")
+
+
+def _refuse_feature_maps(kernel: NTKKernel, *_: Any, **__: Any) -> None:
+    raise NotImplementedError(
+        "botorch.sampling.pathwise has no feature map for an NTKKernel, and needs none: "
+        "ntk_gp.draw_functions(model, k) draws exact posterior functions, prior=True prior ones."
+    )
+
+
+def _refuse_in_botorch() -> None:
+    """Says so in BoTorch's table of feature maps, where that is imported; its own error names no way out."""
+    generators = sys.modules.get("botorch.sampling.pathwise.features.generators")
+    if generators is not None and (NTKKernel,) not in generators.GenKernelFeatures.funcs:
+        generators.GenKernelFeatures.register(NTKKernel)(_refuse_feature_maps)
 
 
 def _check_no_lengthscale(arguments: dict[str, Any]) -> None:

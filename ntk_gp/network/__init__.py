@@ -1,7 +1,7 @@
 """The network to be linearised: a frozen copy of the user's module, its parameters chosen, grouped and flattened."""
 
 from .frozen import FrozenNetwork
-from .function import ALL_OUTPUTS, NetworkFunction, check_finite, full_precision, is_finite, normal_tensor
+from .function import ALL_OUTPUTS, NetworkFunction, check_finite, check_tensor, full_precision, is_finite, normal_tensor
 from .snapshot import ParameterSelection
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "NetworkFunction",
     "ParameterSelection",
     "check_finite",
+    "check_tensor",
     "full_precision",
     "is_finite",
     "normal_tensor",

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .function import ALL_OUTPUTS, MIXES_ROWS, NetworkFunction, check_finite, normal_tensor
+from .. import settings
+from .function import ALL_OUTPUTS, MIXES_ROWS, NetworkFunction, check_finite, check_tensor, normal_tensor
 from .snapshot import (
     ParameterSelection,
     buffer_tree,
@@ -157,10 +158,21 @@ class FrozenNetwork(nn.Module):
         else:
             with function.tracing():
                 chunks = normal_tensor(flat).split(function.points_per_pass())
-                pieces = [function(function.parameters, chunk) for chunk in chunks]
+                steps = settings.progress(chunks, "Network")
+                pieces = [function(function.parameters, chunk) for chunk in steps]
             out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         shape = x.shape[:-1] if self.output != ALL_OUTPUTS else (*x.shape[:-1], function.num_outputs)
         return out.reshape(shape)
+
+    def flattened(self, x: Tensor) -> Tensor:
+        """Inputs of `input_shape`, (*batch, n, *input_shape), as the rows (*batch, n, d) that GPyTorch wants.
+
+        Others are returned as they are: rows already, or of a width that :meth:`check` refuses.
+        """
+        check_tensor(x)
+        shape = self.input_shape or ()
+        is_shaped = len(shape) > 1 and x.dim() > len(shape) and tuple(x.shape[-len(shape) :]) == shape
+        return x.flatten(-len(shape)) if is_shaped and x.shape[-1] != math.prod(shape) else x
 
     def num_outputs(self, x: Tensor) -> int:
         """C, the number of outputs that take part, at inputs of this width, dtype and device."""
@@ -200,7 +212,8 @@ class FrozenNetwork(nn.Module):
         if self.input_shape is not None and x.shape[-1] != math.prod(self.input_shape):
             raise ValueError(
                 f"Got inputs of width {x.shape[-1]} (shape {tuple(x.shape)}), but input_shape={self.input_shape} needs "
-                f"{math.prod(self.input_shape)} features. Flatten each input to one row, or change input_shape."
+                f"{math.prod(self.input_shape)} features. Flatten each input to one row, e.g. x.flatten(1) for the "
+                "whole model (GPyTorch takes all but the last two dimensions for batches), or change input_shape."
             )
 
     def _check_rows_are_independent(self, rows: Tensor) -> None:

@@ -44,13 +44,13 @@ class FunctionSpaceSolver(Solver):
 
     def __init__(self, system: System, factor: Tensor | None = None):
         super().__init__(system)
-        factor = _factorised(system) if factor is None else factor
+        known = _factorised(system) if factor is None else factor
         self.basis: FunctionSpaceBasis | None = None
-        if needs_orthogonalisation(system, factor):
-            factor = self._orthogonalised(factor)
-        self.cholesky = factor
-        self._rounding = (torch.finfo(factor.dtype).eps * digits_lost(factor)) ** 0.5  # of half_at
-        self.is_refined = self.basis is None and rounding_error(factor) > accuracy(system)
+        if known is None or needs_orthogonalisation(system, known):
+            known = self._orthogonalised(known)
+        self.cholesky = known
+        self._rounding = (torch.finfo(known.dtype).eps * digits_lost(known)) ** 0.5  # of half_at
+        self.is_refined = self.basis is None and rounding_error(known) > accuracy(system)
 
     def _orthogonalised(self, factor: Tensor | None) -> Tensor:
         """L without K + D, where there is memory for it."""

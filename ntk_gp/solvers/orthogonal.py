@@ -85,7 +85,8 @@ class FunctionSpaceBasis:
         features = system.jacobian.rows() * system.root_variances.unsqueeze(-2)
         features = features.expand(system.batch, -1, -1)
         roots = torch.diag_embed(system.noise.sqrt()).expand(system.batch, -1, -1)
-        self._basis, triangle = torch.linalg.qr(torch.cat([features.mT, roots], dim=-2))
+        with settings.stage("Orthogonalising features"):
+            self._basis, triangle = torch.linalg.qr(torch.cat([features.mT, roots], dim=-2))
         signs = _signs(triangle)
         self.factor = (triangle * signs.unsqueeze(-1)).mT
         self._basis *= signs.unsqueeze(-2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import settings
 from ..jacobian.products import TransposedJacobianProduct
 from .base import MENDABLE
 from .system import System
@@ -36,11 +37,14 @@ class Spectrum:
         system = self.system
         gram = system.linearization.gram(system.jacobian, system.jacobian, system.weights)
         system.check_finite(gram.diagonal(dim1=-2, dim2=-1))
-        values, self._vectors = torch.linalg.eigh(self.scale.unsqueeze(-1) * gram * self.scale.unsqueeze(-2))
+        with settings.stage("Eigenvalues"):
+            values, self._vectors = torch.linalg.eigh(self.scale.unsqueeze(-1) * gram * self.scale.unsqueeze(-2))
         self.values = values.clamp_min(0.0)
 
     def _decompose_features(self) -> None:
-        values, vectors = torch.linalg.eigh(feature_moment(self.system))
+        moment = feature_moment(self.system)
+        with settings.stage("Eigenvalues"):
+            values, vectors = torch.linalg.eigh(moment)
         # Directions that rounding alone fills belong to the null space.
         floor = values[..., -1:].clamp_min(0.0) * values.shape[-1] * torch.finfo(values.dtype).eps
         seen = values > floor
