@@ -463,9 +463,12 @@ class TestImages:
 
     def test_in_a_model_they_are_batches(self):
         network, x = self.make(), torch.randn(6, *self.shape, dtype=torch.float64)
-        model = AdaptedGP(x, torch.randn(6).double(), NTKKernel(network, input_shape=self.shape)).double().eval()
-        with pytest.raises(ValueError, match=r"x.flatten\(1\) for the whole model"):
-            model(x)
+        for compose in (lambda kernel: kernel, gpytorch.kernels.ScaleKernel):
+            kernel = compose(NTKKernel(network, input_shape=self.shape))
+            model = AdaptedGP(x, torch.randn(6).double(), kernel).double().eval()
+            model.mean_module = NetworkMean(network, input_shape=self.shape)
+            with pytest.raises(ValueError, match=r"x.flatten\(1\) for the whole model"):
+                model(x)
         kernel = gpytorch.kernels.ScaleKernel(NTKKernel(network, input_shape=self.shape)).double()
         with pytest.raises(ValueError, match=r"x.flatten\(1\) for the whole model"):
             kernel(x).to_dense()
