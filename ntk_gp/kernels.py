@@ -224,6 +224,8 @@ class NTKKernel(Kernel):
 
     def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
         """C with `output="all"`, else 1."""
+        if self.active_dims is None:  # asked for before anything else, also by the kernels this one is in
+            self.network.check_width(x1)
         return self.network.num_outputs(x1)
 
     def expand_batch(self, *sizes: Size | tuple[int, ...] | int) -> NTKKernel:

@@ -191,7 +191,7 @@ class FrozenNetwork(nn.Module):
         key = (x.shape[-1], x.dtype, x.device, several, self.fingerprint())
         if key in self._checked:
             return
-        self._check_width(x)
+        self.check_width(x)
         check_finite(x)
         function = self.function(x.dtype, x.device)
         with torch.inference_mode(False), _preserved_random_state(x.device):
@@ -203,7 +203,8 @@ class FrozenNetwork(nn.Module):
                 self._check_rows_are_independent(rows)
         self._checked.add(key)
 
-    def _check_width(self, x: Tensor) -> None:
+    def check_width(self, x: Tensor) -> None:
+        """Raises where inputs are no rows of floating-point numbers of the width that `input_shape` needs."""
         if not x.is_floating_point():
             raise TypeError(
                 f"Expected inputs of a floating-point dtype, got {x.dtype}. Cast them, e.g. with x.float(); a network "
