@@ -20,6 +20,7 @@ from linear_operator.operators import (
     CatLinearOperator,
     ConstantMulLinearOperator,
     DiagLinearOperator,
+    InterpolatedLinearOperator,
     KroneckerProductLinearOperator,
     LinearOperator,
     RootLinearOperator,
@@ -31,10 +32,11 @@ from torch import Tensor
 
 from .kernels import contains_ntk
 from .operators import NTKLinearOperator
-from .operators.ntk_posterior_linear_operator import NTKPosteriorLinearOperator
+from .operators.ntk_posterior_linear_operator import NTKPosteriorEntries, NTKPosteriorLinearOperator
 from .solvers.iterative import IterativeSolver
 from .stock import chosen_min_variance
 
+_OWN = (LazyEvaluatedKernelTensor, NTKLinearOperator, NTKPosteriorEntries, NTKPosteriorLinearOperator)
 # Whose diagonals are the parts', added, repeated, or multiplied by what is not negative.
 _COMBINED = (BatchRepeatLinearOperator, BlockDiagLinearOperator, CatLinearOperator, SumLinearOperator)
 _NOISE = (DiagLinearOperator, KroneckerProductLinearOperator, RootLinearOperator, ZeroLinearOperator)
@@ -96,18 +98,19 @@ def is_exact(matrix: Any) -> bool:
 def _is_not_negative(matrix: Any) -> bool:
     if isinstance(matrix, NTKPosteriorLinearOperator):
         return not isinstance(matrix.source, IterativeSolver)
-    if isinstance(matrix, (NTKLinearOperator, *_NOISE)):
+    if isinstance(matrix, (NTKLinearOperator, NTKPosteriorEntries, *_NOISE)):
         return True
     if isinstance(matrix, LazyEvaluatedKernelTensor):
         return contains_ntk(matrix.kernel)
     if isinstance(matrix, ConstantMulLinearOperator):
         return bool((matrix._constant >= 0).all()) and _is_not_negative(matrix.base_linear_op)
+    if isinstance(matrix, InterpolatedLinearOperator):  # rows and columns of noise, where both were chosen by a tensor
+        return isinstance(matrix.base_linear_op, DiagLinearOperator) and bool((matrix.left_interp_values >= 0).all())
     return isinstance(matrix, _COMBINED) and all(_is_not_negative(part) for part in _parts(matrix))
 
 
 def _holds_ntk(matrix: Any) -> bool:
-    own = isinstance(matrix, (NTKPosteriorLinearOperator, NTKLinearOperator, LazyEvaluatedKernelTensor))
-    return own or any(_holds_ntk(part) for part in _parts(matrix))
+    return isinstance(matrix, _OWN) or any(_holds_ntk(part) for part in _parts(matrix))
 
 
 def _parts(matrix: LinearOperator) -> list[LinearOperator]:

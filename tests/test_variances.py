@@ -108,8 +108,12 @@ def test_variances(options):
     assert relative((upper - lower).double(), 4 * case.variance.sqrt()) < 0.3  # a difference of float32 means
     assert relative(predictive.variance, case.variance + case.noise) < 1e-2
     assert relative(predictive.stddev, (case.variance + case.noise).sqrt()) < 1e-2
-    part = posterior[..., 1:4] if case.model.outputs == 1 else posterior[..., 1:4, :]
-    assert relative(part.variance, case.variance[1:4]) < 1e-2
+    for distribution, variance in ((posterior, case.variance), (predictive, case.variance + case.noise)):
+        for index in (slice(1, 4), torch.tensor([5, 2])):
+            part = distribution[..., index] if case.model.outputs == 1 else distribution[..., index, :]
+            assert relative(part.variance, variance[index]) < 1e-2
+        if case.model.outputs > 1:
+            assert relative(distribution[..., 1].variance, variance[..., 1]) < 1e-2
     assert relative((posterior * 2).variance, 4 * case.variance) < 1e-2
     assert relative(posterior.expand(torch.Size([2])).variance, case.variance.expand(2, *case.variance.shape)) < 1e-2
 

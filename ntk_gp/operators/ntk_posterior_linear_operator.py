@@ -196,8 +196,12 @@ class NTKPosteriorLinearOperator(_FactorisedInDouble):
 
     @property
     def _dense(self) -> DenseLinearOperator:
-        """For what the batches of the training data leave no other way to."""
-        return DenseLinearOperator(self.to_dense())
+        """For what several outputs, or the batches of the training data, leave no other way to."""
+        return NTKPosteriorEntries(self.to_dense())
+
+
+class NTKPosteriorEntries(DenseLinearOperator):
+    """Entries of a posterior covariance, rounded from float64 and known to be that."""
 
 
 class NTKPosteriorAddedDiagLinearOperator(_FactorisedInDouble, AddedDiagLinearOperator):
@@ -211,6 +215,12 @@ class NTKPosteriorAddedDiagLinearOperator(_FactorisedInDouble, AddedDiagLinearOp
         if isinstance(other, DiagLinearOperator):
             return self.__class__(self._linear_op, self._diag_tensor + other)
         return super().__add__(other)
+
+    def _getitem(self, row_index: IndexType, col_index: IndexType, *batch_indices: IndexType) -> LinearOperator:
+        if not _same_index(row_index, col_index) or self._linear_op.batch_shape != self.batch_shape:
+            return super()._getitem(row_index, col_index, *batch_indices)
+        noise = self._diag_tensor._diagonal().expand(self.shape[:-1])[(*batch_indices, slice(None))][..., row_index]
+        return self._linear_op._getitem(row_index, col_index, *batch_indices) + DiagLinearOperator(noise)
 
     def _covariance(self) -> Tensor:
         matrix = self._linear_op._covariance()
