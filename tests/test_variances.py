@@ -200,11 +200,28 @@ def test_no_variance_at_all():
     assert (variance[1:] < 1e-7).all()
 
 
-def test_batches_and_gradients():
-    case = Case(noise=1e-8)
-    x = case.test_x.reshape(4, 5, 3).requires_grad_()
+@pytest.mark.parametrize("n", [12, 200])
+@pytest.mark.parametrize("noise", [1e-4, 1e-8, 1e-11])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_batches_and_gradients(n, noise, dtype):
+    """In either space: variances that require gradients are the same, and so are their gradients."""
+    case = Case(noise=noise, n=n, dtype=dtype, m=6)
+    near = case.model.train_inputs[0][:2] + 1e-3  # where few training points leave next to nothing
+    x = torch.cat([case.test_x, near]).reshape(4, 2, 3).requires_grad_()
+    with torch.no_grad():
+        known = case.model(x).variance
     variance = case.model(x).variance
-    assert relative(variance.detach(), case.variance.reshape(4, 5)) < 1e-2
+    assert relative(variance.detach()[:3].reshape(-1), case.variance) < 1e-2
+    assert relative(variance.detach(), known.double()) < 1e-2
     (gradient,) = torch.autograd.grad(variance.log().sum(), x)
-    assert torch.isfinite(gradient).all()
-    assert gradient.any()
+    direction, step = torch.randn_like(x), 1e-3 if dtype == torch.float32 else 1e-5
+    with torch.no_grad():
+        ends = [
+            case.model(x.double() + s * step * direction.double())
+            if dtype == torch.float64
+            else case.model(x + s * step * direction)
+            for s in (1, -1)
+        ]
+        slope = (ends[0].variance.double().log() - ends[1].variance.double().log()).sum() / (2 * step)
+    size = (gradient * direction).double().norm()
+    assert abs(float((gradient * direction).double().sum() - slope)) < 0.05 * float(size) + 0.01 * abs(float(slope))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import settings
 from ..jacobian.base import Jacobian
+from ..jacobian.products import TransposedJacobianProduct
 from .base import (
     Solver,
     accuracy,
@@ -114,61 +116,61 @@ class FunctionSpaceSolver(Solver):
         return self.cholesky.nbytes if self.basis is None else self.basis.nbytes
 
     def half_size(self) -> int:
-        refined = self.is_refined or self.basis is not None
-        return self.system.num_rows + 2 * refined * self.system.num_parameters
+        return self.system.num_rows + 2 * self._is_projected * self.system.num_parameters
 
     def half_at(self, jacobian: Jacobian) -> Tensor:
         """L⁻¹ K(X, x)."""
         return torch.linalg.solve_triangular(self.cholesky, self.system.cross(jacobian), upper=False)
 
     def covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
-        if self._is_refined_at(jacobian1, jacobian2):
+        if self._is_projected:
             return self._refined_covariance(jacobian1, jacobian2)
         prior = jacobian1.gram(jacobian2, self.system.weights)
         half1 = self.half_at(jacobian1)
         half2 = half1 if jacobian2 is jacobian1 else self.half_at(jacobian2)
         for jacobian, half in ((jacobian1, half1), (jacobian2, half2)):
-            if not jacobian.x.requires_grad and self._cancels(jacobian.diagonal(self.system.weights), half).any():
+            if self._cancels(jacobian.diagonal(self.system.weights), half).any():
                 return self._refined_covariance(jacobian1, jacobian2)
         return prior - half1.mT @ half2
 
     def variance(self, jacobian: Jacobian) -> Tensor:
-        if self._is_refined_at(jacobian):
+        if self._is_projected:
             return self._left_at(jacobian).square().sum(-1)
         prior = jacobian.diagonal(self.system.weights)
         half = self.half_at(jacobian)
         # What rounding leaves below zero is zero as far as float64 can tell.
         variance = (prior - half.square().sum(-2)).clamp_min(0.0)
-        if jacobian.x.requires_grad:
-            return variance
         outputs = jacobian.function.num_outputs
-        cancels = self._cancels(prior, half).any(0).reshape(-1, outputs).any(-1)
-        if cancels.any():
-            rows = cancels.repeat_interleave(outputs)
-            left = self._left_at(jacobian[cancels.nonzero().squeeze(-1)])
-            variance = variance.expand(self.system.batch, -1).clone()
-            variance[:, rows] = left.square().sum(-1)
-        return variance
+        points = self._cancels(prior, half).any(0).reshape(-1, outputs).any(-1).nonzero().squeeze(-1)
+        if len(points) == 0:
+            return variance
+        pieces = [
+            self._left_at(jacobian[some]).square().sum(-1) for some in points.split(self._projected_points(outputs))
+        ]
+        rows = (points.unsqueeze(-1) * outputs + torch.arange(outputs, device=points.device)).reshape(-1)
+        return variance.expand(self.system.batch, -1).index_copy(-1, rows, torch.cat(pieces, dim=-1))
+
+    @property
+    def _is_projected(self) -> bool:
+        """Whether every covariance comes from what least squares leave."""
+        return self.is_refined or self.basis is not None
 
     def _cancels(self, prior: Tensor, half: Tensor) -> Tensor:
         """Where the variance is so small a part of the prior one that their difference may have lost its digits."""
         rounding = self._rounding / CANCELLED.get(self.system.dtype, CANCELLED[torch.float32])
-        return prior - half.square().sum(-2) < rounding * prior
+        return prior.detach() - half.detach().square().sum(-2) < rounding * prior.detach()
 
-    def _is_refined_at(self, *jacobians: Jacobian) -> bool:
-        """Gradients come by the other formula, whose steps can be differentiated; those of a projection can as well."""
-        if self.basis is not None:
-            return True
-        return self.is_refined and not any(jacobian.x.requires_grad for jacobian in jacobians)
+    def _projected_points(self, outputs: int) -> int:
+        """How many test points may be projected at once: an eighth of the memory budget for what they leave."""
+        budget = settings.memory_budget.bytes(self.system.x.device)
+        height = 2 * self.system.num_parameters + self.system.num_rows
+        return max(1, budget // (8 * 8 * self.system.batch * outputs * height))
 
     def _refined_covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
         """Block by block of as many test points as the memory budget has room for twice."""
         outputs, same = jacobian1.function.num_outputs, jacobian2 is jacobian1
-        size = max(1, self.points_per_block(outputs) // 2)
-        if self.basis is not None and (jacobian1.x.requires_grad or jacobian2.x.requires_grad):
-            left = self._left_at(jacobian1)
-            return left @ (left if same else self._left_at(jacobian2)).mT
-        out = jacobian1.x.new_empty(self.system.batch, jacobian1.num_rows, jacobian2.num_rows)
+        size = max(1, self._projected_points(outputs) // 2)
+        out = self.system.x.new_empty(self.system.batch, jacobian1.num_rows, jacobian2.num_rows)
         for i in range(0, jacobian1.num_points, size):
             left = self._left_at(jacobian1[slice(i, i + size)])
             rows = slice(i * outputs, i * outputs + left.shape[1])
@@ -186,7 +188,8 @@ class FunctionSpaceSolver(Solver):
             return self.basis.left_at(jacobian)
         system = self.system
         alpha = self.solve(system.cross(jacobian)).mT
-        features = (jacobian.rows() - system.jacobian.vjp(alpha)) * system.root_variances.unsqueeze(-2)
+        explained = TransposedJacobianProduct.apply(alpha, system.jacobian)
+        features = (jacobian.rows() - explained) * system.root_variances.unsqueeze(-2)
         return torch.cat([features, system.noise.sqrt().unsqueeze(-2) * alpha], dim=-1)
 
 
