@@ -148,7 +148,8 @@ class FunctionSpaceSolver(Solver):
             self._left_at(jacobian[some]).square().sum(-1) for some in points.split(self._projected_points(outputs))
         ]
         rows = (points.unsqueeze(-1) * outputs + torch.arange(outputs, device=points.device)).reshape(-1)
-        return variance.expand(self.system.batch, -1).index_copy(-1, rows, torch.cat(pieces, dim=-1))
+        left = torch.cat(pieces, dim=-1)
+        return variance.expand(max(len(left), len(variance)), -1).index_copy(-1, rows, left)
 
     @property
     def _is_projected(self) -> bool:
@@ -170,7 +171,8 @@ class FunctionSpaceSolver(Solver):
         """Block by block of as many test points as the memory budget has room for twice."""
         outputs, same = jacobian1.function.num_outputs, jacobian2 is jacobian1
         size = max(1, self._projected_points(outputs) // 2)
-        out = self.system.x.new_empty(self.system.batch, jacobian1.num_rows, jacobian2.num_rows)
+        batch = max(self.system.batch, len(jacobian1.x), len(jacobian2.x))
+        out = self.system.x.new_empty(batch, jacobian1.num_rows, jacobian2.num_rows)
         for i in range(0, jacobian1.num_points, size):
             left = self._left_at(jacobian1[slice(i, i + size)])
             rows = slice(i * outputs, i * outputs + left.shape[1])
