@@ -23,7 +23,9 @@ from gpytorch.models import GP, exact_gp, exact_prediction_strategies
 from linear_operator.operators import DenseLinearOperator, LinearOperator
 from torch import Size, Tensor
 
+from . import composites, stock, variances
 from .kernels import NTKKernel
+from .kernels import contains_ntk as is_made_of_ntk
 from .operators import NTKLinearOperator
 from .operators.exactly_solved import NTK_OPERATORS, exactly_solved, without_constants
 from .operators.ntk_sum_linear_operator import NTKSumLinearOperator, entry_by_entry, product_over_batch
@@ -38,6 +40,9 @@ def install() -> None:
     uninstall()  # what an earlier copy of this module has put there
     for owner, name, replacement in _REPLACED:
         setattr(owner, name, _wrapped(replacement, getattr(owner, name), inherited=name not in vars(owner)))
+    composites.install()
+    variances.install()
+    stock.mark()
 
 
 def uninstall() -> None:
@@ -53,6 +58,8 @@ def uninstall() -> None:
                 delattr(owner, name)
             else:
                 setattr(owner, name, default)
+    composites.uninstall()
+    variances.uninstall()
 
 
 def _wrapped(replacement: Callable[..., Any], default: Callable[..., Any], inherited: bool) -> Callable[..., Any]:
@@ -161,7 +168,7 @@ def _rsample(
 def contains_ntk(matrix: LinearOperator) -> bool:
     """Whether a neural tangent kernel is a part of this matrix, evaluated or not."""
     if isinstance(matrix, LazyEvaluatedKernelTensor):
-        return any(isinstance(module, NTKKernel) for module in matrix.kernel.modules())
+        return is_made_of_ntk(matrix.kernel)
     if isinstance(matrix, NTK_OPERATORS):
         return True
     parts = (*matrix._args, *matrix._kwargs.values())

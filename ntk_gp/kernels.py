@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from gpytorch.constraints import Interval, Positive
@@ -12,9 +14,10 @@ from gpytorch.priors import Prior
 from torch import Size, Tensor, nn
 
 from .jacobian.linearization import Linearization
-from .network import FrozenNetwork, ParameterSelection, check_finite
+from .network import FrozenNetwork, ParameterSelection, check_finite, check_tensor
 from .operators import JacobianLinearOperator, NTKLinearOperator
 from .prediction import NTKPredictionStrategy
+from .stock import mark_botorchs
 
 
 class NTKKernel(Kernel):
@@ -57,6 +60,8 @@ class NTKKernel(Kernel):
 
     :ivar torch.Tensor variance: The prior variances, (*batch_shape, 1, G); all one without `variance_groups`.
 
+    :raises TypeError: For the base class's options for lengthscales, such as `ard_num_dims`: the network scales its own
+        inputs.
     :raises ValueError: If the network has no parameters, the selection matches none, or (at the first inputs) the
         network cannot be evaluated there, mixes the rows of a batch, or has several outputs and none was chosen.
 
@@ -86,6 +91,9 @@ class NTKKernel(Kernel):
         active_dims: tuple[int, ...] | None = None,
         **kwargs,
     ):
+        _check_no_lengthscale(kwargs)
+        mark_botorchs()
+        _refuse_in_botorch()
         super().__init__(batch_shape=batch_shape, active_dims=active_dims, **kwargs)
         self.network = FrozenNetwork(
             network,
@@ -159,6 +167,7 @@ class NTKKernel(Kernel):
     def jacobian(self, x: Tensor) -> JacobianLinearOperator:
         """J(x) as a lazy matrix, (*batch, n·C, P), without the prior variances; columns in the order of
         `kernel.network.parameter_names`, each parameter flattened."""
+        x = self.network.flattened(x)
         self._check_inputs(x)
         return JacobianLinearOperator(x, linearization=self._linearization)
 
@@ -170,9 +179,17 @@ class NTKKernel(Kernel):
             (`served_by`), the `bytes` of its factors at these inputs, and the flops for one entry of a Gram matrix
             (`gram_flops`).
         """
+        x = self.network.flattened(x)
         self._check_inputs(x)
         jacobian = self._linearization.jacobian(x.detach().reshape(1, -1, x.shape[-1]))
         return jacobian.report()
+
+    def __call__(self, x1: Tensor, x2: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The kernel matrix of (*batch, n, d), or of (*batch, n, *input_shape)."""
+        _refuse_in_botorch()
+        if self.active_dims is None:
+            x1, x2 = self.network.flattened(x1), None if x2 is None else self.network.flattened(x2)
+        return super().__call__(x1, x2, *args, **kwargs)
 
     def forward(
         self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **params
@@ -181,6 +198,8 @@ class NTKKernel(Kernel):
             variance = self.variance.to(x1.device, x1.dtype)
         else:
             variance = x1.new_ones(*self.batch_shape, 1, 1)
+        if not torch.is_grad_enabled():  # the matrix may be evaluated where gradients are on
+            variance, x1, x2 = variance.detach(), *_detached(x1, x2)
         if last_dim_is_batch:
             x1, x2 = (x.transpose(-1, -2).unsqueeze(-1) for x in (x1, x2))
             variance = variance.unsqueeze(-3)
@@ -198,6 +217,8 @@ class NTKKernel(Kernel):
 
     def _check_inputs(self, x1: Tensor, x2: Tensor | None = None) -> None:
         x2 = x1 if x2 is None else x2
+        check_tensor(x1)
+        check_tensor(x2)
         if (x1.dtype, x1.device) != (x2.dtype, x2.device):
             raise ValueError(
                 f"The two sets of inputs differ: {x1.dtype} on {x1.device}, and {x2.dtype} on {x2.device}. "
@@ -210,6 +231,8 @@ class NTKKernel(Kernel):
 
     def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
         """C with `output="all"`, else 1."""
+        if self.active_dims is None:  # asked for before anything else, also by the kernels this one is in
+            self.network.check_width(x1)
         return self.network.num_outputs(x1)
 
     def expand_batch(self, *sizes: Size | tuple[int, ...] | int) -> NTKKernel:
@@ -233,6 +256,50 @@ class NTKKernel(Kernel):
         if "raw_variance" in self._parameters:
             new.raw_variance = nn.Parameter(transform(self.raw_variance.detach()).clone())
         return new
+
+
+def contains_ntk(kernel: nn.Module) -> bool:
+    """Whether a kernel is one of these, or is made of some."""
+    return any(isinstance(module, NTKKernel) for module in kernel.modules())
+
+
+# What the base class takes for kernels with a lengthscale, and would drop without a word here.
+_OF_LENGTHSCALES = ("ard_num_dims", "lengthscale_prior", "lengthscale_constraint", "param_transform")
+
+
+def _refuse_feature_maps(kernel: NTKKernel, *_: Any, **__: Any) -> None:
+    raise NotImplementedError(
+        "botorch.sampling.pathwise has no feature map for an NTKKernel, and needs none: "
+        "ntk_gp.draw_functions(model, k) draws exact posterior functions, prior=True prior ones."
+    )
+
+
+def _refuse_in_botorch() -> None:
+    """Says so in BoTorch's table of feature maps, where that is imported; its own error names no way out."""
+    generators = sys.modules.get("botorch.sampling.pathwise.features.generators")
+    if generators is not None and (NTKKernel,) not in generators.GenKernelFeatures.funcs:
+        generators.GenKernelFeatures.register(NTKKernel)(_refuse_feature_maps)
+
+
+def _check_no_lengthscale(arguments: dict[str, Any]) -> None:
+    given = {name for name, value in arguments.items() if value is not None}
+    if given & set(_OF_LENGTHSCALES):
+        raise TypeError(
+            f"NTKKernel has no lengthscales, so {', '.join(sorted(given & set(_OF_LENGTHSCALES)))} would have no "
+            "effect: the trained network scales its own inputs. Prior variances are learned with variance_groups, "
+            "variance_prior and variance_constraint, one for all by a ScaleKernel."
+        )
+    if arguments.keys() - set(_OF_LENGTHSCALES):
+        raise TypeError(
+            f"NTKKernel has no option {', '.join(sorted(arguments.keys() - set(_OF_LENGTHSCALES)))}; its options are "
+            "parameters, input_shape, output, variance_groups, variance_prior, variance_constraint, engine, "
+            "batch_shape and active_dims."
+        )
+
+
+def _detached(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+    detached = x1.detach()
+    return detached, detached if x2 is x1 else x2.detach()
 
 
 def _group_function(variance_groups: str | Callable[[str], str] | None) -> Callable[[str], str] | None:

@@ -45,6 +45,9 @@ class NetworkMean(Mean):
         """Takes a new snapshot, of this network, with the same options."""
         self.network = self.network.renewed(network)
 
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(self.network.flattened(x) if self.active_dims is None else x)
+
     def forward(self, x: Tensor) -> Tensor:
         """f(x): (*batch, n, d) to (*batch, n), or (*batch, n, C) with `output="all"`."""
         if self.active_dims is not None:

@@ -57,6 +57,7 @@ class LinearizedFunctions(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(*batch, n, d) to (k, *batch, n), or (k, *batch, n, C) for all of a network's outputs."""
+        x = self.network.flattened(x)
         x = x if self.input_transform is None else self.input_transform(x)
         mean = self.mean_module(x)
         columns = x if self.active_dims is None else x.index_select(-1, self.active_dims)
@@ -89,6 +90,7 @@ class LinearizedNetwork(nn.Module):
         self._linearization = Linearization(network)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.network.flattened(x)
         mean = self.network(x)
         flat = x.reshape(1, -1, x.shape[-1])
         shift = self._linearization.autodiff.linearize(flat).jvp(self.displacement.to(x).reshape(1, 1, -1))
@@ -113,6 +115,7 @@ def draw_functions(
     :raises TypeError: If the kernel is of another kind.
     :raises ValueError: If the model has batches, or its `forward` does more than apply mean and kernel to its inputs.
     """
+    _check_is_model(model)
     kernel = _ntk_kernel(model.covar_module)
     strategy = _prediction_strategy(model)
     system = strategy.solver.system
@@ -141,6 +144,7 @@ def adapted_network(model: ExactGP) -> LinearizedNetwork:
     :raises TypeError: If mean or kernel are of another kind.
     :raises ValueError: If they are of different networks, or the model does more than apply them to its inputs.
     """
+    _check_is_model(model)
     kernel, mean = _ntk_kernel(model.covar_module), model.mean_module
     if not isinstance(mean, NetworkMean):
         raise TypeError(f"Expected a NetworkMean as the model's mean, got {type(mean).__name__}.")
@@ -154,6 +158,15 @@ def adapted_network(model: ExactGP) -> LinearizedNetwork:
     if any(getattr(model, name, None) is not None for name in ("input_transform", "outcome_transform")):
         raise ValueError("A model that transforms inputs or outcomes is more than a network: call model.posterior(x).")
     return LinearizedNetwork(kernel.network, _prediction_strategy(model).mean_weights)
+
+
+def _check_is_model(model: Any) -> None:
+    if not isinstance(model, ExactGP) or not all(hasattr(model, name) for name in ("covar_module", "mean_module")):
+        raise TypeError(
+            f"Expected a gpytorch.models.ExactGP with a mean_module and a covar_module, got {type(model).__name__}. A "
+            "network becomes one with training data: its mean_module is NetworkMean(network), its covar_module "
+            "ScaleKernel(NTKKernel(network)); pass that model, in eval mode."
+        )
 
 
 def _same_network(one: FrozenNetwork, other: FrozenNetwork) -> bool:

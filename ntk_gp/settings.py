@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from gpytorch.settings import _feature_flag, _value_context
+
+T = TypeVar("T")
 
 
 class memory_budget(_value_context):
@@ -18,9 +24,19 @@ class memory_budget(_value_context):
     time, never accuracy.
 
     (Default: a quarter of the memory of the inputs' device.)
+
+    :param value: A number of bytes, or text such as `"1GB"`, `"512 MiB"` or `"2e9"`; None for the default.
+    :raises ValueError: If it is not positive, or a text of another form.
     """
 
-    _global_value: int | None = None
+    _global_value: float | None = None
+
+    def __init__(self, value: float | str | None):
+        super().__init__(None if value is None else _number_of_bytes(value))
+
+    @classmethod
+    def _set_value(cls, value: float | str | None) -> None:
+        super()._set_value(None if value is None else _number_of_bytes(value))
 
     @classmethod
     def bytes(cls, device: torch.device) -> int:
@@ -39,7 +55,8 @@ class allow_tf32(_feature_flag):
 
 
 class progress_bar(_feature_flag):
-    """Whether long work shows a progress bar (needs the package tqdm).
+    """Whether long work shows a progress bar (needs the package tqdm): Gram matrices, factorisations, the eigenvalues
+    that fitting needs, iterations, variances, and the network at many inputs.
 
     (Default: False.)
     """
@@ -59,6 +76,9 @@ class solve_tolerance(_value_context):
 
     _global_value: float = 1e-4
 
+    def __init__(self, value: float):
+        super().__init__(_positive(value, "solve_tolerance"))
+
 
 class love_tolerance(_value_context):
     """How far variances may be above the exact ones, as a part of themselves, with `gpytorch.settings.fast_pred_var`.
@@ -70,16 +90,58 @@ class love_tolerance(_value_context):
 
     _global_value: float = 1e-3
 
+    def __init__(self, value: float):
+        super().__init__(_positive(value, "love_tolerance"))
 
-def progress(steps: Sequence[int], description: str) -> Iterable[int]:
+
+def progress(steps: Sequence[T], description: str) -> Iterable[T]:
     """The steps, behind a progress bar where one was asked for and there is more than one step."""
-    if progress_bar.off() or len(steps) < 2:
-        return steps
+    return steps if progress_bar.off() or len(steps) < 2 else _tqdm()(steps, desc=description)
+
+
+@contextmanager
+def stage(description: str) -> Iterator[None]:
+    """A bar of one step, where bars were asked for, around one long call to a library."""
+    if progress_bar.off():
+        yield
+        return
+    with _tqdm()(total=1, desc=description) as bar:
+        yield
+        bar.update()
+
+
+def _tqdm() -> Any:
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError("ntk_gp.settings.progress_bar needs the package tqdm: pip install tqdm.") from error
-    return tqdm(steps, desc=description)
+    return tqdm
+
+
+_UNITS = {"": 1, **{f"{prefix}b": 1000**i for i, prefix in enumerate(("", "k", "m", "g", "t"))}}
+_UNITS.update({f"{prefix}ib": 1024**i for i, prefix in enumerate("kmgt", start=1)})
+
+
+def _number_of_bytes(value: float | str) -> int:
+    if not isinstance(value, str):
+        return int(_positive(value, "memory_budget"))
+    match = re.fullmatch(r"\s*([-+]?[\d_.]+(?:e[-+]?\d+)?)\s*([a-z]*)\s*", value.lower())
+    try:
+        number = float(match[1]) if match else math.nan
+    except ValueError:
+        number = math.nan
+    unit = _UNITS.get(match[2]) if match else None
+    if unit is None or math.isnan(number):
+        raise ValueError(f"memory_budget={value!r} is no number of bytes: write for instance '1GB', '512 MiB' or 2e9.")
+    return int(_positive(number * unit, "memory_budget"))
+
+
+def _positive(value: float, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}).")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value!r}.")
+    return value
 
 
 @functools.cache  # it is asked for in every prediction

@@ -8,6 +8,7 @@ import torch
 
 from ntk_gp import NTKKernel, settings
 from ntk_gp.jacobian.linearization import Linearization
+from ntk_gp.stock import stock
 
 # How long an example takes is the machine's affair.
 hypothesis.settings.register_profile("ntk_gp", deadline=None)
@@ -89,7 +90,7 @@ def gpytorch_settings() -> Iterator[None]:
     torch.manual_seed(0)
     with (
         gpytorch.settings.fast_computations(True, True, True),
-        gpytorch.settings.max_cholesky_size(800),
+        gpytorch.settings.max_cholesky_size(stock(800)),
         gpytorch.settings.max_eager_kernel_size(512),
     ):
         yield

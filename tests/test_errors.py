@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ntk_gp import NetworkMean, NTKKernel
+from ntk_gp import NetworkMean, NTKKernel, adapted_network, draw_functions, settings
 
 
 def make_network(inputs: int = 3, outputs: int = 1) -> nn.Module:
@@ -302,3 +302,200 @@ def test_a_network_that_cannot_be_copied():
     network.stream = (i for i in range(3))
     with pytest.raises(TypeError, match=r"Sequential\) cannot be copied: .*support copy.deepcopy"):
         NTKKernel(network)
+
+
+class TestWaysOut:
+    """What people reach for first, and where they are led."""
+
+    @pytest.mark.parametrize(
+        "options", [{"ard_num_dims": 3}, {"lengthscale_prior": gpytorch.priors.GammaPrior(1.0, 1)}]
+    )
+    def test_options_for_lengthscales(self, options):
+        with pytest.raises(TypeError, match=rf"no lengthscales, so {next(iter(options))} .*scales its own inputs"):
+            NTKKernel(make_network(), **options)
+
+    def test_an_option_that_does_not_exist(self):
+        with pytest.raises(TypeError, match=r"no option paramters; its options are parameters"):
+            NTKKernel(make_network(), paramters="*")
+
+    def test_base_class_defaults_are_no_options(self):
+        NTKKernel(make_network(), ard_num_dims=None, lengthscale_prior=None)
+
+    def test_all_parameters_are_frozen(self):
+        with pytest.raises(ValueError, match=r'are frozen: pass parameters="\*"'):
+            NTKKernel(make_network().requires_grad_(False))
+        NTKKernel(make_network().requires_grad_(False), parameters="*")
+        with pytest.raises(ValueError, match=r"It has: 0.weight") as caught:
+            NTKKernel(make_network().requires_grad_(False), parameters="head.*")
+        assert "frozen" not in str(caught.value)
+
+    @pytest.mark.parametrize("x", [torch.zeros(4, 3).numpy(), [[0.0, 0.0, 0.0]]], ids=["numpy", "list"])
+    @pytest.mark.parametrize(
+        "evaluate",
+        [
+            lambda network, x: NTKKernel(network)(x),
+            lambda network, x: NTKKernel(network)(torch.zeros(4, 3), x),
+            lambda network, x: NTKKernel(network).jacobian(x),
+            lambda network, x: NTKKernel(network).engine_report(x),
+            lambda network, x: NetworkMean(network)(x),
+            lambda network, x: adapted_network(predicting(network))(x),
+            lambda network, x: draw_functions(predicting(network), 2)(x),
+        ],
+    )
+    def test_inputs_that_are_no_tensor(self, evaluate, x):
+        with pytest.raises(TypeError, match=r"torch.Tensor, got (ndarray|list)\. .*torch.from_numpy"):
+            evaluate(make_network(), x)
+
+    @pytest.mark.parametrize("function", [adapted_network, lambda network: draw_functions(network, 2)])
+    @pytest.mark.parametrize("wrong", [make_network(), NTKKernel(make_network())])
+    def test_a_network_in_place_of_a_model(self, function, wrong):
+        with pytest.raises(TypeError, match=rf"ExactGP .*got {type(wrong).__name__}\. .*NetworkMean\(network\)"):
+            function(wrong)
+
+    def test_tracing(self):
+        kernel, mean = NTKKernel(make_network()), NetworkMean(make_network())
+        for function in (lambda x: kernel(x).to_dense(), mean):
+            with pytest.raises(RuntimeError, match=r"torch.jit.trace cannot .*torch.export.export\(ntk_gp.adapted"):
+                torch.jit.trace(function, torch.randn(4, 3), check_trace=False)
+
+    def test_pathwise_sampling_of_botorch(self):
+        pathwise = pytest.importorskip("botorch.sampling.pathwise")
+        models = pytest.importorskip("botorch.models")
+        x = torch.randn(5, 3, dtype=torch.float64)
+        for compose in (lambda kernel: kernel, gpytorch.kernels.ScaleKernel):
+            kernel = compose(NTKKernel(make_network().double())).double()
+            model = models.SingleTaskGP(x, x[:, :1], covar_module=kernel, outcome_transform=None)
+            with pytest.raises(NotImplementedError, match=r"ntk_gp.draw_functions\(model, k\)"):
+                pathwise.draw_matheron_paths(model, torch.Size([2]))
+
+
+def predicting(network: nn.Module) -> gpytorch.models.ExactGP:
+    x = torch.randn(6, 3)
+    model = AdaptedGP(x, x.sum(-1), NTKKernel(network))
+    model.mean_module = NetworkMean(network)
+    return model.eval()
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("text", "number"),
+        [
+            ("1GB", 10**9),
+            ("1 gb", 10**9),
+            ("512 MiB", 512 * 2**20),
+            ("2e9", 2 * 10**9),
+            ("1.5 KiB", 1536),
+            ("4096", 4096),
+            (" 3 TB ", 3 * 10**12),
+            ("7B", 7),
+            (12345, 12345),
+            (1e6, 10**6),
+        ],
+    )
+    def test_budgets(self, text, number):
+        with settings.memory_budget(text):
+            assert settings.memory_budget.value() == settings.memory_budget.bytes(torch.device("cpu")) == number
+        assert settings.memory_budget.value() is None
+        settings.memory_budget._set_value(text)
+        try:
+            assert settings.memory_budget.value() == number
+        finally:
+            settings.memory_budget._set_value(None)
+
+    @pytest.mark.parametrize("bad", ["much", "1 XB", "", "GB", "1..5GB", "1GB2", "nan"])
+    def test_budgets_that_are_none(self, bad):
+        with pytest.raises(ValueError, match=r"is no number of bytes: write for instance '1GB', '512 MiB' or 2e9"):
+            settings.memory_budget(bad)
+
+    @pytest.mark.parametrize("setting", [settings.memory_budget, settings.solve_tolerance, settings.love_tolerance])
+    @pytest.mark.parametrize("bad", [-1, -1e-9, 0, float("nan"), float("inf")])
+    def test_not_positive(self, setting, bad):
+        with pytest.raises(ValueError, match=rf"{setting.__name__} must be positive and finite, got"):
+            setting(bad)
+
+    @pytest.mark.parametrize("setting", [settings.solve_tolerance, settings.love_tolerance])
+    @pytest.mark.parametrize("bad", ["1e-4", True, None])
+    def test_no_number(self, setting, bad):
+        with pytest.raises(TypeError, match=rf"{setting.__name__} must be a number, got"):
+            setting(bad)
+
+    def test_a_negative_budget_as_text(self):
+        with pytest.raises(ValueError, match="must be positive"):
+            settings.memory_budget("-1GB")
+
+
+class TestImages:
+    """Inputs as the network wants them, where GPyTorch leaves no doubt."""
+
+    shape = (2, 4, 4)
+
+    def make(self) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 1)).double()
+
+    @pytest.mark.parametrize("batch", [(), (3,)])
+    def test_kernel_mean_and_jacobian(self, batch):
+        network = self.make()
+        x, z = (torch.randn(*batch, n, *self.shape, dtype=torch.float64) for n in (5, 4))
+        kernel, mean = (module(network, input_shape=self.shape) for module in (NTKKernel, NetworkMean))
+        flat, flat_z = x.flatten(-3), z.flatten(-3)
+        assert kernel(x).shape == (*batch, 5, 5)
+        torch.testing.assert_close(kernel(x).to_dense(), kernel(flat).to_dense())
+        torch.testing.assert_close(kernel(x, z).to_dense(), kernel(flat, flat_z).to_dense())
+        torch.testing.assert_close(kernel(x, flat_z).to_dense(), kernel(flat, flat_z).to_dense())
+        torch.testing.assert_close(kernel(x, diag=True), kernel(flat, diag=True))
+        torch.testing.assert_close(mean(x), mean(flat))
+        torch.testing.assert_close(kernel.jacobian(x).to_dense(), kernel.jacobian(flat).to_dense())
+        assert kernel.engine_report(x) == kernel.engine_report(flat)
+
+    def test_what_is_handed_out(self):
+        network, x = self.make(), torch.randn(6, 32, dtype=torch.float64)
+        model = AdaptedGP(x, x.sum(-1), NTKKernel(network, input_shape=self.shape)).double()
+        model.mean_module = NetworkMean(network, input_shape=self.shape)
+        adapted, functions = adapted_network(model.eval()), draw_functions(model, 2)
+        torch.testing.assert_close(adapted(x.unflatten(-1, self.shape)), adapted(x))
+        torch.testing.assert_close(functions(x.unflatten(-1, self.shape)), functions(x))
+
+    def test_rows_of_the_right_width_are_rows(self):
+        """An input_shape of one dimension beside ones: (n, 1, 1, 3) may be batches of one point, as in GPyTorch."""
+        network = nn.Sequential(nn.Flatten(), nn.Linear(3, 1))
+        assert NTKKernel(network, input_shape=(1, 1, 3))(torch.randn(5, 1, 1, 3)).shape == (5, 1, 1, 1)
+
+    def test_in_a_model_they_are_batches(self):
+        network, x = self.make(), torch.randn(6, *self.shape, dtype=torch.float64)
+        for compose in (lambda kernel: kernel, gpytorch.kernels.ScaleKernel):
+            kernel = compose(NTKKernel(network, input_shape=self.shape))
+            model = AdaptedGP(x, torch.randn(6).double(), kernel).double().eval()
+            model.mean_module = NetworkMean(network, input_shape=self.shape)
+            with pytest.raises(ValueError, match=r"x.flatten\(1\) for the whole model"):
+                model(x)
+        kernel = gpytorch.kernels.ScaleKernel(NTKKernel(network, input_shape=self.shape)).double()
+        with pytest.raises(ValueError, match=r"x.flatten\(1\) for the whole model"):
+            kernel(x).to_dense()
+
+
+def test_progress_bars(monkeypatch):
+    """Every long stage says what it is; without bars nothing is asked of tqdm."""
+    tqdm = pytest.importorskip("tqdm.auto")
+    labels = []
+    original = tqdm.tqdm
+    monkeypatch.setattr(tqdm, "tqdm", lambda *a, desc="", **k: labels.append(desc) or original(*a, desc=desc, **k))
+    x = torch.randn(1100, 3, dtype=torch.float64)
+    network = nn.Sequential(nn.Linear(3, 400), nn.Tanh(), nn.Linear(400, 1)).double()
+    model = AdaptedGP(x, x.sum(-1), NTKKernel(network, engine="structured")).double()
+    mll = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)
+
+    def everything() -> None:
+        mll(model.train()(x), x.sum(-1))
+        model.eval()(x[:3] + 1).variance  # noqa: B018
+        with settings.memory_budget("20 MB"):
+            NetworkMean(network)(torch.randn(5000, 3, dtype=torch.float64))
+
+    everything()
+    assert not labels
+    with settings.progress_bar(True):
+        model = AdaptedGP(x + 1, x.sum(-1), NTKKernel(network, engine="structured")).double()
+        x = x + 1
+        mll = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)
+        everything()
+    assert {"Gram matrix", "Factorisation", "Eigenvalues", "Network"} <= set(labels), labels

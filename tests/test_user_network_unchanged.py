@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import ntk_gp
 from ntk_gp import NetworkMean, NTKKernel
+from ntk_gp.stock import stock
 
 
 def hook(*args: object) -> None:
@@ -111,7 +112,7 @@ def predict(network: nn.Module, x: Tensor, **flags: bool) -> None:
     model = AdaptedGP(x, x.sum(-1), network).eval()
     with (
         gpytorch.settings.fast_pred_var(flags.get("love", False)),
-        gpytorch.settings.max_cholesky_size(1 if flags.get("iterative") else 800),
+        gpytorch.settings.max_cholesky_size(1 if flags.get("iterative") else stock(800)),
     ):
         prediction = model.likelihood(model(x + 0.1))
         _ = prediction.mean, prediction.variance, prediction.covariance_matrix

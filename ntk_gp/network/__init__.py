@@ -1,7 +1,7 @@
 """The network to be linearised: a frozen copy of the user's module, its parameters chosen, grouped and flattened."""
 
 from .frozen import FrozenNetwork, preserved_random_state
-from .function import ALL_OUTPUTS, NetworkFunction, check_finite, full_precision, is_finite, normal_tensor
+from .function import ALL_OUTPUTS, NetworkFunction, check_finite, check_tensor, full_precision, is_finite, normal_tensor
 from .graph import nodes_below
 from .rows import some_rows
 from .snapshot import ParameterSelection
@@ -14,6 +14,7 @@ __all__ = [
     "ParameterSelection",
     "Switch",
     "check_finite",
+    "check_tensor",
     "full_precision",
     "is_finite",
     "nodes_below",

@@ -16,8 +16,9 @@ import torch
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor, nn
 
+from .. import settings
 from .fingerprint import Fingerprint
-from .function import ALL_OUTPUTS, NetworkFunction, check_finite, convert, normal_tensor
+from .function import ALL_OUTPUTS, NetworkFunction, check_finite, check_tensor, convert, normal_tensor
 from .rows import check_rows_are_independent, some_rows
 from .skeleton import Skeletons
 from .snapshot import (
@@ -188,11 +189,22 @@ class FrozenNetwork(nn.Module):
         else:
             with function.tracing():
                 chunks = normal_tensor(flat).split(function.points_per_pass())
-                pieces = [function(function.parameters, chunk) for chunk in chunks]
+                steps = settings.progress(chunks, "Network")
+                pieces = [function(function.parameters, chunk) for chunk in steps]
                 function.check_values(chunks[0], pieces[0], len(flat))
             out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         shape = x.shape[:-1] if self.output != ALL_OUTPUTS else (*x.shape[:-1], function.num_outputs)
         return out.reshape(shape)
+
+    def flattened(self, x: Tensor) -> Tensor:
+        """Inputs of `input_shape`, (*batch, n, *input_shape), as the rows (*batch, n, d) that GPyTorch wants.
+
+        Others are returned as they are: rows already, or of a width that :meth:`check` refuses.
+        """
+        check_tensor(x)
+        shape = self.input_shape or ()
+        is_shaped = len(shape) > 1 and x.dim() > len(shape) and tuple(x.shape[-len(shape) :]) == shape
+        return x.flatten(-len(shape)) if is_shaped and x.shape[-1] != math.prod(shape) else x
 
     def num_outputs(self, x: Tensor) -> int:
         """C, the number of outputs that take part, at inputs of this width, dtype and device."""
@@ -221,7 +233,7 @@ class FrozenNetwork(nn.Module):
         key = (x.shape[-1], x.dtype, x.device, min(count, _FEW).bit_length(), self.fingerprint())
         if key in self._checked:
             return
-        self._check_width(x)
+        self.check_width(x)
         check_finite(x)
         with self._lock, torch.inference_mode(False), preserved_random_state(x.device):
             if key in self._checked:  # by another thread, meanwhile
@@ -279,7 +291,8 @@ class FrozenNetwork(nn.Module):
             return function
         return exact
 
-    def _check_width(self, x: Tensor) -> None:
+    def check_width(self, x: Tensor) -> None:
+        """Raises where inputs are no rows of floating-point numbers of the width that `input_shape` needs."""
         if not x.is_floating_point():
             raise TypeError(
                 f"Expected inputs of a floating-point dtype, got {x.dtype}. Cast them, e.g. with x.float(); a network "
@@ -288,7 +301,8 @@ class FrozenNetwork(nn.Module):
         if self.input_shape is not None and x.shape[-1] != math.prod(self.input_shape):
             raise ValueError(
                 f"Got inputs of width {x.shape[-1]} (shape {tuple(x.shape)}), but input_shape={self.input_shape} needs "
-                f"{math.prod(self.input_shape)} features. Flatten each input to one row, or change input_shape."
+                f"{math.prod(self.input_shape)} features. Flatten each input to one row, e.g. x.flatten(1) for the "
+                "whole model (GPyTorch takes all but the last two dimensions for batches), or change input_shape."
             )
 
     def __getstate__(self) -> dict:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -400,6 +400,20 @@ def _is_less_precise(dtype: torch.dtype, than: torch.dtype) -> bool:
 def is_finite(x: Tensor) -> bool:
     """Whether the sum is finite, and so every element; faster than a look at each. An overflow is no proof of more."""
     return math.isfinite(x.detach().sum())
+
+
+def check_tensor(x: Any) -> None:
+    """Raises for inputs that are no tensor, and under `torch.jit.trace`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"Expected inputs as a torch.Tensor, got {type(x).__name__}. Convert them: torch.from_numpy(x) for a numpy "
+            "array, torch.tensor(x) for a list."
+        )
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace cannot record the network's derivatives. Export the posterior mean instead: "
+            "torch.export.export(ntk_gp.adapted_network(model), (x,))."
+        )
 
 
 def check_finite(x: Tensor) -> None:

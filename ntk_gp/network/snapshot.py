@@ -101,7 +101,9 @@ def select(named: Mapping[str, nn.Parameter], selection: ParameterSelection) -> 
             )
     chosen = {name for name in chosen if named[name].is_floating_point() and named[name].numel()}
     if not chosen:
-        raise ValueError(f"No parameter of the network was selected by {wanted}. It has: {', '.join(named)}.")
+        frozen = selection is None and not any(parameter.requires_grad for parameter in named.values())
+        way_out = ' All of them are frozen: pass parameters="*" to linearise in all of them.' if frozen else ""
+        raise ValueError(f"No parameter of the network was selected by {wanted}. It has: {', '.join(named)}.{way_out}")
     return chosen
 
 

@@ -16,8 +16,8 @@ from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
 from .. import settings
-from ..solvers.choice import STOCK_CHOLESKY_SIZES
 from ..solvers.iterative import tolerance
+from ..stock import STOCK_CHOLESKY_SIZES, chosen_cholesky_size
 from ._checks import check_right_hand_side
 from ._roots import square_root, warn_of_low_rank
 from ._solve import Solve
@@ -59,8 +59,12 @@ class DenselySolved(LinearOperator):
                 self._factor_memo = self._factorised()
         return self._factor_memo
 
+    def _double(self) -> Tensor:
+        """The matrix in float64."""
+        return self.to_dense().double()
+
     def _factorised(self) -> Tensor:
-        matrix = self.to_dense().double()
+        matrix = self._double()
         factor = psd_safe_cholesky(matrix, jitter=gpytorch_settings.cholesky_jitter.value(self.dtype))
         _warn_of_lost_digits(matrix, factor, self.dtype)
         return factor
@@ -143,7 +147,7 @@ class DenselySolved(LinearOperator):
             if method is None and self._choose_root_method() == "lanczos":
                 warn_of_low_rank(self.shape[-1])
             return super().root_decomposition(method)
-        return RootLinearOperator(square_root(self.to_dense().double()).to(self.dtype))
+        return RootLinearOperator(square_root(self._double()).to(self.dtype))
 
 
 def _warn_of_lost_digits(matrix: Tensor, factor: Tensor, dtype: torch.dtype) -> None:
@@ -161,8 +165,8 @@ def _warn_of_lost_digits(matrix: Tensor, factor: Tensor, dtype: torch.dtype) -> 
 
 def _cholesky_size() -> float:
     """Up to which size GPyTorch would factorise: as the user has set it, not as an import has."""
-    size = gpytorch_settings.max_cholesky_size.value()
-    return min(STOCK_CHOLESKY_SIZES) if size in STOCK_CHOLESKY_SIZES else size
+    chosen = chosen_cholesky_size()
+    return min(STOCK_CHOLESKY_SIZES) if chosen is None else chosen
 
 
 def _iteration_is_switched_off() -> bool:

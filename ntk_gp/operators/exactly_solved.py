@@ -46,7 +46,6 @@ from .. import settings
 from ._densely_solved import DenselySolved
 from .ntk_added_diag_linear_operator import NTKAddedDiagLinearOperator
 from .ntk_linear_operator import NTKLinearOperator
-from .ntk_posterior_linear_operator import NTKPosteriorLinearOperator
 from .ntk_sum_linear_operator import NTKSumLinearOperator
 from .structured import (
     NTKBlockDiagLinearOperator,
@@ -77,7 +76,7 @@ _KEPT = (
 )
 
 # A matrix that an NTK is a part of has one of these in it.
-NTK_OPERATORS = (NTKLinearOperator, NTKPosteriorLinearOperator, DenselySolved, *_EVALUATED)
+NTK_OPERATORS = (NTKLinearOperator, DenselySolved, *_EVALUATED)
 
 
 def exactly_solved(matrix: LinearOperator) -> LinearOperator:

@@ -143,9 +143,10 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
         constant = isinstance(self._diag_tensor, ConstantDiagLinearOperator)
         one_scale = weights.shape[-1] == 1 and (constant or not noise.requires_grad)
         if fitted and one_scale and _spectrum_fits(system) and self._spectrum_pays(system):
-            inv_quad, logdet = self._spectrum_terms(system, rhs, weights, noise, constant)
+            terms = self._spectrum_terms(system, rhs, weights, noise, constant)
         else:
-            inv_quad, logdet = _MarginalTerms.apply(weights, noise, rhs, self.solver)
+            terms = None
+        inv_quad, logdet = _MarginalTerms.apply(weights, noise, rhs, self.solver) if terms is None else terms
         return inv_quad.reshape(*out_shape, -1), logdet.reshape(out_shape)
 
     def _spectrum_pays(self, system: System) -> bool:
@@ -167,11 +168,13 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
 
     def _spectrum_terms(
         self, system: System, rhs: Tensor, weights: Tensor, noise: Tensor, constant: bool
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor] | None:
+        """From the eigenvalues, unless there is so little noise that they have lost the digits for it."""
         unit_noise = torch.ones_like(system.noise[:1]) if constant else system.noise
         unit = System(system.linearization, system.x, torch.ones_like(system.weights[:1]), unit_noise)
         spectrum = self._kept("spectrum", unit, Spectrum)
-        return spectrum.inv_quad_logdet(rhs, weights, noise[:, :1] if constant else torch.ones_like(weights))
+        own_noise = noise[:, :1] if constant else torch.ones_like(weights)
+        return spectrum.inv_quad_logdet(rhs, weights, own_noise) if spectrum.resolves(weights, own_noise) else None
 
     def _dense_marginal_terms(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
         """By autograd through a dense Cholesky factor, all of it in float64: inputs that require gradients."""

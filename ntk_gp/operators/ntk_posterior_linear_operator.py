@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import torch
-from linear_operator.operators import DenseLinearOperator, LinearOperator, RootLinearOperator
+from linear_operator.operators import (
+    AddedDiagLinearOperator,
+    DenseLinearOperator,
+    DiagLinearOperator,
+    LinearOperator,
+)
+from linear_operator.utils.cholesky import psd_safe_cholesky
 from linear_operator.utils.getitem import IndexType
 from linear_operator.utils.memoize import cached
 from torch import Size, Tensor
@@ -11,12 +17,34 @@ from torch import Size, Tensor
 from .. import settings
 from ..solvers import FastVariance, Solver
 from ._batches import expand, select
-from ._roots import square_root, warn_of_low_rank
+from ._densely_solved import DenselySolved
 
 _NO_BATCH = Size()
 
 
-class NTKPosteriorLinearOperator(LinearOperator):
+class _FactorisedInDouble(DenselySolved):
+    """Solves, determinants and roots from the covariance in float64, whatever the inputs' dtype.
+
+    In float32 a posterior covariance, rounded to six digits of its largest entry, is no longer positive definite, and
+    GPyTorch's jitter, 1e-6 whatever the entries' size, would be all that is left of a small one.
+    """
+
+    def _covariance(self) -> Tensor:
+        """In float64."""
+        raise NotImplementedError
+
+    def _double(self) -> Tensor:
+        return self._covariance()
+
+    def _factorised(self) -> Tensor:
+        """Lower triangular; with jitter, in units of the mean variance, where the matrix is singular."""
+        matrix = self._covariance()
+        size = matrix.detach().diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        size = size.where(size > 0, 1.0)
+        return psd_safe_cholesky(matrix / size) * size.sqrt()
+
+
+class NTKPosteriorLinearOperator(_FactorisedInDouble):
     r"""The posterior covariance between two sets of test inputs, (*batch, m₁·C, m₂·C).
 
     Its diagonal, the posterior variances, is computed block of points by block and is never negative; other products
@@ -83,17 +111,13 @@ class NTKPosteriorLinearOperator(LinearOperator):
     def to_dense(self) -> Tensor:
         return self._covariance().to(self.dtype)
 
-    @cached(name="root_decomposition")
-    def root_decomposition(self, method: str | None = None) -> LinearOperator:
-        """A square root, for samples: exact, and found in float64, as long as the matrix fits in the memory budget.
+    def __add__(self, other: Tensor | LinearOperator | float) -> LinearOperator | Tensor:
+        if isinstance(other, DiagLinearOperator):
+            return NTKPosteriorAddedDiagLinearOperator(self, other)
+        return super().__add__(other)
 
-        GPyTorch's own has rank 100 at most beyond 800 points, and adds 1e-6 to every variance in float32.
-        """
-        if 3 * 8 * self.shape.numel() > settings.memory_budget.bytes(self.device):
-            if method is None and self._choose_root_method() == "lanczos":
-                warn_of_low_rank(self.shape[-1])
-            return super().root_decomposition(method)
-        return RootLinearOperator(square_root(self._covariance()).to(self.dtype))
+    def add_diagonal(self, diag: Tensor) -> LinearOperator:
+        return self + super().add_diagonal(diag)._diag_tensor
 
     def _covariance(self) -> Tensor:
         """In float64."""
@@ -131,8 +155,37 @@ class NTKPosteriorLinearOperator(LinearOperator):
 
     @property
     def _dense(self) -> DenseLinearOperator:
-        """For what the batches of the training data leave no other way to."""
-        return DenseLinearOperator(self.to_dense())
+        """For what several outputs, or the batches of the training data, leave no other way to."""
+        return NTKPosteriorEntries(self.to_dense())
+
+
+class NTKPosteriorEntries(DenseLinearOperator):
+    """Entries of a posterior covariance, rounded from float64 and known to be that."""
+
+
+class NTKPosteriorAddedDiagLinearOperator(_FactorisedInDouble, AddedDiagLinearOperator):
+    """A posterior covariance plus noise: what a likelihood makes of a prediction.
+
+    :param linear_ops: The :class:`NTKPosteriorLinearOperator` and the
+        :class:`~linear_operator.operators.DiagLinearOperator`.
+    """
+
+    def __add__(self, other: Tensor | LinearOperator | float) -> LinearOperator | Tensor:
+        if isinstance(other, DiagLinearOperator):
+            return self.__class__(self._linear_op, self._diag_tensor + other)
+        return super().__add__(other)
+
+    def _getitem(self, row_index: IndexType, col_index: IndexType, *batch_indices: IndexType) -> LinearOperator:
+        if not _same_index(row_index, col_index) or self._linear_op.batch_shape != self.batch_shape:
+            return super()._getitem(row_index, col_index, *batch_indices)
+        noise = self._diag_tensor._diagonal().expand(self.shape[:-1])[(*batch_indices, slice(None))][..., row_index]
+        return self._linear_op._getitem(row_index, col_index, *batch_indices) + DiagLinearOperator(noise)
+
+    def _covariance(self) -> Tensor:
+        matrix = self._linear_op._covariance()
+        noise = self._diag_tensor._diagonal().double()
+        matrix = matrix.expand(torch.broadcast_shapes(matrix.shape, (*noise.shape, 1)))
+        return matrix + torch.diag_embed(noise)
 
 
 def _same_index(one: IndexType, other: IndexType) -> bool:

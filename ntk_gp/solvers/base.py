@@ -6,6 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 
 import torch
+from linear_operator.utils.errors import NotPSDError
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
@@ -16,6 +17,9 @@ from .system import System
 # What a factorisation may lose before more is done, by the dtype of the inputs. Means and variances lose up to ten
 # times as much; they are promised to 1e-8 and 5e-3.
 ACCURATE = {torch.float64: 3e-10, torch.float32: 1e-5}
+
+# What it may lose, before features are orthogonalised in its place.
+MENDABLE = {torch.float64: 1e-5, torch.float32: 1e-2}
 
 
 class Solver(ABC):
@@ -79,6 +83,32 @@ def rounding_error(cholesky: Tensor) -> float:
     diagonal = cholesky.diagonal(dim1=-2, dim2=-1)
     condition = (diagonal.amax(-1) / diagonal.amin(-1)).square()
     return torch.finfo(cholesky.dtype).eps * float(condition.amax())
+
+
+def digits_lost(cholesky: Tensor) -> float:
+    """A bound, as far as one diagonal can tell, on the relative error of a solution: trace times eps over the smallest.
+
+    :func:`rounding_error` is about its usual size.
+    """
+    smallest = cholesky.diagonal(dim1=-2, dim2=-1).amin(-1).square()
+    trace = cholesky.square().sum((-2, -1))
+    return torch.finfo(cholesky.dtype).eps * float((trace / smallest).amax())
+
+
+def needs_orthogonalisation(system: System, factor: Tensor | None) -> bool:
+    """Whether a Cholesky factor does not exist in float64, or has lost more than refinement, of second order, mends."""
+    return factor is None or not digits_lost(factor) <= MENDABLE.get(system.dtype, MENDABLE[torch.float32])
+
+
+def not_positive_definite(system: System) -> NotPSDError:
+    """What is raised where nothing that fits in the memory budget solves."""
+    return NotPSDError(
+        f"K + D of {system.num_rows} rows is not positive definite in float64: the largest prior variance is "
+        f"{float(system.jacobian.diagonal(system.weights).amax()):.1e}, the smallest noise "
+        f"{float(system.noise.amin()):.1e}. The features could be orthogonalised instead, but {system.num_rows} rows "
+        f"of {system.num_parameters} features do not fit in ntk_gp.settings.memory_budget. Raise it, or the noise, or "
+        "lower the outputscale."
+    )
 
 
 def accuracy(system: System) -> float:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from gpytorch import settings as gpytorch_settings
-
+from ..stock import STOCK_CHOLESKY_SIZES as STOCK_CHOLESKY_SIZES
+from ..stock import chosen_cholesky_size
 from .base import Solver
 from .function_space import FunctionSpaceSolver
 from .iterative import IterativeSolver
 from .system import System
 from .weight_space import WeightSpaceSolver
-
-# The defaults of GPyTorch, and of BoTorch, which sets its own when it is imported: not a choice of the user's.
-STOCK_CHOLESKY_SIZES = (800, 4096)
 
 
 def choose_solver(system: System) -> Solver:
@@ -45,8 +42,8 @@ def _extended(system: System, kind: type[Solver]) -> Solver | None:
 def solver_class(system: System) -> type[Solver]:
     """The kind of solver, by costs and memory; what the user has set in GPyTorch comes first."""
     rows, parameters, batch = system.num_rows, system.num_parameters, system.batch
-    limit = gpytorch_settings.max_cholesky_size.value()
-    if limit not in STOCK_CHOLESKY_SIZES and min(rows, parameters) > limit and batch == 1:
+    limit = chosen_cholesky_size()
+    if limit is not None and min(rows, parameters) > limit and batch == 1:
         return IterativeSolver
     costs: dict[type[Solver], float] = {}
     if FunctionSpaceSolver.fits(system):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import settings
 from ..jacobian.matmul import matmul
 
 _LARGE = 1024  # rows; LAPACK's own is as quick below
@@ -28,7 +29,8 @@ def cholesky(matrix: Tensor, noise: Tensor, tolerance: float = 0.0) -> tuple[Ten
     :param tolerance: What that bound may be; zero for float64 throughout.
     """
     if matrix.device.type != "cpu" or matrix.shape[-1] < _LARGE:
-        return torch.linalg.cholesky_ex(matrix)
+        with settings.stage("Factorisation"):
+            return torch.linalg.cholesky_ex(matrix)
     noise = noise.expand(len(matrix), -1)
     info = [_factorise(one, own_noise, tolerance) for one, own_noise in zip(matrix, noise, strict=True)]
     return matrix, torch.tensor(info)
@@ -45,12 +47,19 @@ def cholesky_solve(factor: Tensor, rhs: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor.mT, half, upper=True)
 
 
+def positive_factor(matrix: Tensor) -> Tensor | None:
+    """The Cholesky factor of a matrix (B, N, N), if it has one."""
+    with settings.stage("Factorisation"):
+        factor, info = torch.linalg.cholesky_ex(matrix)
+    return None if info.any() else factor
+
+
 def _factorise(matrix: Tensor, noise: Tensor, tolerance: float) -> int:
     """Overwrites (N, N) with its factor; returns zero, or the first rows that are not positive definite."""
     left = matrix.diagonal() - noise  # of the diagonal of K, by the columns so far
     rounding = torch.finfo(torch.float32).eps / float(noise.amin())
     rest: _SinglePrecision | None = None
-    for start in range(0, len(matrix), _PANEL):
+    for start in settings.progress(range(0, len(matrix), _PANEL), "Factorisation"):
         panel = matrix[start:, start : start + _PANEL]
         size = panel.shape[1]
         if rest is None and rounding * float(left[start:].clamp_min(0.0).sum()) <= tolerance:

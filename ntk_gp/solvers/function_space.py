@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import torch
-from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor
 
+from .. import settings
 from ..jacobian.base import Jacobian
-from .base import Solver, accuracy, rounding_error
-from .cholesky import cholesky, cholesky_solve, numbers_held
+from ..jacobian.products import TransposedJacobianProduct
+from .base import (
+    Solver,
+    accuracy,
+    digits_lost,
+    needs_orthogonalisation,
+    not_positive_definite,
+    rounding_error,
+    warn_of_rounding,
+)
+from .cholesky import cholesky, cholesky_solve, numbers_held, positive_factor
+from .orthogonal import FunctionSpaceBasis
 from .system import System
 
 # What factorising partly in single precision may change of a posterior variance, by the dtype of the inputs: less than
 # is promised, by a bound that rounding errors, of either sign, stay hundreds of times below.
 LOST_TO_SINGLE_PRECISION = {torch.float32: 4e-3}
+
+
+# What the difference of prior and explained variance may lose at most; about a hundredth of that is usual.
+CANCELLED = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
 class FunctionSpaceSolver(Solver):
@@ -22,7 +36,9 @@ class FunctionSpaceSolver(Solver):
 
     K squares the condition number of the features Φ. Where that costs digits, the posterior comes from what least
     squares leave: with α = A⁻¹ k(X, x), the covariance is the inner product of φ(x) − Φᵀα, and D^{1/2} α below it. That
-    is smallest where α is exact, so that an error in α counts by its square; it costs N·P for each test point.
+    is smallest where α is exact, so that an error in α counts by its square; it costs N·P for each test point. Where
+    that is not enough, or K + D is not even positive definite in float64, Φᵀ above D^{1/2} is orthogonalised
+    (:mod:`ntk_gp.solvers.orthogonal`): 4 (N + P)·N² flops.
 
     :param system: K + D.
     :param factor: L, where it is known already.
@@ -30,8 +46,23 @@ class FunctionSpaceSolver(Solver):
 
     def __init__(self, system: System, factor: Tensor | None = None):
         super().__init__(system)
-        self.cholesky = _factorised(system) if factor is None else factor
-        self.is_refined = rounding_error(self.cholesky) > accuracy(system)
+        known = _factorised(system) if factor is None else factor
+        self.basis: FunctionSpaceBasis | None = None
+        if known is None or needs_orthogonalisation(system, known):
+            known = self._orthogonalised(known)
+        self.cholesky = known
+        self._rounding = (torch.finfo(known.dtype).eps * digits_lost(known)) ** 0.5  # of half_at
+        self.is_refined = self.basis is None and rounding_error(known) > accuracy(system)
+
+    def _orthogonalised(self, factor: Tensor | None) -> Tensor:
+        """L without K + D, where there is memory for it."""
+        if FunctionSpaceBasis.fits(self.system):
+            self.basis = FunctionSpaceBasis(self.system)
+            return self.basis.factor
+        if factor is None:
+            raise not_positive_definite(self.system)
+        warn_of_rounding(factor)
+        return factor
 
     @staticmethod
     def fits(system: System) -> bool:
@@ -40,16 +71,18 @@ class FunctionSpaceSolver(Solver):
 
     def extended(self, system: System) -> FunctionSpaceSolver | None:
         """Adds m rows to the factor: N² m flops in place of N³/3."""
-        if not system.fits(2.0 * system.batch * system.num_rows**2):
+        if self.basis is not None or not system.fits(2.0 * system.batch * system.num_rows**2):
             return None
         added = system.rows_after(self.system)
         old, new = self.system.num_rows, system.num_rows
         half = self.half_at(added.jacobian)
-        schur = added.dense() - half.mT @ half
+        schur = positive_factor(added.dense() - half.mT @ half)
+        if schur is None:
+            return None
         factor = torch.zeros(system.batch, new, new, dtype=torch.float64, device=system.x.device)
         factor[:, :old, :old] = self.cholesky
         factor[:, old:, :old] = half.mT
-        factor[:, old:, old:] = psd_safe_cholesky(schur)
+        factor[:, old:, old:] = schur
         return FunctionSpaceSolver(system, factor)
 
     def solve(self, rhs: Tensor) -> Tensor:
@@ -57,6 +90,8 @@ class FunctionSpaceSolver(Solver):
 
     def mean_weights(self, residual: Tensor) -> Tensor:
         alpha = self.solve(residual.mT)
+        if self.basis is not None:
+            return self.basis.mean_weights(residual, alpha.mT)
         weights = self.system.features(alpha).mT
         if not self.is_refined:
             return weights
@@ -78,39 +113,66 @@ class FunctionSpaceSolver(Solver):
 
     @property
     def nbytes(self) -> int:
-        return self.cholesky.nbytes
+        return self.cholesky.nbytes if self.basis is None else self.basis.nbytes
 
     def half_size(self) -> int:
-        return self.system.num_rows + 2 * self.is_refined * self.system.num_parameters
+        return self.system.num_rows + 2 * self._is_projected * self.system.num_parameters
 
     def half_at(self, jacobian: Jacobian) -> Tensor:
         """L⁻¹ K(X, x)."""
         return torch.linalg.solve_triangular(self.cholesky, self.system.cross(jacobian), upper=False)
 
     def covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
-        if self._is_refined_at(jacobian1, jacobian2):
+        if self._is_projected:
             return self._refined_covariance(jacobian1, jacobian2)
         prior = jacobian1.gram(jacobian2, self.system.weights)
         half1 = self.half_at(jacobian1)
         half2 = half1 if jacobian2 is jacobian1 else self.half_at(jacobian2)
+        for jacobian, half in ((jacobian1, half1), (jacobian2, half2)):
+            if self._cancels(jacobian.diagonal(self.system.weights), half).any():
+                return self._refined_covariance(jacobian1, jacobian2)
         return prior - half1.mT @ half2
 
     def variance(self, jacobian: Jacobian) -> Tensor:
-        if self._is_refined_at(jacobian):
+        if self._is_projected:
             return self._left_at(jacobian).square().sum(-1)
         prior = jacobian.diagonal(self.system.weights)
+        half = self.half_at(jacobian)
         # What rounding leaves below zero is zero as far as float64 can tell.
-        return (prior - self.half_at(jacobian).square().sum(-2)).clamp_min(0.0)
+        variance = (prior - half.square().sum(-2)).clamp_min(0.0)
+        outputs = jacobian.function.num_outputs
+        points = self._cancels(prior, half).any(0).reshape(-1, outputs).any(-1).nonzero().squeeze(-1)
+        if len(points) == 0:
+            return variance
+        pieces = [
+            self._left_at(jacobian[some]).square().sum(-1) for some in points.split(self._projected_points(outputs))
+        ]
+        rows = (points.unsqueeze(-1) * outputs + torch.arange(outputs, device=points.device)).reshape(-1)
+        left = torch.cat(pieces, dim=-1)
+        return variance.expand(max(len(left), len(variance)), -1).index_copy(-1, rows, left)
 
-    def _is_refined_at(self, *jacobians: Jacobian) -> bool:
-        """Gradients come by the other formula, whose steps can be differentiated."""
-        return self.is_refined and not any(jacobian.x.requires_grad for jacobian in jacobians)
+    @property
+    def _is_projected(self) -> bool:
+        """Whether every covariance comes from what least squares leave."""
+        return self.is_refined or self.basis is not None
+
+    def _cancels(self, prior: Tensor, half: Tensor) -> Tensor:
+        """Where the variance is so small a part of the prior one that their difference may have lost its digits."""
+        rounding = self._rounding / CANCELLED.get(self.system.dtype, CANCELLED[torch.float32])
+        return prior.detach() - half.detach().square().sum(-2) < rounding * prior.detach()
+
+    def _projected_points(self, outputs: int) -> int:
+        """How many test points may be projected at once: an eighth of the memory budget for what they leave."""
+        budget = settings.memory_budget.bytes(self.system.x.device)
+        height = 2 * self.system.num_parameters + self.system.num_rows
+        return max(1, budget // (8 * 8 * self.system.batch * outputs * height))
 
     def _refined_covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
         """Block by block of as many test points as the memory budget has room for twice."""
         outputs, same = jacobian1.function.num_outputs, jacobian2 is jacobian1
-        size = max(1, self.points_per_block(outputs) // 2)
-        out = jacobian1.x.new_empty(self.system.batch, jacobian1.num_rows, jacobian2.num_rows)
+        size = max(1, self._projected_points(outputs) // 2)
+        batch = max(self.system.batch, len(jacobian1.x), len(jacobian2.x))
+        out = self.system.x.new_empty(batch, jacobian1.num_rows, jacobian2.num_rows)
         for i in range(0, jacobian1.num_points, size):
             left = self._left_at(jacobian1[slice(i, i + size)])
             rows = slice(i * outputs, i * outputs + left.shape[1])
@@ -124,13 +186,17 @@ class FunctionSpaceSolver(Solver):
 
     def _left_at(self, jacobian: Jacobian) -> Tensor:
         """φ(x) − Φᵀα and D^{1/2} α beside it, (B, M, P + N)."""
+        if self.basis is not None:
+            return self.basis.left_at(jacobian)
         system = self.system
         alpha = self.solve(system.cross(jacobian)).mT
-        features = (jacobian.rows() - system.jacobian.vjp(alpha)) * system.root_variances.unsqueeze(-2)
+        explained = TransposedJacobianProduct.apply(alpha, system.jacobian)
+        features = (jacobian.rows() - explained) * system.root_variances.unsqueeze(-2)
         return torch.cat([features, system.noise.sqrt().unsqueeze(-2) * alpha], dim=-1)
 
 
-def _factorised(system: System) -> Tensor:
+def _factorised(system: System) -> Tensor | None:
+    """L, unless K + D is not positive definite to float64's digits."""
     matrix = system.dense()
     diagonal = matrix.diagonal(dim1=-2, dim2=-1).clone()
     factor, info = cholesky(matrix, system.noise, LOST_TO_SINGLE_PRECISION.get(system.dtype, 0.0))
@@ -138,4 +204,4 @@ def _factorised(system: System) -> Tensor:
     if not info.any():
         return factor
     system.check_finite(diagonal)
-    return psd_safe_cholesky(system.dense())  # with GPyTorch's jitter, and its warning
+    return None

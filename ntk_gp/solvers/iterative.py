@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import settings
 from ..jacobian.base import Jacobian
+from ..stock import is_stock
 from .base import Solver
 from .function_space import FunctionSpaceSolver
 from .system import System
@@ -24,7 +25,6 @@ logger = logging.getLogger("ntk_gp")
 _LANDMARKS = 1000
 # Matrices of landmarks and rows that must fit in the memory budget: those that are made at once, and room for the rest.
 _COPIES = 8
-_STOCK_TOLERANCES = (1, 0.01)  # GPyTorch's defaults for training and prediction: far too loose for an NTK
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,9 @@ class NystromPreconditioner:
 
 
 def tolerance() -> float:
-    """The user's tolerance where one was set in GPyTorch, or else this package's."""
+    """The user's tolerance where one was set in GPyTorch (its defaults are far too loose), or else this package's."""
     value = gpytorch_settings.cg_tolerance.value()
-    return settings.solve_tolerance.value() if value in _STOCK_TOLERANCES else value
+    return settings.solve_tolerance.value() if is_stock(value) else value
 
 
 def conjugate_gradients(

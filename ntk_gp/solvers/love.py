@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import settings
 from ..jacobian.base import Jacobian
 from ..jacobian.products import JacobianProduct
+from ..stock import is_stock
 from .function_space import FunctionSpaceSolver
 from .landmarks import PivotedCholesky
 from .system import System
@@ -25,7 +26,6 @@ from .system import System
 logger = logging.getLogger("ntk_gp")
 
 _PROBES = 64
-_STOCK_RANK = 100  # GPyTorch's default for max_root_decomposition_size
 _CAUTION = 4.0  # ε in mean eigenvalues
 _LARGEST_LOSS = 0.5  # δ
 _SMALL_RESIDUAL = 0.01  # of which the best δ is known
@@ -97,7 +97,7 @@ def choose_fast_variance(system: System) -> FastVariance:
     """By landmarks to a tolerance; a `gpytorch.settings.max_root_decomposition_size` that the user has set is the rank
     of Lanczos's factor instead."""
     rank = gpytorch_settings.max_root_decomposition_size.value()
-    return LandmarkVariance(system) if rank == _STOCK_RANK else LanczosVariance(system, rank)
+    return LandmarkVariance(system) if is_stock(rank) else LanczosVariance(system, rank)
 
 
 class LanczosVariance(FastVariance):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import settings
 from ..jacobian.products import TransposedJacobianProduct
+from .base import MENDABLE
 from .system import System
 from .weight_space import feature_moment
 
@@ -35,16 +37,25 @@ class Spectrum:
         system = self.system
         gram = system.linearization.gram(system.jacobian, system.jacobian, system.weights)
         system.check_finite(gram.diagonal(dim1=-2, dim2=-1))
-        values, self._vectors = torch.linalg.eigh(self.scale.unsqueeze(-1) * gram * self.scale.unsqueeze(-2))
+        with settings.stage("Eigenvalues"):
+            values, self._vectors = torch.linalg.eigh(self.scale.unsqueeze(-1) * gram * self.scale.unsqueeze(-2))
         self.values = values.clamp_min(0.0)
 
     def _decompose_features(self) -> None:
-        values, vectors = torch.linalg.eigh(feature_moment(self.system))
+        moment = feature_moment(self.system)
+        with settings.stage("Eigenvalues"):
+            values, vectors = torch.linalg.eigh(moment)
         # Directions that rounding alone fills belong to the null space.
         floor = values[..., -1:].clamp_min(0.0) * values.shape[-1] * torch.finfo(values.dtype).eps
         seen = values > floor
         self.values = torch.where(seen, values, 0.0)
         self._vectors = vectors * torch.where(seen, values.where(seen, 1.0).rsqrt(), 0.0).unsqueeze(-2)
+
+    def resolves(self, scale: Tensor, noise: Tensor) -> bool:
+        """Whether the noise is above what rounding leaves of the smallest eigenvalues of sK, for s and σ² of
+        :meth:`inv_quad_logdet`; below, the features have to be orthogonalised."""
+        rounding = torch.finfo(self.values.dtype).eps * self.values.sum(-1, keepdim=True) * scale.detach()
+        return bool((rounding <= MENDABLE.get(self.system.dtype, MENDABLE[torch.float32]) * noise.detach()).all())
 
     @property
     def nbytes(self) -> int:

@@ -5,14 +5,21 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor
 
 from .. import settings
 from ..jacobian.base import Jacobian
 from ..jacobian.memory import mirror_upper_triangle
-from .base import Solver, accuracy, rounding_error, warn_of_rounding
-from .cholesky import cholesky_solve
+from . import orthogonal
+from .base import (
+    Solver,
+    accuracy,
+    needs_orthogonalisation,
+    not_positive_definite,
+    rounding_error,
+    warn_of_rounding,
+)
+from .cholesky import cholesky_solve, positive_factor
 from .function_space import FunctionSpaceSolver
 from .system import System
 
@@ -32,6 +39,8 @@ class WeightSpaceSolver(Solver):
     M and factorised once more, which costs twice as much again (Yamamoto, Nakatsukasa, Yanagisawa and Fukaya,
     "Roundoff error analysis of the CholeskyQR2 algorithm", ETNA 2015).
 
+    Where there are fewer digits still, the features are orthogonalised (:mod:`ntk_gp.solvers.orthogonal`).
+
     :param system: K + D.
     :param precision: Λ, where it is known already.
     """
@@ -41,8 +50,16 @@ class WeightSpaceSolver(Solver):
         if precision is None:
             precision = feature_moment(system)
             precision.diagonal(dim1=-2, dim2=-1).add_(1.0)
-        self.cholesky = psd_safe_cholesky(precision)
+        self.is_orthogonalised = self._mean_is_refined = False
+        factor = positive_factor(precision)
         del precision
+        if needs_orthogonalisation(system, factor) and orthogonal.weight_space_fits(system):
+            self.is_orthogonalised = True
+            self.cholesky = orthogonal.weight_space_factor(system)[0]
+            return
+        if factor is None:
+            raise not_positive_definite(system)
+        self.cholesky = factor
         error, allowed = rounding_error(self.cholesky), accuracy(system)
         self._mean_is_refined = error > allowed / _MEAN_FACTOR
         if error > allowed:
@@ -60,11 +77,15 @@ class WeightSpaceSolver(Solver):
         near_identity = inverse @ inverse.mT  # the prior's part
         del inverse
         near_identity += feature_moment(system, factor)
-        self.cholesky = factor @ psd_safe_cholesky(near_identity)
+        correction = positive_factor(near_identity)
+        if correction is None:
+            warn_of_rounding(factor)
+            return
+        self.cholesky = factor @ correction
 
     def extended(self, system: System) -> WeightSpaceSolver | None:
         """Adds m rows to the precision: a rank-m update, and a new factor."""
-        if not system.fits(2.0 * system.batch * system.num_parameters**2):
+        if self.is_orthogonalised or not system.fits(2.0 * system.batch * system.num_parameters**2):
             return None
         precision = feature_moment(system.rows_after(self.system)) + self.cholesky @ self.cholesky.mT
         return WeightSpaceSolver(system, precision)
@@ -73,7 +94,10 @@ class WeightSpaceSolver(Solver):
         return rows * self.system.root_variances.unsqueeze(-2)
 
     def _project(self, rhs: Tensor) -> Tensor:
-        """Λ⁻¹ Φᵀ D⁻¹ rhs, (B, P, r): least squares, by the normal equations."""
+        """Λ⁻¹ Φᵀ D⁻¹ rhs, (B, P, r): least squares, by the normal equations as long as they have the digits."""
+        if self.is_orthogonalised:
+            factor, half = orthogonal.weight_space_factor(self.system, rhs)
+            return torch.linalg.solve_triangular(factor.mT, half, upper=True)
         weights = cholesky_solve(self.cholesky, self._moment(rhs))
         if not self._mean_is_refined:
             return weights
@@ -87,6 +111,9 @@ class WeightSpaceSolver(Solver):
         return self.system.root_variances.unsqueeze(-1) * self.system.jacobian.vjp(weighted.mT).mT
 
     def solve(self, rhs: Tensor) -> Tensor:
+        if self.is_orthogonalised and self.system.num_rows <= self.system.num_parameters:
+            # Where the weights explain all of it, what they leave has no digits.
+            return FunctionSpaceSolver(self.system).solve(rhs)
         solution = self._solve_once(rhs)
         return solution + self._solve_once(rhs - self.system.matmul(solution))
 

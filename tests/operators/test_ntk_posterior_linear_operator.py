@@ -37,11 +37,12 @@ def posterior(system: System, x1: Tensor, x2: Tensor, outputs: int = 1) -> Tenso
 
 
 class _Suite:
-    """Few points, far apart, so that the matrix is well conditioned in float32; its solves are GPyTorch's."""
+    """Few points, far apart, so that the matrix is well conditioned in float32."""
 
     seed = 0
     should_test_sample = True
     should_call_lanczos = False
+    should_call_cg = False
     outputs = 1
     x_shape: tuple[int, ...] = (5, 3)
     x2_shape: tuple[int, ...] | None = None

@@ -72,7 +72,7 @@ class Gram:
 
     def _fill(self, out: Tensor) -> None:
         """One output: tiles are added up in the matrix itself."""
-        for rows, columns, tile in self.tiles(out):
+        for rows, columns, tile in self.tiles(out, "Gram matrix"):
             if self.symmetric and rows == columns:
                 tile.copy_(tile.triu() + tile.triu(1).mT)  # symmetric to the last bit
             elif self.symmetric and not self.streamed:
@@ -81,7 +81,7 @@ class Gram:
     def _fill_by_outputs(self, out: Tensor) -> None:
         """Several outputs: tiles are output-major, and the matrix (B, n, C, n', C) is point-major."""
         C = self.outputs
-        for rows, columns, tile in self.tiles():
+        for rows, columns, tile in self.tiles(label="Gram matrix"):
             if self.symmetric and rows == columns:
                 tile = tile.triu() + tile.triu(1).mT
             tile = tile.unflatten(1, (C, -1)).unflatten(3, (C, -1))
@@ -100,16 +100,18 @@ class Gram:
                 _add_block(out, columns, matmul(tile.mT, rhs[:, rows].transpose(1, 2).flatten(1, 2)))
         return out.flatten(1, 2)
 
-    def tiles(self, out: Tensor | None = None) -> Iterator[tuple[slice, slice, Tensor]]:
+    def tiles(self, out: Tensor | None = None, label: str = "") -> Iterator[tuple[slice, slice, Tensor]]:
         """Slices of points of both sides, and the tile, (B or W, C·m, C·m'), of the upper triangle if symmetric.
 
         :param out: The whole matrix, of one output, for tiles that are views of it.
+        :param label: Of the progress bar; none where this is a step of something longer.
         """
         size = max(8, _tile_rows(self.weights) // self.outputs)
         passes = self._passes(self.tiled)
         blocks = [slice(j, min(self.m, j + size)) for j in range(0, self.m, size)]
         right = _RightFactors(self.right, self.tiled, keep=self.outputs == 1)
-        for i in range(0, self.n, size):
+        starts = range(0, self.n, size)
+        for i in settings.progress(starts, label) if label else starts:
             rows = slice(i, min(self.n, i + size))
             left = [_left_factors(self.left, sweep, rows) for sweep in passes]
             for columns in blocks[i // size :] if self.symmetric else blocks:

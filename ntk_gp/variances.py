@@ -1,0 +1,117 @@
+"""Small variances come out as they are, for models with a neural tangent kernel.
+
+GPyTorch rounds variances below `gpytorch.settings.min_variance` up, and warns of negative ones: a guard against what
+subtraction leaves in low precision. This package's variances are sums of squares, or differences formed in float64, and
+a small one is an answer. They are rounded only by a `min_variance` that the user has set.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+from gpytorch import settings as gpytorch_settings
+from gpytorch.distributions import MultivariateNormal
+from gpytorch.lazy import LazyEvaluatedKernelTensor
+from linear_operator.operators import (
+    BatchRepeatLinearOperator,
+    BlockDiagLinearOperator,
+    CatLinearOperator,
+    ConstantMulLinearOperator,
+    DiagLinearOperator,
+    InterpolatedLinearOperator,
+    KroneckerProductLinearOperator,
+    LinearOperator,
+    RootLinearOperator,
+    SumLinearOperator,
+    ZeroLinearOperator,
+)
+from linear_operator.utils.warnings import NumericalWarning
+from torch import Tensor
+
+from .kernels import contains_ntk
+from .operators import NTKLinearOperator
+from .operators.ntk_posterior_linear_operator import NTKPosteriorEntries, NTKPosteriorLinearOperator
+from .solvers.iterative import IterativeSolver
+from .stock import chosen_min_variance
+
+_OWN = (LazyEvaluatedKernelTensor, NTKLinearOperator, NTKPosteriorEntries, NTKPosteriorLinearOperator)
+# Whose diagonals are the parts', added, repeated, or multiplied by what is not negative.
+_COMBINED = (BatchRepeatLinearOperator, BlockDiagLinearOperator, CatLinearOperator, SumLinearOperator)
+_NOISE = (DiagLinearOperator, KroneckerProductLinearOperator, RootLinearOperator, ZeroLinearOperator)
+
+
+def install() -> None:
+    """Puts the property below in the place of GPyTorch's; once."""
+    if not hasattr(MultivariateNormal.variance.fget, "default"):
+        MultivariateNormal.variance = _unrounded(MultivariateNormal.variance)
+
+
+def uninstall() -> None:
+    """Puts GPyTorch's own back."""
+    MultivariateNormal.variance = getattr(MultivariateNormal.variance.fget, "default", MultivariateNormal.variance)
+
+
+def _unrounded(default: property) -> property:
+    assert default.fget is not None
+
+    @functools.wraps(default.fget)
+    def variance(distribution: MultivariateNormal) -> Tensor:
+        covariance = distribution.lazy_covariance_matrix if distribution.islazy else None
+        chosen = covariance is None or chosen_min_variance(covariance.dtype) is not None
+        if covariance is None or chosen or not is_exact(covariance):
+            return default.__get__(distribution)
+        return _exact_variance(distribution, covariance)
+
+    variance.default = default  # type: ignore[attr-defined]
+    return property(variance)
+
+
+def _exact_variance(distribution: MultivariateNormal, covariance: LinearOperator) -> Tensor:
+    event_shape = distribution._event_shape
+    diagonal = covariance.diagonal(dim1=-1, dim2=-2)
+    variance = diagonal.reshape(diagonal.shape[:-1] + event_shape).expand(distribution._batch_shape + event_shape)
+    positive = variance > 0
+    if positive.all():
+        return variance
+    least = gpytorch_settings.min_variance.value(variance.dtype)
+    warnings.warn(
+        f"{int((~positive).sum())} of {positive.numel()} variances are zero, as far as {variance.dtype} can tell: the "
+        "network's Jacobian vanishes there, or the data leave nothing of it. They are rounded up to "
+        f"gpytorch.settings.min_variance, {least}.",
+        NumericalWarning,
+        stacklevel=3,
+    )
+    return variance.where(positive, least)
+
+
+def is_exact(matrix: Any) -> bool:
+    """Whether the diagonal of a covariance matrix is made of this package's variances and of what is added to them.
+
+    That is so for a prior with an NTK in it, for a posterior by this package's exact solvers, and for either plus
+    noise. It is not for a posterior that is a difference of matrices in the inputs' precision.
+    """
+    return _is_not_negative(matrix) and _holds_ntk(matrix)
+
+
+def _is_not_negative(matrix: Any) -> bool:
+    if isinstance(matrix, NTKPosteriorLinearOperator):
+        return not isinstance(matrix.source, IterativeSolver)
+    if isinstance(matrix, (NTKLinearOperator, NTKPosteriorEntries, *_NOISE)):
+        return True
+    if isinstance(matrix, LazyEvaluatedKernelTensor):
+        return contains_ntk(matrix.kernel)
+    if isinstance(matrix, ConstantMulLinearOperator):
+        return bool((matrix._constant >= 0).all()) and _is_not_negative(matrix.base_linear_op)
+    if isinstance(matrix, InterpolatedLinearOperator):  # rows and columns of noise, where both were chosen by a tensor
+        return isinstance(matrix.base_linear_op, DiagLinearOperator) and bool((matrix.left_interp_values >= 0).all())
+    return isinstance(matrix, _COMBINED) and all(_is_not_negative(part) for part in _parts(matrix))
+
+
+def _holds_ntk(matrix: Any) -> bool:
+    return isinstance(matrix, _OWN) or any(_holds_ntk(part) for part in _parts(matrix))
+
+
+def _parts(matrix: LinearOperator) -> list[LinearOperator]:
+    return [part for part in matrix._args if isinstance(part, LinearOperator)]
