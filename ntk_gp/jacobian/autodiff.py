@@ -27,7 +27,7 @@ from .layers import FullRateLayers
 _VMAP_BYTES = 1 << 18
 
 # PyTorch has one level of dual numbers, which all threads share: one of them at a time.
-_dual_numbers = threading.RLock()
+dual_numbers = threading.RLock()
 
 
 class AutodiffEngine(JacobianEngine):
@@ -251,25 +251,25 @@ def _pushforward(function: NetworkFunction, x: Tensor, forward_mode: bool) -> Ca
         return function(parameters, x).reshape(-1)
 
     if forward_mode:
-        return lambda tangent: _forward_mode(at, function.parameters, function.split(tangent))
+        return lambda tangent: forward_mode(at, function.parameters, function.split(tangent))[1]
     out, pull = vjp(at, function.parameters)  # type: ignore[misc]
     _, transpose = vjp(lambda cotangent: pull(cotangent)[0], torch.zeros_like(out))  # type: ignore[misc]
     return lambda tangent: transpose(function.split(tangent))[0]
 
 
-def _forward_mode(
+def forward_mode(
     at: Callable[[dict[str, Tensor]], Tensor], parameters: dict[str, Tensor], tangents: dict[str, Tensor]
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """What `torch.func.jvp` gives: by itself where other derivatives are taken as well, and otherwise from dual numbers
     without its bookkeeping, and with faster linear layers."""
-    with _dual_numbers:
+    with dual_numbers:
         transformed = forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
         if transformed or torch.is_grad_enabled():
-            return jvp(at, (parameters,), (tangents,))[1]
+            return jvp(at, (parameters,), (tangents,))
         with forward_ad.dual_level(), FullRateLayers():
             out = at({name: forward_ad.make_dual(tensor, tangents[name]) for name, tensor in parameters.items()})
             value, tangent = forward_ad.unpack_dual(out)
-        return torch.zeros_like(value) if tangent is None else tangent
+        return value, torch.zeros_like(value) if tangent is None else tangent
 
 
 def _pullback(function: NetworkFunction, x: Tensor) -> Callable[[Tensor], Tensor]:
