@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .jacobian.autodiff import AutodiffEngine, dual_numbers, forward_mode
+from .jacobian.autodiff import AutodiffEngine, dual_numbers, value_and_tangent
 from .network import ALL_OUTPUTS, FrozenNetwork, NetworkFunction, check_finite, normal_tensor
+from .network.elementary import ElementaryOperations
 from .network.snapshot import convert_skeleton
-from .traceable import TraceableOperations, traced_through
+from .tracing import linearize_by_autograd, traced_through
 
 Parameters = dict[str, Tensor]
 
@@ -93,15 +95,17 @@ class LinearizedModule(nn.Module):
         }
         directions = directions.to(x)
         if torch.compiler.is_dynamo_compiling():
-            return self._pure(x, directions, tensors)
+            return self._pure(_linearize_at, x, directions, tensors)
         names = list(tensors)
 
         def flat(x: Tensor, directions: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-            return self._pure(x, directions, dict(zip(names, tensors, strict=True)))
+            return self._pure(linearize_by_autograd, x, directions, dict(zip(names, tensors, strict=True)))
 
         return traced_through(flat, x, directions, *tensors.values())
 
-    def _pure(self, x: Tensor, directions: Tensor, tensors: Parameters) -> tuple[Tensor, Tensor]:
+    def _pure(
+        self, linearize: Callable[..., tuple[Tensor, Tensor]], x: Tensor, directions: Tensor, tensors: Parameters
+    ) -> tuple[Tensor, Tensor]:
         network = self.network
         points = x.clone()  # the network may write to it
         if network.input_shape is not None:
@@ -119,8 +123,9 @@ class LinearizedModule(nn.Module):
             name: piece.reshape(directions.shape[0], *parameters[name].shape)
             for name, piece in zip(parameters, directions.split(sizes, dim=-1), strict=True)
         }
-        with TraceableOperations():
-            return _linearize_at(at, parameters, tangents, self._has_forward_mode)
+        # That a mode is active also keeps encoder layers from their fast path, which has no derivatives.
+        with ElementaryOperations(), sdpa_kernel(SDPBackend.MATH):
+            return linearize(at, parameters, tangents, self._has_forward_mode)
 
     def flattened(self, x: Tensor) -> Tensor:
         """Inputs as (*batch, d): those that come in the shape that the network wants are flattened."""
@@ -169,7 +174,7 @@ def _in_one_pass(function: NetworkFunction, x: Tensor, directions: Tensor) -> tu
     pieces = []
     with function.tracing(input_gradients), torch.set_grad_enabled(input_gradients):
         for chunk in normal_tensor(x).split(function.points_per_pass()):
-            pieces.append(forward_mode(lambda p, chunk=chunk: function(p, chunk), function.parameters, tangents))
+            pieces.append(value_and_tangent(lambda p, chunk=chunk: function(p, chunk), function.parameters, tangents))
     values, products = pieces[0] if len(pieces) == 1 else (torch.cat(part) for part in zip(*pieces, strict=True))
     return values, products.unsqueeze(0)
 

@@ -251,13 +251,13 @@ def _pushforward(function: NetworkFunction, x: Tensor, forward_mode: bool) -> Ca
         return function(parameters, x).reshape(-1)
 
     if forward_mode:
-        return lambda tangent: forward_mode(at, function.parameters, function.split(tangent))[1]
+        return lambda tangent: value_and_tangent(at, function.parameters, function.split(tangent))[1]
     out, pull = vjp(at, function.parameters)  # type: ignore[misc]
     _, transpose = vjp(lambda cotangent: pull(cotangent)[0], torch.zeros_like(out))  # type: ignore[misc]
     return lambda tangent: transpose(function.split(tangent))[0]
 
 
-def forward_mode(
+def value_and_tangent(
     at: Callable[[dict[str, Tensor]], Tensor], parameters: dict[str, Tensor], tangents: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """What `torch.func.jvp` gives: by itself where other derivatives are taken as well, and otherwise from dual numbers
