@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from gpytorch import settings as gpytorch_settings
 from gpytorch.models.exact_prediction_strategies import DefaultPredictionStrategy
@@ -36,6 +38,17 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
     def __init__(self, train_inputs, train_prior_dist, train_labels, likelihood, **kwargs):
         _check_targets(train_inputs[0], train_labels)
         super().__init__(train_inputs, train_prior_dist, train_labels, likelihood, **kwargs)
+
+    def __reduce__(self):
+        """Pickled models come back without one, and prepare their predictions anew: a factor of N² numbers is no part
+        of a model."""
+        return (_no_strategy, ())
+
+    def __deepcopy__(self, memo: dict) -> NTKPredictionStrategy:
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
 
     @property
     @cached(name="train_system")
@@ -164,6 +177,11 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
         shift = linearization.autodiff.linearize(flat).jvp(tangents)
         _check_shift(shift, x)
         return shift.reshape(*batch, -1)
+
+
+def _no_strategy() -> None:
+    """What a pickled strategy is restored as, and GPyTorch makes one in the place of."""
+    return None
 
 
 def _check_shift(shift: Tensor, x: Tensor) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .function import ALL_OUTPUTS, MIXES_ROWS, NetworkFunction, check_finite, normal_tensor
+from .sharing import share_snapshot
 from .snapshot import (
     ParameterSelection,
     buffer_tree,
@@ -69,7 +70,7 @@ class FrozenNetwork(nn.Module):
         _check_output_argument(output)
         self.input_shape = None if input_shape is None else tuple(int(size) for size in input_shape)
         self.output = output
-        network = unwrap(network)
+        network = source = unwrap(network)
         named: dict[str, nn.Parameter] = dict(named_tensors(network.named_parameters(remove_duplicate=False)))
         if not named:
             raise ValueError(
@@ -85,6 +86,7 @@ class FrozenNetwork(nn.Module):
         self.group_names = tuple(dict.fromkeys(labels))
         self.group_indices = tuple(self.group_names.index(label) for label in labels)
         self.tensors = buffer_tree(network, set(canonical.values()))
+        share_snapshot(source, self.tensors)
         self._aliases = canonical
         # In a list, so that its mode and dtype are never changed from outside.
         self._skeleton = [make_skeleton(network)]
