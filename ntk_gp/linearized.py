@@ -83,10 +83,9 @@ class LinearizedModule(nn.Module):
     def _transformed_values(self, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
         function = self.network.function(x.dtype, x.device)
         tangents = function.split(directions.to(x))
+        forward = self._has_forward_mode and not _is_dual(x)  # dual numbers cannot be nested
         with function.tracing(input_gradients=True), dual_numbers:
-            return _linearize_at(
-                lambda parameters: function(parameters, x), function.parameters, tangents, self._has_forward_mode
-            )
+            return _linearize_at(lambda parameters: function(parameters, x), function.parameters, tangents, forward)
 
     def _traced_values(self, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
         tensors = {
@@ -95,7 +94,11 @@ class LinearizedModule(nn.Module):
         }
         directions = directions.to(x)
         if torch.compiler.is_dynamo_compiling():
-            return self._pure(_linearize_at, x, directions, tensors)
+            fastpath = torch.backends.mha.get_fastpath_enabled()  # of encoder layers, without derivatives
+            torch.backends.mha.set_fastpath_enabled(False)
+            out = self._pure(_linearize_at, x, directions, tensors)
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+            return out
         names = list(tensors)
 
         def flat(x: Tensor, directions: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:

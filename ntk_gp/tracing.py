@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporarily
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode_temporarily
 
 
 def traced_through(function: Callable[..., tuple[Tensor, ...]], *args: Tensor) -> tuple[Tensor, ...]:
@@ -26,13 +27,39 @@ def traced_through(function: Callable[..., tuple[Tensor, ...]], *args: Tensor) -
             stack.enter_context(_pop_mode_temporarily())
         stack.enter_context(disable_proxy_modes_tracing())
         try:
-            graph = make_fx(function)(*args)
+            with _DetachNoticed() as own:
+                graph = make_fx(function)(*args)
         except Exception as error:
             raise RuntimeError(
                 f"The network cannot be exported: its derivative cannot be traced ({error}). Serve the module as it "
                 "is (torch.save, or its state_dict), or write the part of the network that is named there differently."
             ) from error
+    if own.noticed:
+        warnings.warn(
+            "The network calls detach(). The exported program's values are right; its gradients with respect to the "
+            "inputs are as if it did not.",
+            UserWarning,
+            stacklevel=2,
+        )
+    # Autograd keeps what it needs later as detached tensors: gradients of the program would end there.
+    for node in list(graph.graph.nodes):
+        if node.target is torch.ops.aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
     return graph(*args)
+
+
+class _DetachNoticed(TorchFunctionMode):
+    """Notices whether detach() is called on anything but parameters."""
+
+    noticed = False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (Tensor.detach, torch.detach, Tensor.data.__get__):
+            self.noticed = True
+        return function(*args, **(kwargs or {}))
 
 
 def linearize_by_autograd(
@@ -45,7 +72,8 @@ def linearize_by_autograd(
     """
     number = next(iter(tangents.values())).shape[0]
     with torch.enable_grad():
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in parameters.items()}
+        with torch._C.DisableTorchFunction():  # these are ours
+            leaves = {name: tensor.detach().requires_grad_() for name, tensor in parameters.items()}
         values = at(leaves)
         cotangent = torch.zeros_like(values).requires_grad_()
         gradients = torch.autograd.grad(values, list(leaves.values()), cotangent, create_graph=True, allow_unused=True)
