@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -104,7 +105,8 @@ class LinearizedModule(nn.Module):
         def flat(x: Tensor, directions: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
             return self._pure(linearize_by_autograd, x, directions, dict(zip(names, tensors, strict=True)))
 
-        return traced_through(flat, x, directions, *tensors.values())
+        values, products = traced_through(flat, x, directions, *tensors.values())
+        return values, products
 
     def _pure(
         self, linearize: Callable[..., tuple[Tensor, Tensor]], x: Tensor, directions: Tensor, tensors: Parameters
@@ -177,7 +179,8 @@ def _in_one_pass(function: NetworkFunction, x: Tensor, directions: Tensor) -> tu
     pieces = []
     with function.tracing(input_gradients), torch.set_grad_enabled(input_gradients):
         for chunk in normal_tensor(x).split(function.points_per_pass()):
-            pieces.append(value_and_tangent(lambda p, chunk=chunk: function(p, chunk), function.parameters, tangents))
+            at = functools.partial(function, x=chunk)
+            pieces.append(value_and_tangent(at, function.parameters, tangents))
     values, products = pieces[0] if len(pieces) == 1 else (torch.cat(part) for part in zip(*pieces, strict=True))
     return values, products.unsqueeze(0)
 
@@ -193,7 +196,7 @@ def _linearize_at(
     first = {name: tangent[0] for name, tangent in tangents.items()}
     if has_forward_mode:
         if number == 1:
-            values, product = jvp(at, (parameters,), (first,))
+            values, product = jvp(at, (parameters,), (first,))  # type: ignore[misc]
             return values, product.unsqueeze(0)
         values = at(parameters)
         return values, vmap(lambda tangent: jvp(at, (parameters,), (tangent,))[1])(tangents)

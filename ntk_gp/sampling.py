@@ -105,10 +105,9 @@ class LinearizedNetwork(LinearizedModule):
         input_shape: tuple[int, ...] | None = None,
         output: int | str | None = None,
     ):
-        options = {"parameters": parameters, "input_shape": input_shape, "output": output}
         if not isinstance(network, FrozenNetwork):
-            network = FrozenNetwork(network, **options)
-        elif any(option is not None for option in options.values()):
+            network = FrozenNetwork(network, parameters=parameters, input_shape=input_shape, output=output)
+        elif any(option is not None for option in (parameters, input_shape, output)):
             raise TypeError("A FrozenNetwork brings parameters, input_shape and output with it: leave them out.")
         super().__init__(network)
         own = [self.network.get_buffer(f"tensors.{name}") for name in self.network.parameter_names]

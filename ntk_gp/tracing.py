@@ -57,7 +57,7 @@ class _DetachNoticed(TorchFunctionMode):
     noticed = False
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (Tensor.detach, torch.detach, Tensor.data.__get__):
+        if function in (Tensor.detach, torch.detach):
             self.noticed = True
         return function(*args, **(kwargs or {}))
 

@@ -265,7 +265,7 @@ def value_and_tangent(
     with dual_numbers:
         transformed = forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
         if transformed or torch.is_grad_enabled():
-            return jvp(at, (parameters,), (tangents,))
+            return jvp(at, (parameters,), (tangents,))  # type: ignore[return-value]
         with forward_ad.dual_level(), FullRateLayers():
             out = at({name: forward_ad.make_dual(tensor, tangents[name]) for name, tensor in parameters.items()})
             value, tangent = forward_ad.unpack_dual(out)
