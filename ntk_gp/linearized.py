@@ -53,6 +53,8 @@ class LinearizedModule(nn.Module):
         # In a list, so that it is none of this module's submodules.
         skeleton = convert_skeleton(network._skeleton[0], network.dtype, network.device)
         self._traced = [copy.deepcopy(skeleton)]
+        fast = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+        self._has_fastpath = any(isinstance(module, fast) for module in skeleton.modules())
 
     def values_and_products(self, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
         """f(x), (m, C), and J(x) w, (k, m, C), at inputs (m, d) for w (k, P).
@@ -95,10 +97,12 @@ class LinearizedModule(nn.Module):
         }
         directions = directions.to(x)
         if torch.compiler.is_dynamo_compiling():
-            fastpath = torch.backends.mha.get_fastpath_enabled()  # of encoder layers, without derivatives
-            torch.backends.mha.set_fastpath_enabled(False)
+            if not self._has_fastpath:
+                return self._pure(_linearize_at, x, directions, tensors)
+            enabled = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)  # it has no derivatives; this breaks the graph in two
             out = self._pure(_linearize_at, x, directions, tensors)
-            torch.backends.mha.set_fastpath_enabled(fastpath)
+            torch.backends.mha.set_fastpath_enabled(enabled)
             return out
         names = list(tensors)
 
