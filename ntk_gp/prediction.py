@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from gpytorch import settings as gpytorch_settings
 from gpytorch.models.exact_prediction_strategies import DefaultPredictionStrategy, SGPRPredictionStrategy
@@ -38,6 +40,17 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
         self._networks: set[int] = set()  # the states of the networks in K
         self._memoize_cache: dict = {}  # made here, since threads that share this could each make their own later
         super().__init__(train_inputs, train_prior_dist, train_labels, likelihood, **kwargs)
+
+    def __reduce__(self):
+        """Pickled models come back without one, and prepare their predictions anew: a factor of N² numbers is no part
+        of a model."""
+        return (_no_strategy, ())
+
+    def __deepcopy__(self, memo: dict) -> NTKPredictionStrategy:
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
 
     @property
     @cached(name="train_system")
@@ -189,6 +202,11 @@ class NTKInducingPointStrategy(SGPRPredictionStrategy):
 
     def exact_predictive_covar(self, test_test_covar, test_train_covar):
         return NTKSumLinearOperator(super().exact_predictive_covar(test_test_covar, test_train_covar))
+
+
+def _no_strategy() -> None:
+    """What a pickled strategy is restored as, and GPyTorch makes one in the place of."""
+    return None
 
 
 def _check_shift(shift: Tensor, x: Tensor) -> None:

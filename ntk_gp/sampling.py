@@ -7,6 +7,7 @@ Gaussian process posteriors", ICML 2020; exact here, since the prior has finitel
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -15,16 +16,19 @@ from gpytorch.kernels import Kernel, ScaleKernel
 from gpytorch.models import ExactGP
 from torch import Tensor, nn
 
-from .jacobian.linearization import Linearization
 from .kernels import NTKKernel
+from .linearized import LinearizedModule, owned
 from .means import NetworkMean
-from .network import FrozenNetwork
+from .network import FrozenNetwork, ParameterSelection
 from .prediction import NTKPredictionStrategy
 
 
-class LinearizedFunctions(nn.Module):
+class LinearizedFunctions(LinearizedModule):
     r"""Functions :math:`m(x) + J(x) w_s` for k weight vectors :math:`w_s`, evaluated anywhere by one Jacobian-vector
     product each, and differentiable in x.
+
+    It owns its tensors: neither the model that it was drawn from nor this module sees a change made to the other. It
+    can be saved, copied, compiled and exported, as far as its prior mean and transforms can.
 
     :param network: The frozen network whose Jacobian it is.
     :param weights: (k, P), float64.
@@ -46,55 +50,82 @@ class LinearizedFunctions(nn.Module):
         input_transform: nn.Module | None = None,
         outcome_transform: Any = None,
     ):
-        super().__init__()
-        self.network = network
-        self.mean_module = mean_module
-        self.register_buffer("weights", weights)
-        self.register_buffer("active_dims", active_dims)
-        self.input_transform = input_transform
-        self.outcome_transform = outcome_transform
-        self._linearization = Linearization(network)
+        super().__init__(network)
+        # Where the mean is the network, the pass that gives J(x) w gives it as well.
+        self.mean_module = None if _is_mean_of(network, active_dims, mean_module) else _own_copy(mean_module)
+        self.register_buffer("weights", weights.detach().clone())
+        self.register_buffer("active_dims", None if active_dims is None else active_dims.clone())
+        self.input_transform = _own_copy(input_transform)
+        self.outcome_transform = _own_copy(outcome_transform)
 
     def forward(self, x: Tensor) -> Tensor:
         """(*batch, n, d) to (k, *batch, n), or (k, *batch, n, C) for all of a network's outputs."""
         x = self.network.flattened(x)
         x = x if self.input_transform is None else self.input_transform(x)
-        mean = self.mean_module(x)
         columns = x if self.active_dims is None else x.index_select(-1, self.active_dims)
-        flat = columns.reshape(1, -1, columns.shape[-1])
-        shift = self._linearization.autodiff.linearize(flat).jvp(self.weights.to(x).unsqueeze(0))
-        values = mean + shift.reshape(len(self.weights), *mean.shape)
+        values, products = self.values_and_products(columns.reshape(-1, columns.shape[-1]), self.weights)
+        if self.mean_module is None:
+            values = self.shaped(values + products, columns)
+        else:
+            values = self.mean_module(x) + self.shaped(products, columns)
         if self.outcome_transform is None:
             return values
-        if mean.dim() < x.dim():
+        if values.dim() - 1 < x.dim():
             return self.outcome_transform.untransform(values.unsqueeze(-1))[0].squeeze(-1)
         return self.outcome_transform.untransform(values)[0]
 
 
-class LinearizedNetwork(nn.Module):
+class LinearizedNetwork(LinearizedModule):
     r"""The adapted network :math:`f(x) + J(x) \hat w`, for serving without GPyTorch.
 
     Maps (*batch, n, d) to (*batch, n), or (*batch, n, C) for all of a network's outputs, in the dtype and on the
-    device of x. Its `state_dict` holds the network's weights and ŵ.
+    device of x; inputs in the shape `input_shape` need not be flattened. It owns its tensors. Its `state_dict` holds
+    the network's weights and ŵ, and goes into any other one that was made of a network of this form:
 
-    :param network: The frozen network.
-    :param displacement: ŵ, (P,).
+        >>> network = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        >>> served = LinearizedNetwork(network)
+        >>> _ = served.load_state_dict(LinearizedNetwork(network, torch.randn(65)).state_dict())
+
+    :param network: The network, or a frozen one (:attr:`ntk_gp.NTKKernel.network`, with its options); copied.
+    :param displacement: ŵ, (P,), for the parameters in the order of `LinearizedNetwork.network.parameter_names`, each
+        flattened. (Default: zeros, to be loaded.)
+    :param parameters: The parameters that it is linearised in, as for :class:`~ntk_gp.NTKKernel`.
+    :param input_shape: The shape of one input as the network wants it.
+    :param output: Index of the output to take, or `"all"`.
+    :raises ValueError: If ŵ has another number of elements than these parameters have.
     """
 
     displacement: Tensor
 
-    def __init__(self, network: FrozenNetwork, displacement: Tensor):
-        super().__init__()
-        self.network = network
-        self.register_buffer("displacement", displacement)
-        self._linearization = Linearization(network)
+    def __init__(
+        self,
+        network: nn.Module,
+        displacement: Tensor | None = None,
+        *,
+        parameters: ParameterSelection = None,
+        input_shape: tuple[int, ...] | None = None,
+        output: int | str | None = None,
+    ):
+        if not isinstance(network, FrozenNetwork):
+            network = FrozenNetwork(network, parameters=parameters, input_shape=input_shape, output=output)
+        elif any(option is not None for option in (parameters, input_shape, output)):
+            raise TypeError("A FrozenNetwork brings parameters, input_shape and output with it: leave them out.")
+        super().__init__(network)
+        own = [self.network.get_buffer(f"tensors.{name}") for name in self.network.parameter_names]
+        size = sum(tensor.numel() for tensor in own)
+        if displacement is None:
+            displacement = torch.zeros(size, dtype=self.network.dtype, device=self.network.device)
+        if displacement.shape != (size,):
+            raise ValueError(
+                f"Expected a displacement of shape ({size},), one number for each element of the selected parameters, "
+                f"got {tuple(displacement.shape)}."
+            )
+        self.register_buffer("displacement", displacement.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.network.flattened(x)
-        mean = self.network(x)
-        flat = x.reshape(1, -1, x.shape[-1])
-        shift = self._linearization.autodiff.linearize(flat).jvp(self.displacement.to(x).reshape(1, 1, -1))
-        return mean + shift.reshape(mean.shape)
+        values, products = self.values_and_products(x.reshape(-1, x.shape[-1]), self.displacement.unsqueeze(0))
+        return self.shaped(values + products[0], x)
 
 
 def draw_functions(
@@ -126,7 +157,7 @@ def draw_functions(
         noise = _normal((num_functions, system.num_rows), generator, device) * system.noise.sqrt()
         residual = strategy.residual.reshape(1, -1) - system.jacobian.jvp(weights.unsqueeze(0))[0] - noise
         weights = weights + strategy.solver.mean_weights(residual.unsqueeze(0))[0]
-    return LinearizedFunctions(
+    functions = LinearizedFunctions(
         kernel.network,
         weights,
         model.mean_module,
@@ -134,6 +165,8 @@ def draw_functions(
         getattr(model, "input_transform", None),
         getattr(model, "outcome_transform", None),
     )
+    functions.try_at(_two_points(strategy))
+    return functions
 
 
 def adapted_network(model: ExactGP) -> LinearizedNetwork:
@@ -157,7 +190,31 @@ def adapted_network(model: ExactGP) -> LinearizedNetwork:
         raise ValueError("A kernel or mean with active_dims sees only some inputs: call model(x) instead.")
     if any(getattr(model, name, None) is not None for name in ("input_transform", "outcome_transform")):
         raise ValueError("A model that transforms inputs or outcomes is more than a network: call model.posterior(x).")
-    return LinearizedNetwork(kernel.network, _prediction_strategy(model).mean_weights)
+    strategy = _prediction_strategy(model)
+    points = _two_points(strategy)
+    adapted = LinearizedNetwork(kernel.network, strategy.mean_weights.to(points.dtype))
+    adapted.try_at(points)
+    return adapted
+
+
+def _own_copy(module: Any) -> Any:
+    """A copy that shares no tensor, which those of frozen networks would."""
+    new = copy.deepcopy(module)
+    if isinstance(new, nn.Module):
+        for part in list(new.modules()):
+            for name, child in part._modules.items():
+                if isinstance(child, FrozenNetwork):
+                    part._modules[name] = owned(child)
+    return new
+
+
+def _is_mean_of(network: FrozenNetwork, active_dims: Tensor | None, mean: nn.Module) -> bool:
+    """Whether the mean is this network, of the same columns."""
+    if not isinstance(mean, NetworkMean) or not _same_network(network, mean.network):
+        return False
+    if active_dims is None or mean.active_dims is None:
+        return active_dims is mean.active_dims
+    return torch.equal(active_dims, mean.active_dims)
 
 
 def _check_is_model(model: Any) -> None:
@@ -197,6 +254,12 @@ def _prediction_strategy(model: ExactGP) -> NTKPredictionStrategy:
         raise TypeError(f"The model predicts by a {type(strategy).__name__}; an NTKPredictionStrategy was expected.")
     _check_is_plain(model, strategy)
     return strategy
+
+
+def _two_points(strategy: NTKPredictionStrategy) -> Tensor:
+    """Two training inputs, as the network sees them, in the precision that the model predicts in."""
+    x = strategy.solver.system.x
+    return x.reshape(-1, x.shape[-1])[:2].to(strategy.train_inputs[0].dtype)
 
 
 def _check_is_plain(model: ExactGP, strategy: NTKPredictionStrategy) -> None:

@@ -592,21 +592,36 @@ class TestServing:
             model(test_x).variance  # noqa: B018
 
     @pytest.mark.parametrize("fast", [False, True])
-    def test_pickled_models_serve_without_solving_again(self, exact_way, monkeypatch, fast):
+    def test_pickled_models_carry_no_caches_and_predict_the_same(self, exact_way, fast):
         net, (x, y), test_x = network(), data(LARGE), data(9, seed=1)[0]
         model = AdaptedGP(x, y, net, scaled(net), gaussian(0.05)).eval()
+        cold = len(pickle.dumps(model))
         with torch.no_grad(), gpytorch.settings.fast_pred_var(fast):
             before = model(test_x)
             before.mean, before.variance  # noqa: B018
-            restored = pickle.loads(pickle.dumps(model))
-            assert restored.prediction_strategy is not None
+            stored = pickle.dumps(model)
+            assert len(stored) <= cold + 200
+            restored = pickle.loads(stored)
+            assert restored.prediction_strategy is None
+            after = restored(test_x)
+            assert_close(after.mean, before.mean, 1e-11)
+            assert_close(after.variance, before.variance, 1e-10)
+            assert model.prediction_strategy is not None
+
+    def test_deep_copies_serve_without_solving_again(self, exact_way, monkeypatch):
+        net, (x, y), test_x = network(), data(LARGE), data(9, seed=1)[0]
+        model = AdaptedGP(x, y, net, scaled(net), gaussian(0.05)).eval()
+        with torch.no_grad():
+            before = model(test_x)
+            before.mean, before.variance  # noqa: B018
+            copied = copy.deepcopy(model)
 
             def forbidden(*args):
                 raise AssertionError("solved again")
 
             monkeypatch.setattr(ntk_gp.solvers.choice, "solver_class", forbidden)
             monkeypatch.setattr(System, "matmul", forbidden)
-            after = restored(test_x)
+            after = copied(test_x)
             assert_close(after.mean, before.mean, 1e-13)
             assert_close(after.variance, before.variance, 1e-10)
 

@@ -305,7 +305,7 @@ def test_edits_of_the_snapshot_are_noticed(edit, width):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 1)).double()
     x = randn(6, 8)
-    kernel, mean = NTKKernel(network), NetworkMean(network)
+    kernel, mean = NTKKernel(network), NetworkMean(copy.deepcopy(network))  # of one network, they share their tensors
     kernel(x).to_dense(), mean(x)
     edited = copy.deepcopy(network).requires_grad_(False)
     EDITS[edit](edited[0].weight)

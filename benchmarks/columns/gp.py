@@ -107,6 +107,29 @@ class PosteriorColumn(TorchColumn):
         call()
         return call
 
+    def adapted(self, arrays: dict[str, np.ndarray], noise: float) -> Callable:
+        """The adapted network at one input."""
+        adapted = ntk_gp.adapted_network(self.make_model(arrays, noise).eval())
+        x = self.tensor(arrays["x_test"])[:1]
+        return lambda: torch.no_grad()(adapted)(x)
+
+    def adapted_by_hand(self, arrays: dict[str, np.ndarray], noise: float) -> Callable:
+        """The same, as one would write it with `torch.func`."""
+        displacement = ntk_gp.adapted_network(self.make_model(arrays, noise).eval()).displacement
+        parameters = {name: parameter.detach() for name, parameter in self.network.named_parameters()}
+        pieces = displacement.split([parameter.numel() for parameter in parameters.values()])
+        tangents = {name: t.reshape(parameters[name].shape) for name, t in zip(parameters, pieces, strict=True)}
+        x = self.tensor(arrays["x_test"])[:1]
+
+        def call() -> Tensor:
+            with torch.no_grad():
+                values, shift = torch.func.jvp(
+                    lambda p: torch.func.functional_call(self.network, p, (x,)), (parameters,), (tangents,)
+                )
+                return (values + shift).squeeze(-1)
+
+        return call
+
     def forward_pass(self, arrays: dict[str, np.ndarray]) -> Callable:
         """The network alone at the test inputs."""
         x_test = self.tensor(arrays["x_test"])

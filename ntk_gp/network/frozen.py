@@ -20,6 +20,7 @@ from .. import settings
 from .fingerprint import Fingerprint
 from .function import ALL_OUTPUTS, NetworkFunction, check_finite, check_tensor, convert, normal_tensor
 from .rows import check_rows_are_independent, some_rows
+from .sharing import share_snapshot
 from .skeleton import Skeletons
 from .snapshot import (
     ParameterSelection,
@@ -84,7 +85,7 @@ class FrozenNetwork(nn.Module):
         _check_output_argument(output)
         self.input_shape = None if input_shape is None else tuple(int(size) for size in input_shape)
         self.output = output
-        network = unwrap(network)
+        network = source = unwrap(network)
         named: dict[str, nn.Parameter] = dict(named_tensors(network.named_parameters(remove_duplicate=False)))
         if not named:
             raise ValueError(
@@ -103,6 +104,7 @@ class FrozenNetwork(nn.Module):
         self.group_names = tuple(dict.fromkeys(labels))
         self.group_indices = tuple(self.group_names.index(label) for label in labels)
         self.tensors = buffer_tree(network, set(canonical.values()))
+        share_snapshot(source, self.tensors)
         self._aliases = canonical
         # Attributes that are tensors and neither parameters nor buffers: constants, or so it seems; and those left out.
         self._kept, self._left_out = kept, left_out
@@ -112,7 +114,7 @@ class FrozenNetwork(nn.Module):
         self._skeleton = [make_skeleton(network)]
         self._functions: dict = {}
         self._checked: set = set()
-        self._places: list[dict[str, Tensor | None]] | None = None
+        self._places: _Places | None = None
         self._fingerprint = Fingerprint()
         self._lock = threading.RLock()  # held while functions are made and tried
 
@@ -143,8 +145,8 @@ class FrozenNetwork(nn.Module):
         """
         places = self._places
         if places is None:  # walking over modules each time would take longer than small networks do
-            places = self._places = [module._buffers for module in self.tensors.modules()]
-        tensors = [tensor for place in places for tensor in place.values() if tensor is not None]
+            places = self._places = _Places([module._buffers for module in self.tensors.modules()])
+        tensors = [tensor for place in places.dictionaries for tensor in place.values() if tensor is not None]
         return self._fingerprint.number(tensors, thorough)
 
     def function(self, dtype: torch.dtype, device: torch.device) -> NetworkFunction:
@@ -331,6 +333,13 @@ class FrozenNetwork(nn.Module):
         )
         new.tensors = self.tensors.shared_copy()
         return new
+
+
+class _Places:
+    """The dictionaries that hold a tree's tensors. No list: `torch.export` would put copies into a module's lists."""
+
+    def __init__(self, dictionaries: list[dict[str, Tensor | None]]):
+        self.dictionaries = dictionaries
 
 
 def _check_same_parameters(named: dict[str, nn.Parameter], canonical: dict[str, str]) -> None:

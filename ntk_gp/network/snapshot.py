@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from .function import convert, normal_tensor
 from .graph import leaves_below
+from .sharing import share_successor
 from .skeleton import copy_module, held_by, held_tensors
 
 ParameterSelection = str | Iterable[str] | Callable[[str, nn.Parameter], bool] | None
@@ -24,10 +25,24 @@ class TensorTree(nn.Module):
     """A node of the tree that mirrors the network; loading replaces its buffers, never overwrites them."""
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
-        for name, buffer in self._buffers.items():
+        before = dict(self._buffers)
+        for name, buffer in before.items():
             if buffer is not None:
                 self._buffers[name] = buffer.clone()
         super()._load_from_state_dict(*args, **kwargs)
+        self._share(before)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TensorTree:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        self._share(before)
+        return self
+
+    def _share(self, before: Mapping[str, Tensor | None]) -> None:
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None:
+                self._buffers[name] = share_successor(old, new)
 
     def shared_copy(self) -> TensorTree:
         """A tree of its own with the same tensors."""
