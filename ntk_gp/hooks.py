@@ -9,6 +9,7 @@ without one are left as they are, and :func:`uninstall` leaves all as they are.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable
@@ -19,8 +20,11 @@ from gpytorch import settings as gpytorch_settings
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from gpytorch.kernels import AdditiveStructureKernel, InducingPointKernel, Kernel, ScaleKernel
 from gpytorch.lazy import LazyEvaluatedKernelTensor
+from gpytorch.lazy.lazy_evaluated_kernel_tensor import recall_grad_state
 from gpytorch.models import GP, exact_gp, exact_prediction_strategies
+from linear_operator import to_linear_operator
 from linear_operator.operators import DenseLinearOperator, LinearOperator
+from linear_operator.utils.memoize import cached
 from torch import Size, Tensor
 
 from . import composites, stock, variances
@@ -114,6 +118,25 @@ def _call(default: Callable[..., Any], model: GP, *args: Any, **kwargs: Any) -> 
     return type(output)(output.mean, NTKSumLinearOperator(output.lazy_covariance_matrix), **layout)
 
 
+def _evaluate_kernel(default: Callable[..., Any], matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
+    """As GPyTorch does, but without what other threads would meet meanwhile: lazy evaluation switched off for the whole
+    process, and a kernel whose `active_dims` are gone."""
+    return _evaluated(matrix) if contains_ntk(matrix) else default(matrix)
+
+
+@cached(name="kernel_eval")
+@recall_grad_state
+def _evaluated(matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
+    kernel = copy.copy(matrix.kernel)
+    kernel._buffers = {**kernel._buffers, "active_dims": None}  # x₁ and x₂ are those columns already
+    evaluate = super(Kernel, kernel).__call__
+    result = evaluate(matrix.x1, matrix.x2, last_dim_is_batch=matrix.last_dim_is_batch, **matrix.params)
+    result = to_linear_operator(result).evaluate_kernel()
+    if gpytorch_settings.debug.on() and result.shape != matrix.shape:
+        raise RuntimeError(f"Expected a kernel matrix of shape {tuple(matrix.shape)}, got {tuple(result.shape)}.")
+    return result
+
+
 def _prod_batch(default: Callable[..., Any], matrix: LinearOperator, dim: int) -> LinearOperator:
     """Entry by entry, likewise."""
     return product_over_batch(matrix, dim) if contains_ntk(matrix) else default(matrix, dim)
@@ -179,6 +202,7 @@ _REPLACED: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     (exact_gp, "prediction_strategy", _prediction_strategy),
     (exact_prediction_strategies, "prediction_strategy", _prediction_strategy),
     (GP, "__call__", _call),
+    (LazyEvaluatedKernelTensor, "evaluate_kernel", _evaluate_kernel),
     (LinearOperator, "_mul_matrix", _mul_matrix),
     (LinearOperator, "_prod_batch", _prod_batch),
     (MultivariateNormal, "log_prob", _log_prob),

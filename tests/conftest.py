@@ -1,3 +1,4 @@
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,9 +79,11 @@ def _state_of_the_process() -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
     """A test that changes the process fails itself, not those that happen to come after it."""
-    before = _state_of_the_process()
+    before, had_botorch = _state_of_the_process(), "botorch" in sys.modules
     yield
     after = _state_of_the_process()
+    if "botorch" in sys.modules and not had_botorch:  # importing it sets some of GPyTorch's settings
+        before |= {name: value for name, value in after.items() if name.startswith("gpytorch.settings")}
     assert {name: value for name, value in after.items() if value != before[name]} == {}
 
 

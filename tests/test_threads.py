@@ -177,9 +177,11 @@ def test_answers_are_those_of_one_thread(network, engine, operation, warm):
 def test_a_call_that_raises_is_one_that_raises_in_threads_too():
     """The stress test's marked inputs do what they are meant to."""
     mean, zs = make("mlp", "structured", "mean")
+    marked = zs[0].clone()
+    marked[-1, 0] = MARK
     mean(zs[0])
-    with pytest.raises(ArithmeticError, match="a marked input"):
-        mean(torch.cat([zs[0], torch.full((1, 3), MARK, dtype=torch.float64)]))
+    with pytest.raises((ArithmeticError, ValueError), match="a marked input"):
+        mean(marked)
 
 
 class TestCache:

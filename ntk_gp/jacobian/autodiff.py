@@ -113,17 +113,14 @@ class AutodiffJacobian(Jacobian):
 
     def _pushed(self, x: Tensor, tangents: Tensor) -> Tensor:
         """By forward mode, by the transpose of the transpose, or from rows."""
-        modes = self.modes
-        if modes.forward:
-            products = self._map_columns(transforms.pushforward(self.function, x, True), tangents, x)
-            if modes.forward_agrees or agree_at_random(self.function, x, tangents, products):
-                return products
-            logger.debug(
-                "Forward mode does not agree with reverse mode at these inputs: the latter serves from now on."
-            )
-            modes.forward = False
-        if modes.twice:
-            return self._map_columns(transforms.pushforward(self.function, x, False), tangents, x)
+        for way in ("forward", "twice"):
+            if getattr(self.modes, way):
+                push = transforms.pushforward(self.function, x, forward_mode=way == "forward")
+                products = self._map_columns(push, tangents, x)
+                if self.modes.formulas_agree or agree_at_random(self.function, x, tangents, products):
+                    return products
+                logger.debug("J u (%s) is not the transpose of Jᵀ v at these inputs: another way from now on.", way)
+                setattr(self.modes, way, False)
         return self._from_rows(x, tangents)
 
     def _pushed_plainly(self, x: Tensor, tangents: Tensor) -> Tensor:

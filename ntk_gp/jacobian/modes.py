@@ -25,11 +25,11 @@ _REPETITIONS = 3
 _AGREEING = frozenset(
     """
     _adaptive_avg_pool2d _convolution _fft_c2c _fft_c2r _fft_r2c _linalg_check_errors _local_scalar_dense
-    _log_softmax _native_batch_norm_legit _native_batch_norm_legit_no_training _prelu_kernel _reshape_alias
-    _safe_softmax _scaled_dot_product_attention_math _softmax _to_copy _trilinear _unsafe_index _unsafe_view
+    _log_softmax _native_batch_norm_legit _native_batch_norm_legit_no_training _reshape_alias _safe_softmax
+    _scaled_dot_product_attention_math _softmax _to_copy _trilinear _unsafe_index _unsafe_view
     _weight_norm_interface abs add addbmm addcdiv addcmul addmm addmv addr alias all arange argmax argmin argsort
-    as_strided atan atan2 avg_pool1d avg_pool2d avg_pool3d baddbmm bernoulli bitwise_and bmm bucketize cat ceil celu
-    chunk clamp clamp_max clamp_min clone constant_pad_nd contiguous convolution copy cos cosh cumsum detach detach_
+    as_strided atan avg_pool1d avg_pool2d avg_pool3d baddbmm bernoulli bitwise_and bmm bucketize cat ceil celu chunk
+    clamp clamp_max clamp_min clone constant_pad_nd contiguous convolution copy cos cosh cumsum detach detach_
     diag_embed diagonal div dot dropout einsum elu empty empty_like eq erf erfc exp exp2 expand expm1 eye fill
     flatten flip floor floor_divide full full_like gather ge gelu glu gt hardshrink hardsigmoid hardswish hardtanh
     index index_add index_copy index_select is_nonzero isfinite isnan le leaky_relu lerp lgamma lift_fresh
@@ -51,8 +51,8 @@ class Modes:
 
     :ivar transforms: Whether the transforms of `torch.func` serve at all, and agree with plain autograd.
     :ivar forward: Whether forward-mode differentiation works, and agrees with reverse mode.
-    :ivar forward_agrees: Whether that is known of all inputs; if not, it is asked at each.
     :ivar twice: Whether reverse-mode differentiation can be differentiated itself, and agrees.
+    :ivar formulas_agree: Whether these two are known to agree at all inputs; if not, it is asked at each.
     :ivar vmap: Whether the per-point rows can be computed for many points at once, and are the same.
     :ivar plain_twice: Whether plain autograd can be differentiated again with respect to the vector.
     :ivar transforms_twice: Whether derivatives by transforms can be differentiated with respect to the inputs, and
@@ -60,7 +60,7 @@ class Modes:
     """
 
     def __init__(self) -> None:
-        self.transforms = self.forward = self.forward_agrees = self.twice = self.vmap = True
+        self.transforms = self.forward = self.twice = self.formulas_agree = self.vmap = True
         self.plain_twice = self.transforms_twice = True
         self._input_gradients_tried = False
         self._lock = threading.Lock()
@@ -101,8 +101,8 @@ class Modes:
                 )
                 and (not modes.twice or pushes(modes.forward, together=2))
             )
-            modes.forward_agrees = modes.forward and _agrees_everywhere(function, x)
-            if modes.forward and not modes.forward_agrees:
+            modes.formulas_agree = _agree_everywhere(function, x)
+            if modes.forward and not modes.formulas_agree:
                 modes.twice = pushes(forward_mode=False, together=1)
         return modes
 
@@ -140,7 +140,7 @@ def agree_at_random(function: NetworkFunction, x: Tensor, tangents: Tensor, prod
     """
     generator = torch.Generator(device="cpu").manual_seed(len(x))
     v, c = (
-        (2.0 * torch.randint(0, 2, (size,), generator=generator, device="cpu") - 1).to(x)
+        torch.randn(size, generator=generator, dtype=torch.float64, device="cpu").to(x)  # signs cancel at equal rows
         for size in (products.shape[-1], len(products))
     )
     pulled = transforms.pullback(function, x)(v)
@@ -182,8 +182,8 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _agrees_everywhere(function: NetworkFunction, x: Tensor) -> bool:
-    """Whether all that the network is made of has forward and reverse modes that agree at whatever inputs."""
+def _agree_everywhere(function: NetworkFunction, x: Tensor) -> bool:
+    """Whether all that the network is made of has derivatives, of either mode and twice, that agree at any inputs."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in function.parameters.items()}
     try:
         with torch.enable_grad(), _Operators() as operators:

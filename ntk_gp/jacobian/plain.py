@@ -24,8 +24,8 @@ def pull(function: NetworkFunction, x: Tensor, cotangents: Tensor) -> Tensor:
         return torch.stack([_differentiable_pull(function, x, v) for v in cotangents])
     leaves = _leaves(function)
     rows = []
-    with torch.enable_grad(), function.attached(leaves) as at:
-        out = at(x.detach()).reshape(-1)
+    with torch.enable_grad():
+        out = function(leaves, x.detach()).reshape(-1)
         for v in cotangents:
             rows.append(_accumulated(function, leaves, out, v.detach()))
     return torch.stack(rows)
@@ -42,9 +42,8 @@ def _accumulated(function: NetworkFunction, leaves: Mapping[str, Tensor], out: T
 
 def _differentiable_pull(function: NetworkFunction, x: Tensor, v: Tensor) -> Tensor:
     leaves = _leaves(function)
-    with function.attached(leaves) as at:
-        out = at(x).reshape(-1)
-        return _flatten(function, _gradients(out, leaves, v, create_graph=True), leaves)
+    out = function(leaves, x).reshape(-1)
+    return _flatten(function, _gradients(out, leaves, v, create_graph=True), leaves)
 
 
 def push(function: NetworkFunction, x: Tensor, tangents: Tensor) -> Tensor:
@@ -55,8 +54,8 @@ def push(function: NetworkFunction, x: Tensor, tangents: Tensor) -> Tensor:
     recorded = torch.is_grad_enabled() and (x.requires_grad or tangents.requires_grad)
     leaves = _leaves(function)
     products = []
-    with torch.enable_grad(), function.attached(leaves) as at:
-        out = at(x if recorded else x.detach()).reshape(-1)
+    with torch.enable_grad():
+        out = function(leaves, x if recorded else x.detach()).reshape(-1)
         v = torch.zeros_like(out, requires_grad=True)
         pulled = _gradients(out, leaves, v, create_graph=True)
         for u in tangents if recorded else tangents.detach():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -68,48 +68,37 @@ class NetworkFunction:
         self._recurrent = network._is_recurrent
         self.unreached: frozenset[str] = frozenset()  # parameters without influence on the output, where it was tried
         self._left_out = network._left_out
+        self._runs_again = False  # whether backward passes run parts of the module again, as checkpoints do
         self._sizes_checked: set[int] = set()
         self._written: set[str] = set(network._renormalised)  # tensors that calls write to: each call gets its own
 
     def __call__(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """f(w, x): (n, d) to (n, C). Call it inside :meth:`tracing`."""
-        with ExitStack() as stack:
-            return self._selected(self._call(parameters, x, stack), x)
-
-    def _selected(self, out: Tensor, x: Tensor) -> Tensor:
-        """The outputs that take part, (n, C)."""
-        out = out.reshape(x.shape[0], -1).to(x.dtype)
+        out = self._call(parameters, x).reshape(x.shape[0], -1).to(x.dtype)
         return out[:, self.output].unsqueeze(-1) if isinstance(self.output, int) else out
 
-    def _call(self, parameters: Mapping[str, Tensor], x: Tensor, stack: ExitStack) -> Tensor:
+    def _call(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
         tensors = {**self.constants, **parameters}
         for name in tuple(self._written):
             tensors[name] = tensors[name].clone()
         versions = _versions(tensors)
-        out = self._call_with(tensors, x, stack)
+        out = self._call_with(tensors, x)
         if _versions(tensors) != versions:
             self._check_writes(tensors, versions)
         return out
 
-    def _call_with(self, tensors: Mapping[str, Tensor], x: Tensor, stack: ExitStack) -> Tensor:
-        """What the network returns, whatever that is, for tensors by their canonical names.
-
-        :param stack: Keeps the module that runs, with these tensors in it, until it is closed.
-        """
+    def _call_with(self, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """What the network returns, whatever that is, for tensors by their canonical names."""
         x = x.clone()  # the network may write to it
         if self.inner_dtype is not None:
             x = x.to(self.inner_dtype)
             tensors = {name: convert(tensor, self.inner_dtype) for name, tensor in tensors.items()}
         if self.input_shape is not None:
             x = x.reshape(x.shape[0], *self.input_shape)
-        return stack.enter_context(self.skeletons.lent(tensors))(x)
-
-    @contextmanager
-    def attached(self, parameters: Mapping[str, Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
-        """f(w, ·) for calls and backward passes inside: what those compute again, as checkpoints do, needs the module
-        with its parameters."""
-        with ExitStack() as stack:
-            yield lambda x: self._selected(self._call({**parameters}, x, stack), x)
+        if self._runs_again:
+            return self.skeletons.given(tensors)(x)
+        with self.skeletons.lent(tensors) as module:
+            return module(x)
 
     def _check_writes(self, tensors: Mapping[str, Tensor], versions: list[int]) -> None:
         """Raises where a call wrote to tensors that later calls share, as none did when the network was tried."""
@@ -236,6 +225,7 @@ class NetworkFunction:
                 f"parameters ({', '.join(list(self.parameters)[:3])}, …). Return a floating-point tensor that is "
                 "computed from them, without detach(), argmax or no_grad."
             )
+        self._runs_again = self._runs_again or not _can_be_differentiated(out, parameters)
         if _is_less_precise(out.dtype, self.inner_dtype or rows.dtype):
             raise TypeError(
                 f"The network returned {out.dtype} for inputs of {rows.dtype}. Its tensors were converted to the "
@@ -277,8 +267,8 @@ class NetworkFunction:
         """
         again = {name: tensor.detach().clone().requires_grad_() for name, tensor in self.parameters.items()}
         constants = {name: tensor.clone() for name, tensor in self.constants.items()}
-        with self.tracing(), torch.enable_grad(), ExitStack() as stack:
-            leaves = leaves_below(self._call_with({**constants, **again}, rows, stack))
+        with self.tracing(), torch.enable_grad():
+            leaves = leaves_below(self._call_with({**constants, **again}, rows))
         first, second = _unreached(parameters, leaves_below(out)), _unreached(again, leaves)
         if first != second or any(id(tensor) in leaves for tensor in parameters.values()):
             raise ValueError(
@@ -312,8 +302,7 @@ class NetworkFunction:
 
     def _checked_call(self, tensors: Mapping[str, Tensor], rows: Tensor) -> Tensor:
         try:
-            with ExitStack() as stack:
-                out = self._call_with(tensors, rows, stack)
+            out = self._call_with(tensors, rows)
         except Exception as error:
             shape = tuple(rows.shape[1:]) if self.input_shape is None else self.input_shape
             raise ValueError(
@@ -382,6 +371,15 @@ def convert(tensor: Tensor, dtype: torch.dtype, device: torch.device | None = No
     if tensor.is_complex():
         return tensor.to(device=device, dtype=torch.promote_types(dtype, torch.complex32))
     return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+
+def _can_be_differentiated(out: Tensor, parameters: Mapping[str, Tensor]) -> bool:
+    """Whether a backward pass works once the module that has run is no longer there."""
+    try:
+        torch.autograd.grad(out.sum(), list(parameters.values()), allow_unused=True, retain_graph=True)
+    except Exception:
+        return False
+    return True
 
 
 def _unreached(parameters: Mapping[str, Tensor], leaves: set[int]) -> frozenset[str]:

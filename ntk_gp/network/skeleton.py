@@ -113,6 +113,13 @@ class Skeletons:
         self._aliases = aliases
         self._free: list[_Skeleton] = []
 
+    def given(self, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """A copy with these tensors for good: for graphs that run the module again when they are differentiated."""
+        skeleton = _Skeleton(copy.deepcopy(self._original), self._aliases)
+        for place, name, owner in skeleton.places:
+            place[name] = tensors[owner]
+        return skeleton.module
+
     @contextmanager
     def lent(self, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
         """A copy that nobody else has meanwhile, with these tensors, by their canonical names, in their places."""
