@@ -9,7 +9,6 @@ without one are left as they are, and :func:`uninstall` leaves all as they are.
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable
@@ -127,8 +126,9 @@ def _evaluate_kernel(default: Callable[..., Any], matrix: LazyEvaluatedKernelTen
 @cached(name="kernel_eval")
 @recall_grad_state
 def _evaluated(matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
-    kernel = copy.copy(matrix.kernel)
-    kernel._buffers = {**kernel._buffers, "active_dims": None}  # x₁ and x₂ are those columns already
+    kernel = object.__new__(type(matrix.kernel))  # GPyTorch's own copies share their attributes
+    buffers = {**matrix.kernel._buffers, "active_dims": None}  # x₁ and x₂ are those columns already
+    kernel.__dict__.update(matrix.kernel.__dict__, _buffers=buffers)
     evaluate = super(Kernel, kernel).__call__
     result = evaluate(matrix.x1, matrix.x2, last_dim_is_batch=matrix.last_dim_is_batch, **matrix.params)
     result = to_linear_operator(result).evaluate_kernel()

@@ -174,7 +174,7 @@ def owned(network: FrozenNetwork) -> FrozenNetwork:
 
 
 def _is_sure_of_forward_mode(modes: Modes) -> bool:
-    return modes.transforms and modes.forward and modes.formulas_agree
+    return modes.forward and modes.formulas_agree
 
 
 def _is_dual(x: Tensor) -> bool:

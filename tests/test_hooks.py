@@ -222,3 +222,19 @@ def test_threads_that_share_a_strategy(compose):
         for thread in threads:
             thread.join()
     assert not errors, errors[0]
+
+
+@pytest.mark.parametrize("inner", [True, False])
+def test_evaluating_a_kernel_matrix_leaves_the_kernel_alone(inner):
+    """GPyTorch takes `active_dims` away while it evaluates, and two threads at once leave a kernel without any."""
+    network_of_three = torch.nn.Linear(3, 1).double()
+    kernel = NTKKernel(network_of_three, active_dims=(1, 2, 3) if inner else None)
+    scaled = ScaleKernel(kernel, active_dims=None if inner else (1, 2, 3)).double()
+    x = torch.randn(4, 4, dtype=torch.float64)
+    expected = NTKKernel(network_of_three)(x[:, 1:]).to_dense() * scaled.outputscale
+    for evaluated in (scaled, scaled + RBFKernel().double()):
+        before = [part.active_dims for part in evaluated.modules() if isinstance(part, Kernel)]
+        evaluated(x).evaluate_kernel()
+        after = [part.active_dims for part in evaluated.modules() if isinstance(part, Kernel)]
+        assert all(one is other for one, other in zip(before, after, strict=True))
+    assert_close(scaled(x).to_dense(), expected, 1e-12)

@@ -1,10 +1,11 @@
 """The reference engine: derivatives of the network as it stands, for any network that can be trained.
 
-By the transforms of `torch.func` where they serve the network (:mod:`.modes` finds out), otherwise by plain autograd.
+Plain autograd (:mod:`.plain`) serves whatever can be trained; the transforms of `torch.func` (:mod:`.transforms`) where
+they let many rows or vectors go through a small network together, and for callers that are in a transform themselves.
 J u is forward-mode differentiation; where an operator of the network has none (weight norm, grid sampling), or one that
 disagrees with its reverse mode, it is the transpose of the transpose: Jᵀv is linear in v, and reverse-mode
 differentiation of it gives J u. Where an operator can be differentiated just once (distances), it is formed from the
-rows of J, some points at a time.
+rows of J, some points at a time. :mod:`.modes` finds out what serves.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from torch import Tensor
 from ..network import FrozenNetwork, NetworkFunction, normal_tensor, some_rows
 from . import plain, transforms
 from .base import Jacobian, JacobianEngine
-from .modes import TRANSFORM_ERRORS, Modes, agree_at_random
+from .modes import TRANSFORM_ERRORS, Modes, agree_at_random, is_transformed
 
 logger = logging.getLogger("ntk_gp")
 
@@ -31,6 +33,8 @@ _TRIED = 3
 # Below this many bytes of activations a pass is bound by call overhead, and several columns go through it together;
 # above it one column saturates the cores, and batching columns only pushes them out of cache.
 _VMAP_BYTES = 1 << 18
+# Points that share a forward pass for their rows' sake, in a small network.
+_SHARED = 16
 
 
 class AutodiffEngine(JacobianEngine):
@@ -61,8 +65,11 @@ class AutodiffEngine(JacobianEngine):
                     flat = normal_tensor(x.detach()).reshape(-1, x.shape[-1])
                     with function.tracing(), torch.no_grad():
                         rows = some_rows(flat, _TRIED, partial(function, function.parameters))
-                    self._modes[key] = Modes.tried(function, rows)
-        return AutodiffJacobian(function, normal_tensor(x), self._modes.get(key, Modes()))
+                    self._modes[key] = Modes(function, rows)
+        modes = self._modes.get(key, Modes())
+        if not x.requires_grad:  # inducing points need rows only, and the first forward mode in a process takes a while
+            modes.try_products()
+        return AutodiffJacobian(function, normal_tensor(x), modes)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_modes": None, "_lock": None}
@@ -104,27 +111,33 @@ class AutodiffJacobian(Jacobian):
 
     def _jvp_points(self, x: Tensor, tangents: Tensor) -> Tensor:
         """(m, d) points and (r, P) tangents to (r, m·C)."""
-        with self._computation(x) as by_transforms:
-            pieces = [
-                self._served(by_transforms, self._pushed, self._pushed_plainly, chunk, tangents)
-                for chunk in x.split(self.function.points_per_pass(), dim=0)
-            ]
+        with self._computation(x, of_products=True):
+            pieces = [self._pushed(chunk, tangents) for chunk in x.split(self.function.points_per_pass(), dim=0)]
         return torch.cat(pieces, dim=-1)
 
     def _pushed(self, x: Tensor, tangents: Tensor) -> Tensor:
         """By forward mode, by the transpose of the transpose, or from rows."""
-        for way in ("forward", "twice"):
-            if getattr(self.modes, way):
-                push = transforms.pushforward(self.function, x, forward_mode=way == "forward")
-                products = self._map_columns(push, tangents, x)
-                if self.modes.formulas_agree or agree_at_random(self.function, x, tangents, products):
-                    return products
-                logger.debug("J u (%s) is not the transpose of Jᵀ v at these inputs: another way from now on.", way)
-                setattr(self.modes, way, False)
+        modes = self.modes
+        if modes.forward:
+            products = _tried(self._by_transforms, transforms.pushforward, tangents, x)
+            if products is not None and self._is_transpose(x, tangents, products):
+                return products
+            modes.give_up("forward")
+        if modes.twice:
+            if is_transformed():
+                return self._by_transforms(transforms.transposed_pullback, tangents, x)
+            products = plain.push(self.function, x, tangents)
+            if self._is_transpose(x, tangents, products):
+                return products
+            modes.give_up("twice")
         return self._from_rows(x, tangents)
 
-    def _pushed_plainly(self, x: Tensor, tangents: Tensor) -> Tensor:
-        return plain.push(self.function, x, tangents) if self.modes.plain_twice else self._from_rows(x, tangents)
+    def _is_transpose(self, x: Tensor, tangents: Tensor, products: Tensor) -> bool:
+        """Whether J u is what Jᵀ v says it is; asked where operators are not known to have derivatives that agree."""
+        if self.modes.formulas_agree or is_transformed() or agree_at_random(self.function, x, tangents, products):
+            return True
+        logger.debug("J u is not the transpose of Jᵀ v at these inputs: it is found another way from now on.")
+        return False
 
     def _from_rows(self, x: Tensor, tangents: Tensor) -> Tensor:
         points = AutodiffJacobian(self.function, x.unsqueeze(0), self.modes)
@@ -143,19 +156,20 @@ class AutodiffJacobian(Jacobian):
         """(m, d) points and (r, m·C) cotangents to (r, P)."""
         size = self.function.points_per_pass()
         total: Tensor | None = None
-        with self._computation(x) as by_transforms:
+        with self._computation(x):
             for chunk, columns in zip(
                 x.split(size, dim=0), cotangents.split(size * self.function.num_outputs, dim=-1), strict=True
             ):
-                part = self._served(by_transforms, self._pulled, self._pulled_plainly, chunk, columns)
+                part = self._pulled(chunk, columns)
                 total = part if total is None else total + part
         assert total is not None
         return total
 
     def _pulled(self, x: Tensor, cotangents: Tensor) -> Tensor:
-        return self._map_columns(transforms.pullback(self.function, x), cotangents, x)
-
-    def _pulled_plainly(self, x: Tensor, cotangents: Tensor) -> Tensor:
+        if is_transformed() or self._go_together(x, len(cotangents)) > 1:
+            products = _tried(self._by_transforms, transforms.pullback, cotangents, x)
+            if products is not None:
+                return products
         return plain.pull(self.function, x, cotangents)
 
     def rows(self) -> Tensor:
@@ -164,31 +178,28 @@ class AutodiffJacobian(Jacobian):
         if self.num_rows == 0:
             return self.x.new_zeros(shape)
         points = self.x.reshape(-1, d)
-        with self._computation(self.x) as by_transforms:
-            rows = self._served(by_transforms, self._rows_at, self._rows_plainly, points)
-        return rows.reshape(shape)
+        with self._computation(self.x):
+            return self._rows_at(points, batch * self.points_per_block()).reshape(shape)
 
-    def _rows_at(self, points: Tensor) -> Tensor:
-        together = len(self.x) * self.points_per_block()
-        return transforms.rows(self.function, points, self.modes.vmap, together)
-
-    def _rows_plainly(self, points: Tensor) -> Tensor:
-        return plain.rows(self.function, points)
+    def _rows_at(self, points: Tensor, chunk: int) -> Tensor:
+        together = self.modes.together(len(points))
+        if together or is_transformed():
+            rows = _tried(transforms.rows, self.function, points, together, chunk)
+            if rows is not None:
+                return rows
+        few = max(1, min(_SHARED, _VMAP_BYTES // max(1, self.function.bytes_per_point)))
+        return plain.rows(self.function, points, few)
 
     def gram(self, other: Jacobian, weights: Tensor) -> Tensor:
         batch = max(self.x.shape[0], other.x.shape[0], weights.shape[0])
         out = self.x.new_zeros(batch, self.num_rows, other.num_rows)
         outputs = self.function.num_outputs
         size = self.points_per_block()
+        width = size if other is self else other.points_per_block()
         for i, rows in _row_blocks(self, size):
             scaled = rows * self.function.expand_weights(weights).unsqueeze(-2) if weights.shape[0] == 1 else rows
-            for j in range(0, i + size if other is self else other.num_points, size):
-                if other is self and j == i:
-                    columns = rows
-                elif j >= other.num_points:
-                    break
-                else:
-                    columns = other[slice(j, j + size)].rows()
+            for j in range(0, min(other.num_points, i + size) if other is self else other.num_points, width):
+                columns = rows if other is self and j == i else other[slice(j, j + width)].rows()
                 block = scaled @ columns.mT if weights.shape[0] == 1 else self._weighted_block(rows, columns, weights)
                 here = slice(i * outputs, i * outputs + block.shape[-2])
                 there = slice(j * outputs, j * outputs + block.shape[-1])
@@ -217,33 +228,32 @@ class AutodiffJacobian(Jacobian):
         blocks = _row_blocks(self, self.points_per_block())
         return torch.cat([(rows.square() * expanded).sum(-1) for _, rows in blocks], dim=-1)
 
-    def _map_columns(self, apply: Callable[[Tensor], Tensor], columns: Tensor, chunk: Tensor) -> Tensor:
-        """`apply` to each of the r columns: together where they are small, one by one where not."""
-        together = _VMAP_BYTES // max(1, chunk.shape[0] * self.function.bytes_per_point)
-        return transforms.each(apply, columns, together if self.modes.vmap else 1)
+    def _by_transforms(self, way: Callable[..., Callable[[Tensor], Tensor]], vectors: Tensor, x: Tensor) -> Tensor:
+        """A product with each of r vectors: together where they are small, one by one where not."""
+        return transforms.each(way(self.function, x), vectors, self._go_together(x, len(vectors)))
+
+    def _go_together(self, x: Tensor, count: int) -> int:
+        """How many of so many vectors go through a pass at the points x together."""
+        together = _VMAP_BYTES // max(1, x.shape[0] * self.function.bytes_per_point)
+        return together if together > 1 and count > 1 and self.modes.together(count) else 1
 
     @contextmanager
-    def _computation(self, x: Tensor) -> Iterator[bool]:
-        """Records a graph only where there is something to differentiate with respect to: the inputs. Tells whether
-        transforms serve."""
+    def _computation(self, x: Tensor, of_products: bool = False) -> Iterator[None]:
+        """Records a graph only where there is something to differentiate with respect to: the inputs."""
         input_gradients = torch.is_grad_enabled() and x.requires_grad
         if input_gradients:
-            self.modes.try_input_gradients(self.function, x)
+            self.modes.try_input_gradients(self.function, x, of_products)
         with self.function.tracing(input_gradients), torch.set_grad_enabled(input_gradients):
-            yield self.modes.transforms and (self.modes.transforms_twice or not input_gradients)
+            yield
 
-    @staticmethod
-    def _served(
-        by_transforms: bool, transformed: Callable[..., Tensor], plainly: Callable[..., Tensor], *arguments: Tensor
-    ) -> Tensor:
-        """By transforms, or plain autograd where they raise: a network may do something else here than where it was
-        tried."""
-        if by_transforms:
-            try:
-                return transformed(*arguments)
-            except TRANSFORM_ERRORS as error:
-                logger.debug("torch.func failed (%s: %s): plain autograd.", type(error).__name__, error)
-        return plainly(*arguments)
+
+def _tried(compute: Callable[..., Tensor], *arguments: Any) -> Tensor | None:
+    """By transforms, or None where they raise: a network may do something else here than where it was tried."""
+    try:
+        return compute(*arguments)
+    except TRANSFORM_ERRORS as error:
+        logger.debug("torch.func failed (%s: %s): plain autograd.", type(error).__name__, error)
+        return None
 
 
 def _row_blocks(jacobian: Jacobian, size: int) -> Iterator[tuple[int, Tensor]]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
+import re
+import sys
 import threading
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 
 from ..network import NetworkFunction, nodes_below
 from . import plain, transforms
@@ -20,116 +22,178 @@ logger = logging.getLogger("ntk_gp")
 # What transforms raise where they do not serve.
 TRANSFORM_ERRORS = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, IndexError)
 # Scripted functions are compiled anew when they have been called a few times, and may have other derivatives then.
-_REPETITIONS = 3
-# Operators of which forward and reverse mode are derived from one formula, so that they agree everywhere.
+_CALLS = 3
+# Rows that are taken one by one before what vmap needs is imported.
+_MANY = 4096
+# Nodes of autograd's graph for operators whose derivatives, in forward mode and twice, agree at any inputs.
 _AGREEING = frozenset(
     """
-    _adaptive_avg_pool2d _convolution _fft_c2c _fft_c2r _fft_r2c _linalg_check_errors _local_scalar_dense
-    _log_softmax _native_batch_norm_legit _native_batch_norm_legit_no_training _reshape_alias _safe_softmax
-    _scaled_dot_product_attention_math _softmax _to_copy _trilinear _unsafe_index _unsafe_view
-    _weight_norm_interface abs add addbmm addcdiv addcmul addmm addmv addr alias all arange argmax argmin argsort
-    as_strided atan avg_pool1d avg_pool2d avg_pool3d baddbmm bernoulli bitwise_and bmm bucketize cat ceil celu chunk
-    clamp clamp_max clamp_min clone constant_pad_nd contiguous convolution copy cos cosh cumsum detach detach_
-    diag_embed diagonal div dot dropout einsum elu empty empty_like eq erf erfc exp exp2 expand expm1 eye fill
-    flatten flip floor floor_divide full full_like gather ge gelu glu gt hardshrink hardsigmoid hardswish hardtanh
-    index index_add index_copy index_select is_nonzero isfinite isnan le leaky_relu lerp lgamma lift_fresh
-    linalg_vector_norm linear log log10 log1p log2 log_sigmoid_forward log_softmax logical_and logical_not logsumexp
-    lt masked_fill matmul mean mish mkldnn_convolution mm mse_loss mul mv nan_to_num narrow native_batch_norm
-    native_group_norm native_layer_norm ne neg new_empty new_full new_ones new_zeros nonzero ones ones_like outer
-    permute pixel_shuffle pixel_unshuffle positive pow reciprocal reflection_pad1d reflection_pad2d reflection_pad3d
-    relu remainder repeat replication_pad1d replication_pad2d replication_pad3d reshape roll round rsqrt rsub
-    scalar_tensor select select_scatter sgn sigmoid sign silu sin sinh slice slice_scatter softplus softshrink split
-    split_with_sizes sqrt square squeeze stack std sub sum t tan tanh threshold tile trace transpose tril triu trunc
-    type_as unbind unfold unsafe_chunk unsafe_split unsafe_split_with_sizes unsqueeze upsample_bilinear2d
-    upsample_nearest2d var var_mean vdot view where zero zeros zeros_like
+    Abs AccumulateGrad AdaptiveAvgPool2D Add Addbmm Addcdiv Addcmul Addmm Addmv Addr Alias AsStrided Atan AvgPool2D
+    AvgPool3D Baddbmm Bmm Cat Celu Clamp ClampMax ClampMin Clone ConstantPadNd Convolution Copy CopySlices Cos Cosh
+    Cumsum Diagonal DiagonalScatter Div Dot Elu Erf Erfc Exp Exp2 Expand Expm1 FftC2C FftC2R FftR2C Fill Flip Gather
+    Gelu Glu Hardshrink Hardsigmoid Hardswish Hardtanh Index IndexAdd IndexCopy IndexPut IndexSelect LeakyRelu Lerp
+    LinalgInvEx LinalgMatrixExp Linear Log Log10 Log1P Log2 LogSigmoid LogSoftmax Logsumexp MaskedFill MaskedScatter
+    MaskedSelect Mean Mish Mm MseLoss Mul Mv NativeBatchNorm NativeGroupNorm NativeLayerNorm Neg Permute
+    PixelShuffle PixelUnshuffle Pow Reciprocal ReflectionPad1D ReflectionPad2D ReflectionPad3D Relu Repeat
+    ReplicationPad1D ReplicationPad2D ReplicationPad3D ReshapeAlias Roll Rsqrt Rsub SafeSoftmax Scatter ScatterAdd
+    Select SelectScatter Sgn Sigmoid Sign Silu Sin Sinh Slice SliceScatter Softmax Softplus Softshrink Split
+    SplitWithSizes Sqrt Squeeze Stack Sub Sum T Tan Tanh Threshold ToCopy Trace Transpose Tril Trilinear Triu Unbind
+    Unfold UnsafeIndex UnsafeSplit UnsafeSplitWithSizes UnsafeView Unsqueeze UpsampleBicubic2D UpsampleBilinear2D
+    UpsampleNearest1D UpsampleNearest2D UpsampleTrilinear3D Vdot View WeightNormInterface Where
     """.split()  # noqa: SIM905
 )
+_NO_PADDING = 1 << 62  # what an embedding without padding has for its place is larger
+
+
+class _Trial:
+    """A network at a few points (m, d), and the rows of its Jacobian there by plain autograd."""
+
+    def __init__(self, function: NetworkFunction, x: Tensor):
+        self.function = function
+        self.x = x
+        with function.tracing(), torch.no_grad():
+            self.reference = plain.rows(function, x)
+        self.rows = self.reference.reshape(-1, function.num_parameters)
+        self.tangents, self.cotangents = (_two_vectors(size, x) for size in reversed(self.rows.shape))
+
+    def pushes_forward(self, recorded: bool = False, together: int = 1) -> bool:
+        def push() -> Tensor:
+            with torch.set_grad_enabled(recorded):
+                return transforms.each(transforms.pushforward(self.function, self.x), self.tangents, together)
+
+        return self._agrees(push, self.tangents @ self.rows.mT)
+
+    def pushes_twice(self) -> bool:
+        return self._agrees(lambda: plain.push(self.function, self.x, self.tangents), self.tangents @ self.rows.mT)
+
+    def serves_vmap(self, forward: bool) -> bool:
+        """Whether rows and vectors can be computed several at once, and are the same."""
+
+        def rows() -> Tensor:
+            return transforms.rows(self.function, self.x, together=True, chunk=len(self.x))
+
+        def pull() -> Tensor:
+            return transforms.each(transforms.pullback(self.function, self.x), self.cotangents, together=2)
+
+        return (
+            all(self._agrees(rows, self.reference) for _ in range(_CALLS))
+            and self._agrees(pull, self.cotangents @ self.rows)
+            and (not forward or self.pushes_forward(together=2))
+        )
+
+    def formulas_agree(self) -> bool:
+        with self.function.tracing(), torch.no_grad():
+            return _agree_everywhere(self.function, self.x)
+
+    def _agrees(self, compute: Callable[[], Tensor], expected: Tensor) -> bool:
+        with self.function.tracing(), torch.no_grad(), transforms.quiet_batching_rules():
+            return _is_close(_try(compute), expected)
 
 
 class Modes:
-    """What can be done with a network, each way found out once.
+    """What can be done with a network, tried at a few points when it is first asked for.
 
-    :ivar transforms: Whether the transforms of `torch.func` serve at all, and agree with plain autograd.
+    :param function: The network function.
+    :param x: The points, (m, d).
+
     :ivar forward: Whether forward-mode differentiation works, and agrees with reverse mode.
     :ivar twice: Whether reverse-mode differentiation can be differentiated itself, and agrees.
     :ivar formulas_agree: Whether these two are known to agree at all inputs; if not, it is asked at each.
-    :ivar vmap: Whether the per-point rows can be computed for many points at once, and are the same.
-    :ivar plain_twice: Whether plain autograd can be differentiated again with respect to the vector.
-    :ivar transforms_twice: Whether derivatives by transforms can be differentiated with respect to the inputs, and
-        agree with those by plain autograd; tried when inputs first require gradients.
     """
 
-    def __init__(self) -> None:
-        self.transforms = self.forward = self.twice = self.formulas_agree = self.vmap = True
-        self.plain_twice = self.transforms_twice = True
-        self._input_gradients_tried = False
-        self._lock = threading.Lock()
+    def __init__(self, function: NetworkFunction | None = None, x: Tensor | None = None) -> None:
+        self._points = function, x
+        self._products_tried = function is None
+        self._forward = self._twice = self._formulas_agree = True
+        self._vmap: bool | None = None
+        self._one_by_one = 0
+        self._differentiated: set[bool] = set()
+        self._lock = threading.RLock()
 
-    @classmethod
-    def tried(cls, function: NetworkFunction, x: Tensor) -> Modes:
-        """Tries them at a few points (m, d)."""
-        modes = cls()
-        with function.tracing(), torch.no_grad(), transforms.quiet_batching_rules():
-            reference = plain.rows(function, x)
-            rows = reference.reshape(-1, function.num_parameters)
-            tangents, cotangents = (_two_vectors(size, x) for size in reversed(rows.shape))
-            modes.transforms = all(
-                _agrees(lambda: transforms.rows(function, x, together=False, chunk=1), reference)
-                for _ in range(_REPETITIONS)
-            )
-            if not modes.transforms:
-                logger.debug("The transforms of torch.func do not serve this network: plain autograd does.")
-                modes.forward = modes.twice = modes.vmap = False
-                modes.plain_twice = _agrees(lambda: plain.push(function, x, tangents), tangents @ rows.mT)
-                return modes
+    @cached_property
+    def _trial(self) -> _Trial | None:
+        function, x = self._points
+        return None if function is None or x is None else _Trial(function, x)
 
-            def pushes(forward_mode: bool, together: int) -> bool:
-                push = transforms.pushforward
-                return _agrees(
-                    lambda: transforms.each(push(function, x, forward_mode), tangents, together), tangents @ rows.mT
-                )
+    def try_products(self) -> None:
+        """Finds out what serves J u, unless that is known, or this is inside a transform, where it cannot be told."""
+        with self._lock:
+            if self._products_tried or is_transformed() or self._trial is None:
+                return
+            trial = self._trial
+            # Also as it is done for inputs that require gradients.
+            self._forward = trial.pushes_forward() and trial.pushes_forward(recorded=True)
+            self._formulas_agree = trial.formulas_agree()
+            self._twice = (self._forward and self._formulas_agree) or trial.pushes_twice()
+            self._products_tried = True
 
-            forward = pushes(forward_mode=True, together=1)
-            with torch.enable_grad():  # and as it is done for inputs that require gradients
-                modes.forward = forward and pushes(forward_mode=True, together=1)
-            modes.twice = modes.forward or pushes(forward_mode=False, together=1)
-            one = transforms.rows_at_one_point(function, loop=False)
-            modes.vmap = (
-                _agrees(lambda: vmap(one)(x.unsqueeze(-2)), reference)
-                and _agrees(
-                    lambda: transforms.each(transforms.pullback(function, x), cotangents, together=2), cotangents @ rows
-                )
-                and (not modes.twice or pushes(modes.forward, together=2))
-            )
-            modes.formulas_agree = _agree_everywhere(function, x)
-            if modes.forward and not modes.formulas_agree:
-                modes.twice = pushes(forward_mode=False, together=1)
-        return modes
+    @property
+    def forward(self) -> bool:
+        self.try_products()
+        return self._forward
 
-    def try_input_gradients(self, function: NetworkFunction, x: Tensor) -> None:
+    @property
+    def twice(self) -> bool:
+        self.try_products()
+        return self._twice
+
+    @property
+    def formulas_agree(self) -> bool:
+        self.try_products()
+        return self._formulas_agree
+
+    def give_up(self, way: str) -> None:
+        """A way, "forward" or "twice", that has been wrong, or has raised, is not taken again."""
+        setattr(self, f"_{way}", False)
+
+    def together(self, count: int) -> bool:
+        """Whether vmap serves so many rows, or vectors, and is worth it.
+
+        Transforms import for seconds the first time that they are used: few are rather taken one by one, until these
+        have been many.
+        """
+        if self._vmap is None:
+            self._one_by_one += count
+            if self._one_by_one > _MANY or "torch._dynamo" in sys.modules:
+                with self._lock:
+                    if self._vmap is None and self._trial is not None:
+                        self._vmap = self._trial.serves_vmap(self.forward)
+        return bool(self._vmap)
+
+    def try_input_gradients(self, function: NetworkFunction, x: Tensor, of_products: bool) -> None:
         """Finds out, the first time, how derivatives with respect to the inputs x (…, d) can be had.
 
+        :param of_products: Of J u, and not of rows or of Jᵀ v.
         :raises NotImplementedError: If they cannot.
         """
-        if self._input_gradients_tried:
+        if of_products in self._differentiated or is_transformed():
             return
         with self._lock, torch.enable_grad():
             points = x.detach().reshape(-1, x.shape[-1])[[0, -1]]
             expected = _try(lambda: _input_gradient(function, points, plain.rows))
-            if self.transforms:
-                found = [
-                    _try(lambda: _input_gradient(function, points, _transformed_rows)) for _ in range(_REPETITIONS)
-                ]
-                known = [gradient for gradient in found if isinstance(gradient, Tensor)]
-                self.transforms_twice = len(known) == len(found) and (
-                    not isinstance(expected, Tensor) or all(_are_close(gradient, expected) for gradient in known)
-                )
-            if not isinstance(expected, Tensor) and not (self.transforms and self.transforms_twice):
+            if not isinstance(expected, Tensor):
                 raise NotImplementedError(
                     f"The network's Jacobian cannot be differentiated with respect to the inputs: {expected} Take "
                     "differences of predictions instead, or inputs that do not require gradients."
                 ) from expected
-            self._input_gradients_tried = True
+            if of_products and self.forward:
+                products = _try(lambda: _input_gradient(function, points, _pushed_plainly))
+                self._forward = self._repeats(products, lambda: _input_gradient(function, points, _pushed))
+            if self.together(len(x)):
+                self._vmap = self._repeats(expected, lambda: _input_gradient(function, points, _rows_together))
+            self._differentiated.add(of_products)
+
+    @staticmethod
+    def _repeats(expected: Tensor | Exception, compute: Callable[[], Tensor]) -> bool:
+        """Whether it is the same at each of a few calls: once they are compiled, scripted functions have other second
+        derivatives under transforms."""
+        found = [_try(compute) for _ in range(_CALLS)]
+        return isinstance(expected, Tensor) and all(_is_close(value, expected) for value in found)
+
+
+def is_transformed() -> bool:
+    """Whether the caller is inside a transform of `torch.func`, where plain autograd has no say."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def agree_at_random(function: NetworkFunction, x: Tensor, tangents: Tensor, products: Tensor) -> bool:
@@ -143,14 +207,23 @@ def agree_at_random(function: NetworkFunction, x: Tensor, tangents: Tensor, prod
         torch.randn(size, generator=generator, dtype=torch.float64, device="cpu").to(x)  # signs cancel at equal rows
         for size in (products.shape[-1], len(products))
     )
-    pulled = transforms.pullback(function, x)(v)
+    pulled = plain.pull(function, x.detach(), v.unsqueeze(0))[0]
     terms, expected = products * v * c[:, None], tangents * pulled * c[:, None]
     scale = torch.maximum(torch.linalg.vector_norm(terms), torch.linalg.vector_norm(expected))
     return bool((terms.sum() - expected.sum()).abs() <= 1e3 * torch.finfo(x.dtype).eps * scale)
 
 
-def _transformed_rows(function: NetworkFunction, x: Tensor) -> Tensor:
-    return transforms.rows(function, x, together=False, chunk=1)
+def _rows_together(function: NetworkFunction, x: Tensor) -> Tensor:
+    return transforms.rows(function, x, together=True, chunk=len(x))
+
+
+def _pushed(function: NetworkFunction, x: Tensor) -> Tensor:
+    return transforms.each(transforms.pushforward(function, x), _two_vectors(function.num_parameters, x), together=1)
+
+
+def _pushed_plainly(function: NetworkFunction, x: Tensor) -> Tensor:
+    rows = plain.rows(function, x).reshape(-1, function.num_parameters)
+    return _two_vectors(function.num_parameters, x) @ rows.mT
 
 
 def _input_gradient(
@@ -168,34 +241,19 @@ def _input_gradient(
     return torch.zeros_like(x) if gradient is None else gradient
 
 
-class _Operators(TorchDispatchMode):
-    """Which operators are called, and whether embeddings have rows without a gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.all_agree = True
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.removeprefix("aten::").rstrip("_")
-        padded = name == "embedding" and len(args) > 2 and args[2] >= 0
-        self.all_agree = self.all_agree and not padded and (name in _AGREEING or name == "embedding")
-        return func(*args, **(kwargs or {}))
-
-
 def _agree_everywhere(function: NetworkFunction, x: Tensor) -> bool:
-    """Whether all that the network is made of has derivatives, of either mode and twice, that agree at any inputs."""
+    """Whether all that the network is made of has derivatives, in forward mode and twice, that agree at any inputs."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in function.parameters.items()}
-    try:
-        with torch.enable_grad(), _Operators() as operators:
-            out = function(leaves, x)
-    except Exception:  # a network that does not run under a mode
-        return False
-    return operators.all_agree and not any(map(_has_derivatives_of_its_own, nodes_below(out)))
+    with torch.enable_grad():
+        return all(map(_has_agreeing_derivatives, nodes_below(function(leaves, x))))
 
 
-def _has_derivatives_of_its_own(node: Any) -> bool:
-    """Of Python's custom functions, or a script's."""
-    return isinstance(node, torch.autograd.function.BackwardCFunction) or "jit::" in node.name()
+def _has_agreeing_derivatives(node: Any) -> bool:
+    """Not of Python's custom functions, or a script's."""
+    name = re.sub(r"Backward\d*$", "", node.name().removeprefix("torch::autograd::"))
+    if name == "Embedding":  # forward mode gives the padding a derivative
+        return node._saved_padding_idx >= _NO_PADDING
+    return name in _AGREEING and not isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
 def _two_vectors(size: int, like: Tensor) -> Tensor:
@@ -211,8 +269,7 @@ def _try(compute: Callable[[], Tensor]) -> Tensor | Exception:
         return error
 
 
-def _agrees(compute: Callable[[], Tensor], expected: Tensor) -> bool:
-    actual = _try(compute)
+def _is_close(actual: Tensor | Exception, expected: Tensor) -> bool:
     return isinstance(actual, Tensor) and _are_close(actual, expected)
 
 

@@ -20,9 +20,11 @@ def pull(function: NetworkFunction, x: Tensor, cotangents: Tensor) -> Tensor:
 
     Differentiable with respect to x and the vectors where gradients are recorded and one of them requires some.
     """
-    if torch.is_grad_enabled() and (x.requires_grad or cotangents.requires_grad):
-        return torch.stack([_differentiable_pull(function, x, v) for v in cotangents])
     leaves = _leaves(function)
+    if torch.is_grad_enabled() and (x.requires_grad or cotangents.requires_grad):
+        out = function(leaves, x).reshape(-1)
+        pulled = [_gradients(out, leaves, v, create_graph=True) for v in cotangents]
+        return torch.stack([_flatten(function, gradients, leaves) for gradients in pulled])
     rows = []
     with torch.enable_grad():
         out = function(leaves, x.detach()).reshape(-1)
@@ -38,12 +40,6 @@ def _accumulated(function: NetworkFunction, leaves: Mapping[str, Tensor], out: T
     if out.requires_grad:
         out.backward(v, retain_graph=True)
     return _flatten(function, {name: leaf.grad for name, leaf in leaves.items()}, leaves)
-
-
-def _differentiable_pull(function: NetworkFunction, x: Tensor, v: Tensor) -> Tensor:
-    leaves = _leaves(function)
-    out = function(leaves, x).reshape(-1)
-    return _flatten(function, _gradients(out, leaves, v, create_graph=True), leaves)
 
 
 def push(function: NetworkFunction, x: Tensor, tangents: Tensor) -> Tensor:
@@ -69,10 +65,18 @@ def push(function: NetworkFunction, x: Tensor, tangents: Tensor) -> Tensor:
     return torch.stack(products)
 
 
-def rows(function: NetworkFunction, points: Tensor) -> Tensor:
-    """The rows of J at points (m, d), each by itself: (m, C, P)."""
-    identity = torch.eye(function.num_outputs, dtype=points.dtype, device=points.device)
-    return torch.stack([pull(function, point, identity) for point in points.unsqueeze(-2)])
+def rows(function: NetworkFunction, points: Tensor, together: int = 1) -> Tensor:
+    """The rows of J at points (m, d), (m, C, P): a backward pass for each.
+
+    :param together: How many points share a forward pass: few, since each backward pass runs over all of them.
+    """
+    return torch.cat([_rows(function, chunk) for chunk in points.split(together)])
+
+
+def _rows(function: NetworkFunction, points: Tensor) -> Tensor:
+    count = len(points) * function.num_outputs
+    identity = torch.eye(count, dtype=points.dtype, device=points.device)
+    return pull(function, points, identity).unflatten(0, (len(points), -1))
 
 
 def _leaves(function: NetworkFunction) -> dict[str, Tensor]:

@@ -1,4 +1,7 @@
-"""Derivatives by the transforms of `torch.func`."""
+"""Derivatives by the transforms of `torch.func`.
+
+The first reverse-mode derivative by one, and the first vmap, import for seconds: plain autograd serves a few vectors.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +21,18 @@ _warn_of_loops = torch._C._functorch._set_vmap_fallback_warning_enabled  # type:
 _quiet = Switch((lambda: True, _warn_of_loops, False))
 
 
-def pushforward(function: NetworkFunction, x: Tensor, forward_mode: bool) -> Callable[[Tensor], Tensor]:
-    """u (P,) to J u (m·C,) at the points x (m, d)."""
+def pushforward(function: NetworkFunction, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """u (P,) to J u (m·C,) at the points x (m, d), by forward mode."""
 
     def at(parameters: dict[str, Tensor]) -> Tensor:
         return function(parameters, x).reshape(-1)
 
-    if forward_mode:
-        return lambda tangent: value_and_tangent(at, function.parameters, function.split(tangent))[1]
-    out, pull = vjp(at, function.parameters)  # type: ignore[misc]
+    return lambda tangent: value_and_tangent(at, function.parameters, function.split(tangent))[1]
+
+
+def transposed_pullback(function: NetworkFunction, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """The same, by reverse mode of what is linear in v: v to Jᵀ v."""
+    out, pull = vjp(lambda parameters: function(parameters, x).reshape(-1), function.parameters)  # type: ignore[misc]
     _, transpose = vjp(lambda cotangent: pull(cotangent)[0], torch.zeros_like(out))  # type: ignore[misc]
     return lambda tangent: transpose(function.split(tangent))[0]
 
