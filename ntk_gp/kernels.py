@@ -323,5 +323,5 @@ def _get_variance(kernel: NTKKernel) -> Tensor:
 def _set_variance(kernel: NTKKernel, value: float | Tensor) -> None:
     if "raw_variance" not in kernel._parameters:
         raise RuntimeError("This kernel has no variances of its own: pass variance_groups, or use a ScaleKernel.")
-    value = torch.as_tensor(value).to(kernel.raw_variance)
+    value = torch.as_tensor(value, device=kernel.raw_variance.device).to(kernel.raw_variance)
     kernel.initialize(raw_variance=kernel.raw_variance_constraint.inverse_transform(value))

@@ -94,7 +94,7 @@ def _has_onednn() -> bool:
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     with torch.inference_mode(False), torch.no_grad():
-        left, right = torch.arange(6.0).reshape(2, 3), torch.arange(12.0).reshape(3, 4)
+        left, right = (torch.eye(n, n + 1, dtype=torch.float32, device="cpu").add(0.5) for n in (2, 3))
         try:
             product = torch.ops.mkldnn._linear_pointwise(left, right.mT, None, "none", [], "")
         except (AttributeError, RuntimeError):

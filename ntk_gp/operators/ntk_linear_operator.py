@@ -290,8 +290,8 @@ def _points_of_rows(index: IndexType, num_rows: int, outputs: int) -> tuple[Inde
         start, stop, step = index.indices(num_rows)
         if step == 1 and start % outputs == 0 and stop % outputs == 0:
             return slice(start // outputs, max(start, stop) // outputs), _noop_index
-        index = torch.arange(start, stop, step)
-    rows = torch.as_tensor(index)
+        index = torch.arange(start, stop, step, device="cpu")
+    rows = index if isinstance(index, Tensor) else torch.as_tensor(index, device="cpu")
     points, position = (rows // outputs).unique(return_inverse=True)
     return points, position * outputs + rows % outputs
 

@@ -33,7 +33,7 @@ def cholesky(matrix: Tensor, noise: Tensor, tolerance: float = 0.0) -> tuple[Ten
             return torch.linalg.cholesky_ex(matrix)
     noise = noise.expand(len(matrix), -1)
     info = [_factorise(one, own_noise, tolerance) for one, own_noise in zip(matrix, noise, strict=True)]
-    return matrix, torch.tensor(info)
+    return matrix, torch.tensor(info, device="cpu")
 
 
 def numbers_held(rows: int, device: torch.device) -> float:

@@ -146,8 +146,8 @@ class NystromPreconditioner:
         jacobian, outputs = system.jacobian, system.jacobian.function.num_outputs
         budget = settings.memory_budget.bytes(system.x.device)
         rank = max(1, min(_LANDMARKS, system.num_rows // 2, budget // (_COPIES * 8 * system.num_rows)) // outputs)
-        generator = torch.Generator().manual_seed(0)
-        landmarks = torch.randperm(jacobian.num_points, generator=generator)[:rank].sort().values
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        landmarks = torch.randperm(jacobian.num_points, generator=generator, device="cpu")[:rank].sort().values
         chosen = jacobian[landmarks.to(system.x.device)]
         self.noise = system.noise[0]
         self.scale = system.noise.rsqrt()
@@ -230,9 +230,9 @@ def _residual(system: System, rhs: Tensor, solution: Tensor) -> Tensor:
 
 def _probes(system: System) -> Tensor:
     """Random signs, (N, probes)."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
     shape = (system.num_rows, gpytorch_settings.num_trace_samples.value())
-    return torch.randint(0, 2, shape, generator=generator).mul(2).sub(1).to(system.x)
+    return torch.randint(0, 2, shape, generator=generator, device="cpu").mul(2).sub(1).to(system.x)
 
 
 def _trace_of_log(system: System, preconditioner: NystromPreconditioner) -> Tensor:

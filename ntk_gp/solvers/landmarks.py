@@ -47,8 +47,8 @@ class PivotedCholesky:
         rounding = eps * float(self.left.max())
         self._jitter = min(max(1e-6 * float(system.noise.min()), 4 * rounding), 1024 * rounding)
         self._least = 4 * self._jitter  # what a row must have left to become a landmark
-        self._generator = torch.Generator().manual_seed(0)
-        order = torch.randperm(jacobian.num_points, generator=self._generator).to(self.left.device)
+        self._generator = torch.Generator(device="cpu").manual_seed(0)
+        order = torch.randperm(jacobian.num_points, generator=self._generator, device="cpu").to(self.left.device)
         room = int((settings.memory_budget.bytes(system.x.device) / 128) ** 0.5)
         points = order[: max(1, min(_CHECKED, room) // self.outputs)]
         self.checked = self._rows_of(points)
@@ -113,7 +113,7 @@ class PivotedCholesky:
         known = self.factor[:, rows]
         matrix = (chosen.gram(chosen, self.system.weights)[0] - known.mT @ known).cpu()
         proposed = matrix.diagonal().clone()
-        chances = torch.rand(len(rows), generator=self._generator, dtype=matrix.dtype)
+        chances = torch.rand(len(rows), generator=self._generator, dtype=matrix.dtype, device="cpu")
         if not self.rank:  # one by one, a draw would reject nearly all: K falls fast at first, and is formed each time
             chances.zero_()
         rest = matrix.clone()
@@ -127,7 +127,7 @@ class PivotedCholesky:
             rest[i:, i:].addr_(column, column, alpha=-1)
         # Rows with nothing but rounding left, by this more exact figure, are not drawn again.
         self.left[rows[(proposed <= self._least).to(rows.device)]] = 0.0
-        index = torch.tensor(kept, dtype=torch.long)
+        index = torch.tensor(kept, dtype=torch.long, device="cpu")
         matrix = matrix[index][:, index]
         matrix.diagonal().add_(self._jitter)
         factor = torch.linalg.cholesky(matrix).to(self.left)
@@ -159,7 +159,7 @@ class PivotedCholesky:
         left = self.left[rows]
         which, place = (rows.unsqueeze(-1) == self.rows).nonzero(as_tuple=True)
         unit = left.new_zeros(self.rank, len(which))
-        unit[place, torch.arange(len(which))] = 1.0
+        unit[place, torch.arange(len(which), device="cpu")] = 1.0
         left[which] = 1 / torch.linalg.solve_triangular(self.root(), unit, upper=False).square().sum(0)
         return left
 

@@ -42,12 +42,12 @@ def weight_space_factor(system: System, rhs: Tensor | None = None) -> tuple[Tens
     block = max(-(-size // outputs), min(jacobian.points_per_block(), _ROWS // outputs))
     rhs = system.x.new_zeros(1, system.num_rows, 0) if rhs is None else rhs
     scale, roots = system.noise.rsqrt().unsqueeze(-1), system.root_variances.unsqueeze(-2)
-    triangle = torch.zeros(max(system.batch, len(rhs)), 0, size + rhs.shape[-1]).to(rhs)
+    triangle = rhs.new_zeros(max(system.batch, len(rhs)), 0, size + rhs.shape[-1])
     for i in settings.progress(range(0, jacobian.num_points, block), "Orthogonalising features"):
         here = slice(i * outputs, (i + block) * outputs)
         features = jacobian[slice(i, i + block)].rows() * roots
         triangle = _triangle(triangle, _beside(features, rhs[:, here]) * scale[:, here])
-    prior = torch.eye(size, size + rhs.shape[-1]).to(rhs)
+    prior = torch.eye(size, size + rhs.shape[-1], dtype=rhs.dtype, device=rhs.device)
     triangle = _triangle(triangle, prior.unsqueeze(0))[..., :size, :]
     triangle = triangle * _signs(triangle[..., :size]).unsqueeze(-1)
     return triangle[..., :size].mT, triangle[..., size:]

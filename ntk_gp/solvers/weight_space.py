@@ -174,7 +174,7 @@ def feature_moment(system: System, factor: Tensor | None = None) -> Tensor:
     """
     jacobian, outputs = system.jacobian, system.jacobian.function.num_outputs
     size, block = system.num_parameters, jacobian.points_per_block()
-    edges = torch.linspace(0, size, min(_BLOCK_COLUMNS, size) + 1).long().tolist()
+    edges = torch.linspace(0, size, min(_BLOCK_COLUMNS, size) + 1, device="cpu").long().tolist()
     columns = [slice(a, b) for a, b in pairwise(edges)]
     scale, roots = system.noise.rsqrt(), system.root_variances
     moment = torch.zeros(system.batch, size, size, dtype=torch.float64, device=system.x.device)

@@ -37,10 +37,12 @@ _NOISE = 16.0
 
 def combination(n: int, outputs: int, like: Tensor) -> Tensor:
     """Weights of either sign, powers of two, (n, C), any two neighbouring points' of different sizes."""
-    generator = torch.Generator().manual_seed(n)
-    sizes = torch.cat([torch.randperm(_SIZES, generator=generator) for _ in range(-(-n // _SIZES))])[:n, None]
-    sizes = sizes + torch.randint(0, 2, (n, outputs), generator=generator) * (outputs > 1)
-    signs = 2 * torch.randint(0, 2, (n, outputs), generator=generator) - 1
+    generator = torch.Generator(device="cpu").manual_seed(n)
+    sizes = torch.cat([torch.randperm(_SIZES, generator=generator, device="cpu") for _ in range(-(-n // _SIZES))])[
+        :n, None
+    ]
+    sizes = sizes + torch.randint(0, 2, (n, outputs), generator=generator, device="cpu") * (outputs > 1)
+    signs = 2 * torch.randint(0, 2, (n, outputs), generator=generator, device="cpu") - 1
     return torch.ldexp(signs.double(), sizes - _SIZES // 2).to(like)
 
 
@@ -125,9 +127,9 @@ def wrong_products(
     Costs a forward and a backward pass through the network as it is, nothing replaced in it. The difference allowed is
     what rounding explains: of the result, and of everything that was summed for it, in quadrature.
     """
-    generator = torch.Generator().manual_seed(0)
-    v = 1 + torch.rand(len(rows), function.num_outputs, generator=generator, dtype=torch.float64)
-    v = (v * (2 * torch.randint(0, 2, v.shape, generator=generator) - 1)).to(rows)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    v = 1 + torch.rand(len(rows), function.num_outputs, generator=generator, dtype=torch.float64, device="cpu")
+    v = (v * (2 * torch.randint(0, 2, v.shape, generator=generator, device="cpu") - 1)).to(rows)
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in function.parameters.items()}
     with torch.enable_grad():
         output = function(leaves, rows)

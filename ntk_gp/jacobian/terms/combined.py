@@ -62,7 +62,7 @@ class CombinedTerm(Term):
             rows = self._rows(slice(None)).flatten(1, 2)
             yield from zip(rows.split(max_columns, dim=-1), scale.split(max_columns, dim=-1), strict=True)
             return
-        for part in torch.arange(scale.shape[-1]).split(max_columns):
+        for part in torch.arange(scale.shape[-1], device="cpu").split(max_columns):
             columns = slice(int(part[0]), int(part[-1]) + 1)
             block = self.gradients.new_empty(*self.gradients.shape[:3], len(part))
             for points in slices:  # whole rows again for each block: the uses have none of some columns alone

@@ -88,9 +88,9 @@ class ParameterView:
 
     def indices(self) -> Tensor:
         """Where each element is in the flat vector."""
-        index = torch.tensor(self.offset)
+        index = torch.tensor(self.offset, device="cpu")
         for size, stride in zip(self.shape, self.strides, strict=True):
-            index = index.unsqueeze(-1) + torch.arange(size) * stride
+            index = index.unsqueeze(-1) + torch.arange(size, device="cpu") * stride
         return index.reshape(-1)
 
     def meets(self, other: ParameterView) -> bool:
