@@ -22,7 +22,7 @@ from gpytorch.lazy import LazyEvaluatedKernelTensor
 from gpytorch.lazy.lazy_evaluated_kernel_tensor import recall_grad_state
 from gpytorch.models import GP, exact_gp, exact_prediction_strategies
 from linear_operator import to_linear_operator
-from linear_operator.operators import DenseLinearOperator, LinearOperator
+from linear_operator.operators import DenseLinearOperator, LinearOperator, SumLinearOperator
 from linear_operator.utils.memoize import cached
 from torch import Size, Tensor
 
@@ -132,6 +132,8 @@ def _evaluated(matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
     evaluate = super(Kernel, kernel).__call__
     result = evaluate(matrix.x1, matrix.x2, last_dim_is_batch=matrix.last_dim_is_batch, **matrix.params)
     result = to_linear_operator(result).evaluate_kernel()
+    if type(result) is SumLinearOperator:  # its parts were lazy when they were multiplied by constants
+        result = SumLinearOperator(*map(without_constants, result.linear_ops))
     if gpytorch_settings.debug.on() and result.shape != matrix.shape:
         raise RuntimeError(f"Expected a kernel matrix of shape {tuple(matrix.shape)}, got {tuple(result.shape)}.")
     return result

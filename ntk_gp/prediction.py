@@ -46,10 +46,13 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
         of a model."""
         return (_no_strategy, ())
 
-    def __deepcopy__(self, memo: dict) -> NTKPredictionStrategy:
+    def __deepcopy__(self, memo: dict) -> NTKPredictionStrategy | None:
+        """A copy, or None where there is a graph, which has none: GPyTorch then makes another."""
         new = self.__class__.__new__(self.__class__)
-        memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        try:
+            new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        except RuntimeError:
+            return None
         return new
 
     @property

@@ -230,7 +230,14 @@ def _same_network(one: FrozenNetwork, other: FrozenNetwork) -> bool:
     if (one.output, one.input_shape) != (other.output, other.input_shape):
         return False
     tensors, others = dict(one.named_buffers()), dict(other.named_buffers())
-    return tensors.keys() == others.keys() and all(torch.equal(tensors[name], others[name]) for name in tensors)
+    return tensors.keys() == others.keys() and all(_is_equal(tensor, others[name]) for name, tensor in tensors.items())
+
+
+def _is_equal(one: Tensor, other: Tensor) -> bool:
+    if one is other:
+        return True
+    dense = [tensor if tensor.layout == torch.strided else tensor.to_dense() for tensor in (one, other)]
+    return torch.equal(*dense)
 
 
 def _ntk_kernel(kernel: Kernel) -> NTKKernel:

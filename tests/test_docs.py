@@ -78,7 +78,7 @@ def rendered(lines: list[str]) -> tuple[str, str]:
 
 
 MATHEMATICS = [
-    "|K + D|", "log |sK + σ²D|", "|D^{1/2} M D^{1/2}|", "(*batch, n, C)", "x1 (n, *rest)", "*shape", "K*ₓ", "m*", "K**",
+    "|K + D|", "log |sK + σ²D|", "|D^{1/2} M D^{1/2}|", "(*batch, n, C)", "x1 (n, *rest)", "*shape", "K*ₓ", "K**",
     "a*b*c", "2*|x|", "‖r‖", "w_", "w__", "x_s", "|a| and |b|", "[*positions, d]", "f(*args, **kwargs)", "|x|_2",
     "(|k|)", "p_ / q_", "A|B",
 ]  # fmt: skip

@@ -268,14 +268,6 @@ class TestRows:
         with pytest.raises(ValueError, match=r"changes with the other rows of the batch.*track_running_stats=True"):
             evaluate(Function(mix), torch.randn(5, 3))
 
-    def test_mixed_seen_late(self, evaluate):
-        """One row alone cannot show it; the next inputs do."""
-        network = Function(lambda z: z - z.mean(0) + z.detach().sum() * 0)
-        module = NTKKernel(network)
-        module(torch.randn(1, 3)).to_dense()
-        with pytest.raises(ValueError, match="changes with the other rows"):
-            module(torch.randn(2, 3)).to_dense()
-
     def test_batch_norm_without_running_statistics(self, evaluate):
         network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 1))
         with pytest.raises(ValueError, match=r"changes with the other rows|one row"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import gpytorch
 import pytest
@@ -136,6 +136,14 @@ def in_threads(work: Callable[[int], None]) -> None:
         thread.join()
     if raised:
         raise raised[0]
+
+
+@pytest.fixture(autouse=True)
+def gpytorchs_own_tolerance() -> Iterator[None]:
+    """GPyTorch enters a setting of the whole process for each prediction: two threads leave it as neither found it."""
+    before = gpytorch.settings.cg_tolerance._global_value
+    yield
+    gpytorch.settings.cg_tolerance._global_value = before
 
 
 def make(network: str, engine: str, operation: str) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..network import FrozenNetwork, NetworkFunction, normal_tensor, some_rows
+from ..network import FrozenNetwork, NetworkFunction, is_finite, normal_tensor, some_rows
 from . import plain, transforms
 from .base import Jacobian, JacobianEngine
-from .modes import TRANSFORM_ERRORS, Modes, agree_at_random, is_transformed
+from .modes import TRANSFORM_ERRORS, Modes, Trial, agree_at_random, is_transformed
 
 logger = logging.getLogger("ntk_gp")
 
@@ -65,7 +65,7 @@ class AutodiffEngine(JacobianEngine):
                     flat = normal_tensor(x.detach()).reshape(-1, x.shape[-1])
                     with function.tracing(), torch.no_grad():
                         rows = some_rows(flat, _TRIED, partial(function, function.parameters))
-                    self._modes[key] = Modes(function, rows)
+                    self._modes[key] = Modes(Trial(function, rows))
         modes = self._modes.get(key, Modes())
         if not x.requires_grad:  # inducing points need rows only, and the first forward mode in a process takes a while
             modes.try_products()
@@ -122,14 +122,16 @@ class AutodiffJacobian(Jacobian):
             products = _tried(self._by_transforms, transforms.pushforward, tangents, x)
             if products is not None and self._is_transpose(x, tangents, products):
                 return products
-            modes.give_up("forward")
+            if products is None or is_finite(products):
+                modes.give_up("forward")
         if modes.twice:
             if is_transformed():
                 return self._by_transforms(transforms.transposed_pullback, tangents, x)
             products = plain.push(self.function, x, tangents)
             if self._is_transpose(x, tangents, products):
                 return products
-            modes.give_up("twice")
+            if is_finite(products):  # where they are not, only these inputs are to blame
+                modes.give_up("twice")
         return self._from_rows(x, tangents)
 
     def _is_transpose(self, x: Tensor, tangents: Tensor, products: Tensor) -> bool:
@@ -188,7 +190,9 @@ class AutodiffJacobian(Jacobian):
             if rows is not None:
                 return rows
         few = max(1, min(_SHARED, _VMAP_BYTES // max(1, self.function.bytes_per_point)))
-        return plain.rows(self.function, points, few)
+        rows = plain.rows(self.function, points, few)
+        # One point that is not finite makes those that share a pass with it so: zero times infinity.
+        return rows if few == 1 or is_finite(rows) else plain.rows(self.function, points)
 
     def gram(self, other: Jacobian, weights: Tensor) -> Tensor:
         batch = max(self.x.shape[0], other.x.shape[0], weights.shape[0])

@@ -8,7 +8,6 @@ import re
 import sys
 import threading
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ _AGREEING = frozenset(
 _NO_PADDING = 1 << 62  # what an embedding without padding has for its place is larger
 
 
-class _Trial:
+class Trial:
     """A network at a few points (m, d), and the rows of its Jacobian there by plain autograd."""
 
     def __init__(self, function: NetworkFunction, x: Tensor):
@@ -93,27 +92,21 @@ class _Trial:
 class Modes:
     """What can be done with a network, tried at a few points when it is first asked for.
 
-    :param function: The network function.
-    :param x: The points, (m, d).
+    :param trial: The network there.
 
     :ivar forward: Whether forward-mode differentiation works, and agrees with reverse mode.
     :ivar twice: Whether reverse-mode differentiation can be differentiated itself, and agrees.
     :ivar formulas_agree: Whether these two are known to agree at all inputs; if not, it is asked at each.
     """
 
-    def __init__(self, function: NetworkFunction | None = None, x: Tensor | None = None) -> None:
-        self._points = function, x
-        self._products_tried = function is None
+    def __init__(self, trial: Trial | None = None) -> None:
+        self._trial = trial
+        self._products_tried = trial is None
         self._forward = self._twice = self._formulas_agree = True
         self._vmap: bool | None = None
         self._one_by_one = 0
         self._differentiated: set[bool] = set()
         self._lock = threading.RLock()
-
-    @cached_property
-    def _trial(self) -> _Trial | None:
-        function, x = self._points
-        return None if function is None or x is None else _Trial(function, x)
 
     def try_products(self) -> None:
         """Finds out what serves J u, unless that is known, or this is inside a transform, where it cannot be told."""
@@ -166,6 +159,7 @@ class Modes:
         :param of_products: Of J u, and not of rows or of Jᵀ v.
         :raises NotImplementedError: If they cannot.
         """
+        function.check_input_gradients(x)
         if of_products in self._differentiated or is_transformed():
             return
         with self._lock, torch.enable_grad():

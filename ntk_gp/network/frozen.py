@@ -185,6 +185,7 @@ class FrozenNetwork(nn.Module):
         check_finite(x)
         self._check_few(x)
         function = self.function(x.dtype, x.device)
+        function.check_input_gradients(x)
         flat = x.reshape(-1, x.shape[-1])
         if flat.shape[0] == 0:
             out = flat.new_zeros(0, function.num_outputs)

@@ -68,7 +68,7 @@ class NetworkFunction:
         self._recurrent = network._is_recurrent
         self.unreached: frozenset[str] = frozenset()  # parameters without influence on the output, where it was tried
         self._left_out = network._left_out
-        self._runs_again = False  # whether backward passes run parts of the module again, as checkpoints do
+        self.runs_again = False  # whether backward passes run parts of the module again, as checkpoints do
         self._sizes_checked: set[int] = set()
         self._written: set[str] = set(network._renormalised)  # tensors that calls write to: each call gets its own
 
@@ -95,7 +95,7 @@ class NetworkFunction:
             tensors = {name: convert(tensor, self.inner_dtype) for name, tensor in tensors.items()}
         if self.input_shape is not None:
             x = x.reshape(x.shape[0], *self.input_shape)
-        if self._runs_again:
+        if self.runs_again:
             return self.skeletons.given(tensors)(x)
         with self.skeletons.lent(tensors) as module:
             return module(x)
@@ -225,7 +225,6 @@ class NetworkFunction:
                 f"parameters ({', '.join(list(self.parameters)[:3])}, …). Return a floating-point tensor that is "
                 "computed from them, without detach(), argmax or no_grad."
             )
-        self._runs_again = self._runs_again or not _can_be_differentiated(out, parameters)
         if _is_less_precise(out.dtype, self.inner_dtype or rows.dtype):
             raise TypeError(
                 f"The network returned {out.dtype} for inputs of {rows.dtype}. Its tensors were converted to the "
@@ -268,7 +267,10 @@ class NetworkFunction:
         again = {name: tensor.detach().clone().requires_grad_() for name, tensor in self.parameters.items()}
         constants = {name: tensor.clone() for name, tensor in self.constants.items()}
         with self.tracing(), torch.enable_grad():
-            leaves = leaves_below(self._call_with({**constants, **again}, rows))
+            x = rows.detach().clone().requires_grad_()
+            out_again = self._call_with({**constants, **again}, x)
+            leaves = leaves_below(out_again)
+        self.runs_again = self.runs_again or not _can_be_differentiated(out_again, {**again, "inputs": x})
         first, second = _unreached(parameters, leaves_below(out)), _unreached(again, leaves)
         if first != second or any(id(tensor) in leaves for tensor in parameters.values()):
             raise ValueError(
@@ -277,6 +279,17 @@ class NetworkFunction:
                 f"({', '.join(sorted(first ^ second))}). Compute it anew in each call of forward."
             )
         return first
+
+    def check_input_gradients(self, x: Tensor) -> None:
+        """Raises where derivatives with respect to x are asked for, and a network runs parts of itself again for them.
+
+        That would be later, outside :meth:`tracing`, with other operations than in the first run, and wrong.
+        """
+        if self.runs_again and torch.is_grad_enabled() and x.requires_grad:
+            raise NotImplementedError(
+                "A network with checkpoints, which runs parts of itself again in backward passes, has no gradients "
+                "with respect to inputs here. Switch checkpointing off, or take differences of predictions."
+            )
 
     def has_checked(self, rows: int) -> bool:
         """Whether a batch of so many rows is known to be treated row by row."""

@@ -71,9 +71,9 @@ class Recipe:
 
     @property
     def has_slope(self) -> bool:
-        """Whether finite differences in x say what its derivative is."""
+        """Whether finite differences in x say what its derivative is, and it is not refused, as of checkpoints."""
         exact = self.dtype == torch.float64 and not self.single
-        return exact and not any(BLOCKS[step.block].detached for step in self.steps)
+        return exact and not any(BLOCKS[step.block].detached or step.wrapper == "checkpointed" for step in self.steps)
 
     def keeping(self, places: list[int]) -> Recipe:
         """With only these of the blocks."""

@@ -229,6 +229,8 @@ class StructuredEngine(JacobianEngine):
     def _make_plan(self, function: NetworkFunction, rows: Tensor, refuted: dict[str, str]) -> Plan:
         """Found out at these inputs, without the parameters that were refuted at others."""
         version = rules.version()
+        if function.runs_again:  # without the recorder, which would make of it another network
+            refuted = dict.fromkeys(function.parameters, "backward passes run parts of the network again")
         names = tuple(name for name in function.parameters if name not in refuted)
         try:  # in float64, where a missing term stands out from rounding
             exact = self.network._convert(torch.float64, rows.device)
