@@ -1,4 +1,5 @@
 import copy
+import gc
 import pickle
 
 import pytest
@@ -210,3 +211,19 @@ def test_the_random_state_is_untouched_by_networks_that_draw():
     state = torch.get_rng_state()
     frozen.check(x)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_trying_a_network_leaves_no_memory_behind():
+    """A result whose graph holds itself is never freed."""
+    frozen, x = FrozenNetwork(nn.Sequential(nn.Linear(3, 77), nn.Tanh(), nn.Linear(77, 1)).double()), randn(5, 3)
+
+    def alive() -> int:
+        gc.collect()
+        tensors = [value for value in gc.get_objects() if isinstance(value, torch.Tensor)]
+        return sum(77 in tensor.shape for tensor in tensors)
+
+    frozen.check(x)
+    before = alive()
+    for n in (1, 2, 5, 9, 17):
+        frozen.check(randn(n, 3))
+    assert alive() == before

@@ -205,6 +205,16 @@ class TestCache:
         in_threads(lambda _: torch.testing.assert_close(cache.get("twice", lambda: 0, (x,), compute), 2 * x))
         assert len(calls) == 1
 
+    def test_what_was_made_last_is_kept_not_what_it_was_made_from(self):
+        cache, x = _Cache(), torch.ones(100)
+
+        def outer(x: Tensor) -> Tensor:
+            return 2 * cache.get("inner", lambda: 0, (x,), torch.square)
+
+        with ntk_gp.settings.memory_budget(4 * 4 * 300):  # room for one result with its key
+            cache.get("outer", lambda: 0, (x,), outer)
+            assert [entry.label[0] for entry in cache._entries] == ["outer"]
+
     def test_one_failure_fails_once(self):
         """Whoever waited for a computation that raised makes one of its own."""
         cache, calls, outcomes = _Cache(), [], []

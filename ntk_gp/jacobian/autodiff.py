@@ -24,12 +24,12 @@ from torch import Tensor
 from ..network import FrozenNetwork, NetworkFunction, is_finite, normal_tensor, some_rows
 from . import plain, transforms
 from .base import Jacobian, JacobianEngine
-from .modes import TRANSFORM_ERRORS, Modes, Trial, agree_at_random, is_transformed
+from .modes import TRANSFORM_ERRORS, Modes, agree_at_random, is_transformed
 
 logger = logging.getLogger("ntk_gp")
 
 # Points at which the ways to differentiate a network are tried.
-_TRIED = 3
+_TRIED = 2
 # Below this many bytes of activations a pass is bound by call overhead, and several columns go through it together;
 # above it one column saturates the cores, and batching columns only pushes them out of cache.
 _VMAP_BYTES = 1 << 18
@@ -64,8 +64,9 @@ class AutodiffEngine(JacobianEngine):
                 if key not in self._modes:
                     flat = normal_tensor(x.detach()).reshape(-1, x.shape[-1])
                     with function.tracing(), torch.no_grad():
-                        rows = some_rows(flat, _TRIED, partial(function, function.parameters))
-                    self._modes[key] = Modes(Trial(function, rows))
+                        rows = some_rows(flat, _TRIED, partial(function, function.parameters))[:_TRIED]
+                        function(function.parameters, rows)  # what raises is not what others are tried at
+                    self._modes[key] = Modes(function, rows)
         modes = self._modes.get(key, Modes())
         if not x.requires_grad:  # inducing points need rows only, and the first forward mode in a process takes a while
             modes.try_products()

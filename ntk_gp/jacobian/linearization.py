@@ -282,8 +282,10 @@ class _Cache:
     def _make_room(self, newest: _Entry) -> None:
         capacity = self.capacity(newest.keys[0].device)
         with self._lock:
-            if newest.nbytes > capacity and newest in self._entries:
+            if newest in self._entries:  # what it was made from is less recent than itself
                 self._entries.remove(newest)
+                if newest.nbytes <= capacity:
+                    self._entries.append(newest)
             while sum(entry.nbytes for entry in self._entries) > capacity:
                 self._entries.remove(next(entry for entry in self._entries if entry.done.is_set()))
 

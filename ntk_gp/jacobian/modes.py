@@ -44,7 +44,7 @@ _AGREEING = frozenset(
 _NO_PADDING = 1 << 62  # what an embedding without padding has for its place is larger
 
 
-class Trial:
+class _Trial:
     """A network at a few points (m, d), and the rows of its Jacobian there by plain autograd."""
 
     def __init__(self, function: NetworkFunction, x: Tensor):
@@ -92,16 +92,17 @@ class Trial:
 class Modes:
     """What can be done with a network, tried at a few points when it is first asked for.
 
-    :param trial: The network there.
+    :param function: The network function.
+    :param x: The points, (m, d).
 
     :ivar forward: Whether forward-mode differentiation works, and agrees with reverse mode.
     :ivar twice: Whether reverse-mode differentiation can be differentiated itself, and agrees.
     :ivar formulas_agree: Whether these two are known to agree at all inputs; if not, it is asked at each.
     """
 
-    def __init__(self, trial: Trial | None = None) -> None:
-        self._trial = trial
-        self._products_tried = trial is None
+    def __init__(self, function: NetworkFunction | None = None, x: Tensor | None = None) -> None:
+        self._points = None if function is None or x is None else (function, x)
+        self._products_tried = self._points is None
         self._forward = self._twice = self._formulas_agree = True
         self._vmap: bool | None = None
         self._one_by_one = 0
@@ -111,9 +112,9 @@ class Modes:
     def try_products(self) -> None:
         """Finds out what serves J u, unless that is known, or this is inside a transform, where it cannot be told."""
         with self._lock:
-            if self._products_tried or is_transformed() or self._trial is None:
+            if self._products_tried or is_transformed() or self._points is None:
                 return
-            trial = self._trial
+            trial = _Trial(*self._points)  # made anew when it is wanted: rows take memory
             # Also as it is done for inputs that require gradients.
             self._forward = trial.pushes_forward() and trial.pushes_forward(recorded=True)
             self._formulas_agree = trial.formulas_agree()
@@ -149,8 +150,8 @@ class Modes:
             self._one_by_one += count
             if self._one_by_one > _MANY or "torch._dynamo" in sys.modules:
                 with self._lock:
-                    if self._vmap is None and self._trial is not None:
-                        self._vmap = self._trial.serves_vmap(self.forward)
+                    if self._vmap is None and self._points is not None:
+                        self._vmap = _Trial(*self._points).serves_vmap(self.forward)
         return bool(self._vmap)
 
     def try_input_gradients(self, function: NetworkFunction, x: Tensor, of_products: bool) -> None:

@@ -352,7 +352,7 @@ class _SavedBytes:
         if address not in self.seen:
             self.seen.add(address)
             self.total += nbytes
-        return tensor
+        return tensor.detach()  # a result that held itself, by its graph, would never be freed
 
     @staticmethod
     def unpack(tensor: Tensor) -> Tensor:
