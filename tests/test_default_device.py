@@ -73,8 +73,15 @@ def elsewhere() -> Iterator[None]:
     torch.set_default_device(None)
 
 
-@pytest.mark.parametrize("options", [{}, {"engine": "autodiff"}, {"variance_groups": "layer"}], ids=str)
-@pytest.mark.parametrize("way", [FunctionSpaceSolver, WeightSpaceSolver, IterativeSolver])
+@pytest.mark.parametrize(
+    ("way", "options"),
+    [
+        (FunctionSpaceSolver, {}),
+        (WeightSpaceSolver, {"variance_groups": "layer"}),
+        (IterativeSolver, {"engine": "autodiff"}),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_inputs_decide(operation, way, options, elsewhere, monkeypatch):
     monkeypatch.setattr(ntk_gp.solvers.choice, "solver_class", lambda system: way)
