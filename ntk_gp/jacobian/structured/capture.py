@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from ...network import NetworkFunction
+from ...network import NetworkFunction, nodes_below
 from ..layers import replacement
 from ..rules import UnsupportedUse, Use, find_decomposition, find_rule
 from ..rules.registry import RegisteredRule
@@ -216,20 +216,9 @@ def _is_plain_view(value: Tensor) -> bool:
 
 def _below(output: Tensor) -> tuple[set[int], bool]:
     """The ids of all the leaves that a tensor was computed from, and whether there was a change of dtype on the way."""
-    leaves: set[int] = set()
-    seen: set[Any] = set()
-    pending = [output.grad_fn]
-    converted = False
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        converted |= node.name() == "ToCopyBackward0"
-        if hasattr(node, "variable"):
-            leaves.add(id(node.variable))
-        pending.extend(child for child, _ in node.next_functions)
-    return leaves, converted
+    nodes = list(nodes_below(output))
+    leaves = {id(node.variable) for node in nodes if hasattr(node, "variable")}
+    return leaves, any(node.name() == "ToCopyBackward0" for node in nodes)
 
 
 Place = tuple[int, bool]  # the dimension that runs over the points, and whether it runs over positions too
