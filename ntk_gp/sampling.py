@@ -86,7 +86,7 @@ class LinearizedNetwork(LinearizedModule):
         >>> served = LinearizedNetwork(network)
         >>> _ = served.load_state_dict(LinearizedNetwork(network, torch.randn(65)).state_dict())
 
-    :param network: The network, or a frozen one (:attr:`ntk_gp.NTKKernel.network`, with its options); copied.
+    :param network: The network, or a frozen one (a kernel's `network`, with its options); copied.
     :param displacement: ŵ, (P,), for the parameters in the order of `LinearizedNetwork.network.parameter_names`, each
         flattened. (Default: zeros, to be loaded.)
     :param parameters: The parameters that it is linearised in, as for :class:`~ntk_gp.NTKKernel`.

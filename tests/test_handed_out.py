@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import threading
 import warnings
 from collections.abc import Callable
 
@@ -18,6 +17,7 @@ from torch.export import Dim, export
 from ntk_gp import LinearizedNetwork, NetworkMean, NTKKernel, adapted_network, draw_functions
 from tests import references
 from tests.adapted import SMALL, AdaptedGP, assert_close, data, network
+from tests.in_threads import in_threads
 from tests.networks import CASES, Case
 
 # Those of them that are different for a tracer: selections and groups of parameters are not.
@@ -286,7 +286,7 @@ class TestLoading:
         assert adapted(x.double()).dtype == torch.float64
 
 
-THREADS, ROUNDS, MARK = 4, 15, 1e6
+ROUNDS, MARK = 8, 1e6
 
 
 class Guarded(nn.Sequential):
@@ -315,27 +315,16 @@ def test_threads(build, with_gradients, warm):
     together = module if warm else build(model_of(net))
     marked = zs[0].clone()
     marked[-1, 0] = MARK
-    barrier, raised = threading.Barrier(THREADS), []
 
-    def run(number: int) -> None:
-        try:
-            barrier.wait()
-            for i in range(ROUNDS):
-                j = (5 * number + i) % len(zs)
-                if (i + number) % 5 == 0:
-                    with contextlib.suppress(ArithmeticError, ValueError):
-                        call(marked)
-                assert_close(call(zs[j]).detach(), expected[j], 1e-9)
-        except BaseException as error:  # to be raised where the test sees it
-            raised.append(error)
+    def work(number: int) -> None:
+        for i in range(ROUNDS):
+            j = (5 * number + i) % len(zs)
+            if (i + number) % 5 == 0:
+                with contextlib.suppress(ArithmeticError, ValueError):
+                    call(marked)
+            assert_close(call(zs[j]).detach(), expected[j], 1e-9)
 
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if raised:
-        raise raised[0]
+    in_threads(work)
 
 
 class TestSharing:

@@ -7,7 +7,6 @@ the network raises when it meets a marked input, which must harm neither the oth
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -20,8 +19,9 @@ import ntk_gp
 from ntk_gp import NetworkMean, NTKKernel
 from ntk_gp.jacobian.linearization import _Cache
 from ntk_gp.network.switches import Switch
+from tests.in_threads import THREADS, in_threads
 
-THREADS, ROUNDS = 4, 8
+ROUNDS = 8
 MARK = 1e6  # an input for which the network raises
 
 
@@ -117,27 +117,6 @@ def global_state() -> tuple:
     )
 
 
-def in_threads(work: Callable[[int], None]) -> None:
-    """Runs it in several threads, all of which begin at the same moment; raises what one of them raised."""
-    barrier, raised = threading.Barrier(THREADS), []
-
-    def run(number: int) -> None:
-        try:
-            barrier.wait()
-            with torch.no_grad():
-                work(number)
-        except BaseException as error:  # to be raised where the test sees it
-            raised.append(error)
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if raised:
-        raise raised[0]
-
-
 @pytest.fixture(autouse=True)
 def gpytorchs_own_tolerance() -> Iterator[None]:
     """GPyTorch enters a setting of the whole process for each prediction: two threads leave it as neither found it."""
@@ -171,6 +150,7 @@ def test_answers_are_those_of_one_thread(network, engine, operation, warm):
     marked[-1, 0] = MARK
     before = global_state()
 
+    @torch.no_grad()
     def work(number: int) -> None:
         for i in range(ROUNDS):
             j = (number * 5 + i) % len(zs)

@@ -140,7 +140,7 @@ class FrozenNetwork(nn.Module):
     def fingerprint(self, thorough: bool = False) -> int:
         """A number that no other state of a snapshot has: new after `.to`, `load_state_dict`, in-place edits.
 
-        :param thorough: Look for edits that leave no trace, too (see :class:`.fingerprint.Fingerprint`). What users
+        :param thorough: Look for edits that leave no trace, too, by checksums of every byte. What users
             call does so once.
         """
         places = self._places
