@@ -8,7 +8,9 @@ import re
 from collections.abc import Iterable
 
 _ROLE_OR_LITERAL = r"``.+?``|(?::[\w:+-]+:)?`[^`]+`_{0,2}"
-_EMPHASIS = r"(?<![\w*\\])(?P<stars>\*{1,2})(?=[^\s*])[^*,()`|]*[^\s*,()`|\\](?P=stars)(?![\w*])"
+# Where RST lets emphasis end: not before 2*|x|'s bar, although the backslash that is put there would let it.
+_END = r"(?=[\s'\")\]}>/:.,;!?-]|$)"
+_EMPHASIS = rf"(?<![\w*\\])(?P<stars>\*{{1,2}})(?=[^\s*])[^*,()`|]*[^\s*,()`|\\](?P=stars){_END}"
 _LEFT_ALONE = re.compile("|".join((_ROLE_OR_LITERAL, _EMPHASIS, r"\\.")), re.DOTALL)
 _MARKUP = re.compile(r"(?<!^)[|]|^[|](?!\s)|(?<!^)[*]|^[*](?!\s)|(?<=[^\W_])_(?=_*(?!\w))", re.MULTILINE)
 _TABLE_OR_LINE_BLOCK = re.compile(r"\s*(?:\|\s|\+[-=]|={2,}\s)")

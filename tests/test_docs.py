@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import ntk_gp
@@ -80,13 +80,14 @@ def rendered(lines: list[str]) -> tuple[str, str]:
 MATHEMATICS = [
     "|K + D|", "log |sK + σ²D|", "|D^{1/2} M D^{1/2}|", "(*batch, n, C)", "x1 (n, *rest)", "*shape", "K*ₓ", "K**",
     "a*b*c", "2*|x|", "‖r‖", "w_", "w__", "x_s", "|a| and |b|", "[*positions, d]", "f(*args, **kwargs)", "|x|_2",
-    "(|k|)", "p_ / q_", "A|B",
+    "(|k|)", "p_ / q_", "A|B", "2*(a + b)", "2*{a}",
 ]  # fmt: skip
 
 
 class TestPlainMathematics:
     """Docstrings with mathematics in plain text come out as they were written."""
 
+    @example(["*shape", "2*|x|"], 0)
     @given(st.lists(st.sampled_from(MATHEMATICS), min_size=1, max_size=8), st.integers(0, 7))
     def test_reads_as_written(self, formulas, line_end):
         words = [*formulas[:line_end], "and\n" + " ".join(["so", *formulas[line_end:]])]
