@@ -671,8 +671,9 @@ def vmap_inside(self, h, x):
     return torch.func.vmap(lambda row: torch.sin(row * self.scale))(h)
 
 
-@block(layer=linear(WIDTH, 3))
+@block(once=True, layer=linear(WIDTH, 3))
 def func_gradient_inside(self, h, x):
+    """Which torch does not run inside of a checkpoint."""
     return torch.func.grad(lambda z: torch.tanh(self.layer(z)).sum())(h)
 
 
