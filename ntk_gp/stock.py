@@ -20,12 +20,12 @@ from gpytorch import settings
 BOTORCH_CHOLESKY_SIZE = 4096
 STOCK_CHOLESKY_SIZES = (800, BOTORCH_CHOLESKY_SIZE)  # GPyTorch's default, and what importing BoTorch makes of it
 
-_VALUES = (
-    settings.max_cholesky_size,
-    settings.cg_tolerance,
-    settings.eval_cg_tolerance,
-    settings.max_root_decomposition_size,
-)
+_DEFAULTS = {
+    settings.max_cholesky_size: STOCK_CHOLESKY_SIZES,
+    settings.cg_tolerance: (1,),
+    settings.eval_cg_tolerance: (0.01,),
+    settings.max_root_decomposition_size: (100,),
+}
 _BY_DTYPE = ("_global_float_value", "_global_double_value", "_global_half_value")
 
 
@@ -53,9 +53,9 @@ def is_stock(value: Any) -> bool:
 
 def mark() -> None:
     """Marks the present values as defaults; what was chosen before this package was imported is left as it is."""
-    for setting in _VALUES:
+    for setting, defaults in _DEFAULTS.items():
         value = setting.value()
-        if not is_stock(value) and value in _defaults_of(setting):
+        if not is_stock(value) and value in defaults:
             setting._global_value = stock(value)
     for name in _BY_DTYPE:
         value = getattr(settings.min_variance, name)
@@ -83,15 +83,6 @@ def chosen_min_variance(dtype: Any) -> float | None:
     """The `gpytorch.settings.min_variance` that the user has set for a dtype, if any."""
     value = settings.min_variance.value(dtype)
     return None if is_stock(value) else value
-
-
-def _defaults_of(setting: Any) -> tuple[float, ...]:
-    return {
-        settings.max_cholesky_size: STOCK_CHOLESKY_SIZES,
-        settings.cg_tolerance: (1,),
-        settings.eval_cg_tolerance: (0.01,),
-        settings.max_root_decomposition_size: (100,),
-    }[setting]
 
 
 class _Botorch:

@@ -238,7 +238,7 @@ def _input_gradient(
 
 def _agree_everywhere(function: NetworkFunction, x: Tensor) -> bool:
     """Whether all that the network is made of has derivatives, in forward mode and twice, that agree at any inputs."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in function.parameters.items()}
+    leaves = function.leaves()
     with torch.enable_grad():
         return all(map(_has_agreeing_derivatives, nodes_below(function(leaves, x))))
 

@@ -20,7 +20,7 @@ def pull(function: NetworkFunction, x: Tensor, cotangents: Tensor) -> Tensor:
 
     Differentiable with respect to x and the vectors where gradients are recorded and one of them requires some.
     """
-    leaves = _leaves(function)
+    leaves = function.leaves()
     if torch.is_grad_enabled() and (x.requires_grad or cotangents.requires_grad):
         out = function(leaves, x).reshape(-1)
         pulled = [_gradients(out, leaves, v, create_graph=True) for v in cotangents]
@@ -48,7 +48,7 @@ def push(function: NetworkFunction, x: Tensor, tangents: Tensor) -> Tensor:
     Differentiable with respect to x and the vectors, as :func:`pull`.
     """
     recorded = torch.is_grad_enabled() and (x.requires_grad or tangents.requires_grad)
-    leaves = _leaves(function)
+    leaves = function.leaves()
     products = []
     with torch.enable_grad():
         out = function(leaves, x if recorded else x.detach()).reshape(-1)
@@ -77,10 +77,6 @@ def _rows(function: NetworkFunction, points: Tensor) -> Tensor:
     count = len(points) * function.num_outputs
     identity = torch.eye(count, dtype=points.dtype, device=points.device)
     return pull(function, points, identity).unflatten(0, (len(points), -1))
-
-
-def _leaves(function: NetworkFunction) -> dict[str, Tensor]:
-    return {name: tensor.detach().requires_grad_() for name, tensor in function.parameters.items()}
 
 
 def _gradients(out: Tensor, leaves: Mapping[str, Tensor], v: Tensor, create_graph: bool) -> dict[str, Tensor | None]:

@@ -111,6 +111,10 @@ class NetworkFunction:
                 "make kernel and mean anew."
             )
 
+    def leaves(self) -> dict[str, Tensor]:
+        """The parameters as tensors to differentiate with respect to, which share their memory."""
+        return {name: tensor.detach().requires_grad_() for name, tensor in self.parameters.items()}
+
     @property
     def num_parameters(self) -> int:
         """P."""

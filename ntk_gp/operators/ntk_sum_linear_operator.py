@@ -18,15 +18,8 @@ from torch import Tensor
 from ._densely_solved import DenselySolved
 
 
-class NTKSumLinearOperator(DenselySolved, SumLinearOperator):
-    """A neural tangent kernel matrix plus others, such as a Matérn kernel's or correlated noise; solved exactly.
-
-    :param linear_ops: The matrices to add; or one alone that holds such a sum or a product, in a form that solves
-        otherwise.
-    """
-
-    def _mul_constant(self, other: float | Tensor) -> LinearOperator:
-        return self.__class__(*(operator._mul_constant(other) for operator in self.linear_ops))
+class _Combined(DenselySolved):
+    """What sums and products share: what is made of them, by GPyTorch's methods, is exact again."""
 
     def _mul_matrix(self, other: Tensor | LinearOperator) -> LinearOperator:
         return entry_by_entry(self, other)
@@ -36,6 +29,17 @@ class NTKSumLinearOperator(DenselySolved, SumLinearOperator):
 
     def add_diagonal(self, diag: Tensor) -> LinearOperator:
         return self + super().add_diagonal(diag)._diag_tensor
+
+
+class NTKSumLinearOperator(_Combined, SumLinearOperator):
+    """A neural tangent kernel matrix plus others, such as a Matérn kernel's or correlated noise; solved exactly.
+
+    :param linear_ops: The matrices to add; or one alone that holds such a sum or a product, in a form that solves
+        otherwise.
+    """
+
+    def _mul_constant(self, other: float | Tensor) -> LinearOperator:
+        return self.__class__(*(operator._mul_constant(other) for operator in self.linear_ops))
 
     def __add__(self, other: Tensor | LinearOperator | float) -> LinearOperator | Tensor:
         if isinstance(other, DiagLinearOperator):
@@ -56,7 +60,7 @@ class NTKSumAddedDiagLinearOperator(DenselySolved, AddedDiagLinearOperator):
         return entry_by_entry(self, other)
 
 
-class NTKProductLinearOperator(DenselySolved):
+class NTKProductLinearOperator(_Combined):
     """The product, entry by entry, of a neural tangent kernel matrix and another, as lazy as they are.
 
     Slices are products of slices: of a joint matrix of training and test points only what is asked for is computed.
@@ -115,15 +119,6 @@ class NTKProductLinearOperator(DenselySolved):
 
     def _mul_constant(self, other: float | Tensor) -> LinearOperator:
         return self.__class__(self.left._mul_constant(other), self.right)
-
-    def _mul_matrix(self, other: Tensor | LinearOperator) -> LinearOperator:
-        return entry_by_entry(self, other)
-
-    def _prod_batch(self, dim: int) -> LinearOperator:
-        return product_over_batch(self, dim)
-
-    def add_diagonal(self, diag: Tensor) -> LinearOperator:
-        return self + super().add_diagonal(diag)._diag_tensor
 
     def __add__(self, other: Tensor | LinearOperator | float) -> LinearOperator | Tensor:
         return NTKSumLinearOperator(self) + other

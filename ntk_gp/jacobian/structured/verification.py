@@ -130,7 +130,7 @@ def wrong_products(
     generator = torch.Generator(device="cpu").manual_seed(0)
     v = 1 + torch.rand(len(rows), function.num_outputs, generator=generator, dtype=torch.float64, device="cpu")
     v = (v * (2 * torch.randint(0, 2, v.shape, generator=generator, device="cpu") - 1)).to(rows)
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in function.parameters.items()}
+    leaves = function.leaves()
     with torch.enable_grad():
         output = function(leaves, rows)
     expected = torch.autograd.grad(output, list(leaves.values()), v, allow_unused=True)
