@@ -323,6 +323,47 @@ def test_a_users_decomposition_that_is_wrong_further_on():
         del _DECOMPOSITIONS[absolute]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rule", [forgets_it_below_minus_two, raises_below_zero, has_the_wrong_shape_below_zero])
+def test_a_rule_of_the_packages_own_that_is_wrong_further_on(rule: Callable, dtype: torch.dtype):
+    """Which is compared at a few rows of each large capture, and once in a while of small ones."""
+    absolute = function_of_two(lambda x, weight: x.abs() @ weight.T)
+    with registered(absolute, rule):
+        _RULES[absolute].is_own = True
+        torch.manual_seed(0)
+        network = FrozenNetwork(Own(absolute).double(), parameters="weight")
+        x = points(600, dtype=dtype).abs()
+        engine = StructuredEngine(network)
+        assert engine.linearize(x).report()[0]["served_by"] != "autodiff"
+        expected = explicit(network, (-3 - x).double())
+        assert_close(engine.linearize(-3 - x).rows().double(), expected, 1e-10 if dtype == torch.float64 else 5e-5)
+        engine = StructuredEngine(network)
+        for rows in (x, -3 - x):
+            reports = [engine.linearize(part).report()[0]["served_by"] for part in rows.split(40, dim=1)]
+        assert reports[-1] == "autodiff"
+
+
+class Kinks(nn.Module):
+    """Units of which many are within rounding of where their derivative jumps."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 1))
+        with torch.no_grad():  # twice the same with opposite signs: zero but for rounding
+            self.layers[2].weight[:, 32:] = -self.layers[2].weight[:, :32]
+            self.layers[2].bias.zero_()
+            self.layers[0].weight[32:], self.layers[0].bias[32:] = self.layers[0].weight[:32], self.layers[0].bias[:32]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def test_two_passes_that_go_two_ways_at_a_kink_are_both_right():
+    torch.manual_seed(0)
+    jacobian = StructuredEngine(FrozenNetwork(Kinks())).linearize(points(600, dtype=torch.float32))
+    assert [e["parameter"] for e in jacobian.report() if e["served_by"] == "autodiff"] == []
+
+
 def test_rules_reach_kernels_that_exist():
     absolute = function_of_two(lambda x, weight: x.abs() @ weight.T)
     linearization = Linearization(FrozenNetwork(Own(absolute).double()), engine="structured")

@@ -108,19 +108,36 @@ class RegisteredRule:
     signature: inspect.Signature = field(init=False)
 
     def __post_init__(self) -> None:
-        signature = inspect.signature(self.rule)
-        self.signature = signature.replace(parameters=list(signature.parameters.values())[1:])
+        parameters = list(inspect.signature(self.rule).parameters.values())[1:]
+        self.signature = inspect.Signature(parameters)
+        positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        self._names = tuple(p.name for p in positional)
+        self._num_required = sum(p.default is p.empty for p in positional)
+        # Whether calls without keywords can be read by place alone, without looking at the signature each time.
+        self._is_plain = all(
+            p in positional or (p.kind is p.KEYWORD_ONLY and p.default is not p.empty) for p in parameters
+        )
 
     @property
     def name(self) -> str:
         return self.rule.__name__
 
-    def bind(self, args: tuple, kwargs: dict) -> inspect.BoundArguments | None:
+    def bind(self, args: tuple, kwargs: dict) -> dict[str, Any] | None:
         """The call's arguments by name, or None if this is not a call that the rule is for."""
+        if self._is_plain and not kwargs and self._num_required <= len(args) <= len(self._names):
+            return dict(zip(self._names, args, strict=False))
         try:
-            return self.signature.bind(*args, **kwargs)
+            return self.signature.bind(*args, **kwargs).arguments
         except TypeError:
             return None
+
+    def call(self, function: Callable, arguments: dict[str, Any], *before: Any) -> Any:
+        """A function of what comes before and of the arguments by name, handed over as the signature says."""
+        if self._is_plain and list(arguments) == list(self._names[: len(arguments)]):
+            return function(*before, *arguments.values())
+        bound = self.signature.bind_partial()
+        bound.arguments.update(arguments)
+        return function(*before, *bound.args, **bound.kwargs)
 
 
 @dataclass

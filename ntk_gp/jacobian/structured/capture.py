@@ -24,15 +24,18 @@ from ..rules.registry import RegisteredRule
 from ..terms import ParameterView, Term
 from .recorded_layers import RECORDED_AS
 
+# How a network gets hold of its graph; `grad_fn` is a property.
+_HOOKS = (Tensor.register_hook, vars(torch._C.TensorBase)["grad_fn"].__get__)
 # Below this many elements at all the uses together, outputs are differentiated side by side instead of one by one.
 _BATCHED_ELEMENTS = 1 << 20
 
 
 @dataclass
 class RecordedUse:
-    """One call: its rule, its arguments (parameters replaced by views), its result's shape, and where the result is in
-    autograd's graph."""
+    """One call: its function and rule, its arguments (parameters replaced by views), its result's shape, and where the
+    result is in autograd's graph."""
 
+    function: Callable
     rule: RegisteredRule
     arguments: dict[str, Any]
     shape: torch.Size
@@ -66,6 +69,7 @@ class Recording:
     :param unseen: The parameters that the output depends on in other ways too, in the order of the names asked for.
     :param is_rounded: Whether a part of it was computed in another dtype.
     :param is_foreign: Whether a decomposition that is not this package's own took part.
+    :param is_hooked: Whether the network looked at its graph, as it does to change what flows back.
     """
 
     uses: list[RecordedUse]
@@ -73,6 +77,7 @@ class Recording:
     unseen: tuple[str, ...]
     is_rounded: bool = False
     is_foreign: bool = False
+    is_hooked: bool = False
 
     @property
     def signature(self) -> tuple:
@@ -120,7 +125,7 @@ def _record(function: NetworkFunction, x: Tensor, names: Sequence[str], copy: bo
         output = function({**function.parameters, **leaves}, x)
     reached, is_rounded = _below(output)
     unseen = tuple(name for name, leaf in leaves.items() if id(leaf) in reached)
-    return Recording(recorder.uses, output, unseen, is_rounded, recorder.is_foreign)
+    return Recording(recorder.uses, output, unseen, is_rounded, recorder.is_foreign, recorder.is_hooked)
 
 
 class _Recorder(TorchFunctionMode):
@@ -128,7 +133,7 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.uses: list[RecordedUse] = []
         self.copy = copy
-        self.is_foreign = False
+        self.is_foreign = self.is_hooked = False
         starts = [0]
         for size in function.sizes:
             starts.append(starts[-1] + size)
@@ -137,6 +142,7 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        self.is_hooked |= function in _HOOKS
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
         decomposition = find_decomposition(function)
@@ -150,7 +156,7 @@ class _Recorder(TorchFunctionMode):
         bound = None if rule is None else rule.bind(args, kwargs)
         if rule is None or bound is None:
             return _call(function, *args, **kwargs)
-        found = {name: self.view(bound.arguments.get(name)) for name in rule.parameters}
+        found = {name: self.view(bound.get(name)) for name in rule.parameters}
         views = {name: view for name, view in found.items() if view is not None}
         if not views:
             return _call(function, *args, **kwargs)
@@ -158,16 +164,16 @@ class _Recorder(TorchFunctionMode):
         return _call(function, *args, **kwargs) if result is None else result
 
     def _use(
-        self, function: Callable, rule: RegisteredRule, bound: Any, views: dict[str, ParameterView]
+        self, function: Callable, rule: RegisteredRule, bound: dict[str, Any], views: dict[str, ParameterView]
     ) -> Tensor | None:
         """The call's result, recorded; None where it is not one tensor."""
         for name in views:
-            bound.arguments[name] = bound.arguments[name].detach()
-        kept = {name: _kept(value, self.copy) for name, value in bound.arguments.items()}
-        result = _call(function, *bound.args, **bound.kwargs)
+            bound[name] = bound[name].detach()
+        kept = {name: _kept(value, self.copy) for name, value in bound.items()}
+        result = rule.call(replacement(function, RECORDED_AS), bound)
         if not isinstance(result, Tensor) or not result.is_floating_point():
             return None
-        in_place = any(result is value for value in bound.arguments.values())
+        in_place = any(result is value for value in bound.values())
         if in_place or result._is_view() or not result.requires_grad:  # the graph has no place for it alone yet
             perturbation = result.new_zeros(()).expand(result.shape).requires_grad_()
             edge = get_gradient_edge(perturbation)
@@ -176,7 +182,7 @@ class _Recorder(TorchFunctionMode):
             edge = get_gradient_edge(result)
         arguments = {**kept, **views}
         versions = [(value, value._version) for value in arguments.values() if isinstance(value, Tensor)]
-        self.uses.append(RecordedUse(rule, arguments, result.shape, edge, versions))
+        self.uses.append(RecordedUse(function, rule, arguments, result.shape, edge, versions))
         return result
 
     def view(self, value: Any) -> ParameterView | None:
@@ -250,6 +256,10 @@ class TensorLayout:
         dim = self.place[0]
         return (*self.shape[:dim], self.shape[dim] * n // self.points, *self.shape[dim + 1 :])
 
+    def take(self, tensor: Tensor, n: int, rows: Tensor) -> Tensor:
+        """The tensor, of n points, at some of them; as it is where it does not depend on them."""
+        return tensor if self.place is None else take_points(tensor, self.place, n, rows)
+
     def first(self, tensor: Tensor, n: int) -> Tensor:
         """The tensor with the points first, (n, …); as it is where it does not depend on them."""
         return tensor if self.place is None else points_first(tensor, self.place, n)
@@ -304,10 +314,8 @@ def use_terms(use: RecordedUse, gradients: Tensor, n: int, layout: Layout, squar
     dim, split = layout.result.place
     g = points_first(gradients.square() if squared else gradients, (dim + 1, split), n)
     g = g.movedim(1 + split, 1)  # (n, C, positions from the split, …)
-    bound = use.rule.signature.bind_partial()
-    bound.arguments.update(arguments)
     try:
-        terms = list(use.rule.rule(Use(g, dim, len(use.shape), split), *bound.args, **bound.kwargs))
+        terms = list(use.rule.call(use.rule.rule, arguments, Use(g, dim, len(use.shape), split)))
         for term in terms:
             term.check(n, len(gradients))
     except UnsupportedUse:
@@ -322,3 +330,12 @@ def points_first(tensor: Tensor, place: Place, n: int) -> Tensor:
     dim, split = place
     tensor = tensor.movedim(dim, 0)
     return tensor.unflatten(0, (n, -1)) if split else tensor
+
+
+def take_points(tensor: Tensor, place: Place, n: int, rows: Tensor) -> Tensor:
+    """A tensor at some of its n points, laid out as it is: memory of its own."""
+    dim, split = place
+    if split:
+        positions = tensor.shape[dim] // n
+        rows = (rows.unsqueeze(1) * positions + torch.arange(positions, device=rows.device)).flatten()
+    return tensor.index_select(dim, rows)

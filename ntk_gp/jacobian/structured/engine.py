@@ -23,12 +23,10 @@ from ..terms import FeatureTerm, MatrixTerm, Term, merge_terms
 from .capture import Layout, RecordedUse, Recording, compare_layouts, points_first, record, use_terms
 from .gram import is_tiled
 from .jacobian import ChunkedJacobian, StructuredJacobian
-from .verification import misplaced, wrong_products
+from .verification import NUM_ROWS, misplaced, wrong_derivatives, wrong_products
 
 logger = logging.getLogger("ntk_gp")
 
-# Points at which the recorded uses are compared with autograd.
-_VERIFIED_POINTS = 8
 _MISPLACED = "rows at its use are not the points' own, in their order"
 # Autograd's intermediate results and gradients take up to about eight times the memory of the factors kept, and may
 # have half of the budget.
@@ -38,6 +36,9 @@ _CAPTURE_OVERHEAD = 16
 _HELD_SHARE = 5
 # Otherwise each chunk is what is captured at once; one may still be held while the next is captured.
 _CHUNK_SHARE = _CAPTURE_OVERHEAD
+# Derivatives are compared with autograd's at a capture of so many rows, or once in so many of smaller ones: what that
+# costs must not show.
+_COMPARED = 512
 # A matrix whose per-point gradients are hardly wider than its two factors is kept as them: one product in place of two.
 _DENSE_MARGIN = 16
 
@@ -80,6 +81,15 @@ class Plan:
     gram_flops: float = 0.0
     product_flops: float = 0.0
     capture_flops: float = 0.0
+    rows_since: int = 0  # captured since derivatives were compared with autograd's
+
+    def is_due(self, n: int) -> bool:
+        """Whether derivatives are to be compared at n more rows."""
+        self.rows_since += n
+        due = self.rows_since >= _COMPARED
+        if due:
+            self.rows_since = 0
+        return due
 
 
 class _Refuted(Exception):
@@ -136,7 +146,7 @@ class StructuredEngine(JacobianEngine):
             plan = self._plans.get(function)
         if plan is None or plan.version != rules.version():
             with function.tracing(), torch.no_grad():
-                rows = some_rows(x.reshape(-1, x.shape[-1]), _VERIFIED_POINTS, partial(function, function.parameters))
+                rows = some_rows(x.reshape(-1, x.shape[-1]), NUM_ROWS, partial(function, function.parameters))
             plan = self._make_plan(function, rows, {})
             self._remember(function, plan)
         return plan
@@ -195,17 +205,26 @@ class StructuredEngine(JacobianEngine):
             rows = _telling_rows(recording, gradients, plan, flat)
             if len(rows):
                 self._verify_again(function, plan, rows)
-            self._verify(function, flat, recording, gradients, plan)
-            terms = _recorded_terms(recording, gradients, plan.layouts)
+            parts = _recorded_terms(recording, gradients, plan.layouts)
+            self._verify(function, flat, recording, gradients, plan, parts)
+        terms = [term for part in parts for term in part]
         shape = x.shape[:2]
         return [term.map(lambda t: t.squeeze(0).unflatten(0, shape)) for term in merge_terms(terms)]
 
     @staticmethod
     def _verify(
-        function: NetworkFunction, rows: Tensor, recording: Recording, gradients: list[Tensor], plan: Plan
+        function: NetworkFunction,
+        rows: Tensor,
+        recording: Recording,
+        gradients: list[Tensor],
+        plan: Plan,
+        terms: list[list[Term]],
     ) -> None:
         """Raises where this capture does not pass."""
-        reasons = _reasons(misplaced(recording, gradients, plan.layouts), _MISPLACED)
+        reasons = {}
+        if plan.is_due(len(rows)):
+            reasons = wrong_derivatives(function, rows, recording, gradients, plan.layouts, terms)
+        reasons |= _reasons(misplaced(recording, gradients, plan.layouts), _MISPLACED)
         foreign = [use for use in recording.uses if recording.is_foreign or not use.rule.is_own]
         names = dict.fromkeys(name for use in foreign for name in _names(use) if name not in reasons)
         if names:
@@ -320,12 +339,13 @@ def _check_layouts(recording: Recording, layouts: list[Layout]) -> None:
         raise _Refuted(reasons)
 
 
-def _recorded_terms(recording: Recording, gradients: list[Tensor], layouts: list[Layout]) -> list[Term]:
-    terms: list[Term] = []
+def _recorded_terms(recording: Recording, gradients: list[Tensor], layouts: list[Layout]) -> list[list[Term]]:
+    """Those of every use."""
+    terms: list[list[Term]] = []
     reasons: dict[str, str] = {}
     for use, g, layout in zip(recording.uses, gradients, layouts, strict=True):
         try:
-            terms += use_terms(use, g, len(recording.output), layout)
+            terms.append(use_terms(use, g, len(recording.output), layout))
         except UnsupportedUse as error:
             reasons |= _reasons([use], f"{use.rule.name}: {error}")
     if reasons:
@@ -340,7 +360,7 @@ def _telling_rows(recording: Recording, gradients: list[Tensor], plan: Plan, row
         place = plan.layouts[i].result.place
         assert place is not None
         alive = points_first(gradients[i], (place[0] + 1, place[1]), len(rows)).flatten(1).any(-1)
-        found.append(alive.nonzero().squeeze(-1)[:_VERIFIED_POINTS])
+        found.append(alive.nonzero().squeeze(-1)[:NUM_ROWS])
     return rows[torch.cat(found).unique()] if found else rows[:0]
 
 

@@ -98,3 +98,6 @@ RECORDED_AS: dict[Callable, Callable] = {
     Tensor.tanh: tanh,
     F.batch_norm: batch_norm,
 }
+
+# The nodes of these in autograd's graph: of each row by itself.
+ROW_BY_ROW = (_Linear._backward_cls, _Tanh._backward_cls)

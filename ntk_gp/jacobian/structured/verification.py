@@ -1,27 +1,38 @@
-r"""Putting what was recorded to the test.
+r"""Putting what was recorded to the test, at every capture.
 
-Two tests, for two things that can be wrong:
-
-* *Which row is whose* (:func:`misplaced`), at every use, at every capture. Gradients at a use's result come from one
-  pass for each output, in which all points take part; that is right only if rows belong to points in the order that the
-  layout says, and to one point each. One more pass, with a weight v for each point and output, must give
+* *At a few rows* (:func:`wrong_derivatives`), spread over the inputs, Jᵀv from the terms is compared with autograd's
+  for the network as it is, parameter by parameter. Where the two differ by more than rounding, single calls are looked
+  at: at a kink (a unit of a ReLU layer that is all but zero) two passes may go two ways, both of them right.
+* *In every row of every use* (:func:`misplaced`), what flows back is compared. Gradients at a use's result come from
+  one pass for each output, in which all points take part; that is right only if rows belong to points in the order that
+  the layout says, and to one point each. One more pass, with a weight v for each point and output, must give
   :math:`h_i = \sum_c v_{ic} g_{ic}` in each row. Where rows are permuted, routed or mixed, h has another point's v, and
-  is off by a factor, not by a little, however small g is.
-* *What a rule says* (:func:`wrong_products`): Jᵀv from the terms against autograd's, parameter by parameter.
+  is off by a factor, not by a little, however small g is. Where autograd's graph tells that rows stay apart
+  (:mod:`.rowwise`), there is nothing to find out.
+
+Where a rule has yet to earn trust, :func:`wrong_products` compares Jᵀv over all the inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from ...network import NetworkFunction
 from ..rules import UnsupportedUse
-from ..terms import Term
-from .capture import Layout, RecordedUse, Recording, use_terms
+from ..terms import ParameterView, Term
+from .capture import Layout, RecordedUse, Recording, take_points, use_terms
+from .rowwise import keeps_rows_apart
 
+# Rows at which derivatives are compared with autograd's, at most.
+NUM_ROWS = 8
+
+_WRONG = "its gradients by the recorded uses differ from autograd's"
 # Weights are powers of two of so many sizes: with them, a backward pass is scaled without rounding.
 _SIZES = 16
 # Of Jᵀv, relative to its own size: rounding, amplified by a network's depth.
@@ -47,9 +58,12 @@ def combination(n: int, outputs: int, like: Tensor) -> Tensor:
 
 
 def misplaced(recording: Recording, gradients: Sequence[Tensor], layouts: Sequence[Layout]) -> list[RecordedUse]:
-    """The uses in whose results a row is not its point's alone. Costs one backward pass."""
+    """The uses in whose results a row is not its point's alone.
+
+    Costs one backward pass, or none where the graph says it or all rows are the one point's.
+    """
     n, outputs = recording.output.shape
-    if n == 1 or not (recording.uses and recording.output.requires_grad):  # all rows are the one point's
+    if n == 1 or not (recording.uses and recording.output.requires_grad) or keeps_rows_apart(recording, layouts):
         return []
     weights = combination(n, outputs, recording.output)
     differences = recording.combined(weights)
@@ -124,31 +138,134 @@ def wrong_products(
 ) -> tuple[dict[str, str], set[str]]:
     """Those of `names` for which Jᵀv, for a random v, is not what autograd says, and those for which it says zero.
 
-    Costs a forward and a backward pass through the network as it is, nothing replaced in it. The difference allowed is
-    what rounding explains: of the result, and of everything that was summed for it, in quadrature.
+    Costs a forward and a backward pass through the network as it is, nothing replaced in it.
     """
+    v = _random(len(rows), function.num_outputs, rows.dtype, rows.device)
+    expected = _autograd(function, v, rows)
+    actual = _pulled(function, v, collect(recording, gradients, layouts, names))
+
+    def summed() -> Tensor:
+        return _pulled(function, v.square(), collect(recording, gradients, layouts, names, squared=True))
+
+    wrong = _differing(function, recording, actual, expected, summed)
+    silent = {name for name, gradient in function.split(expected).items() if not gradient.any()}
+    return {name: _WRONG for name in wrong if name in names}, silent
+
+
+def wrong_derivatives(
+    function: NetworkFunction,
+    x: Tensor,
+    recording: Recording,
+    gradients: Sequence[Tensor],
+    layouts: Sequence[Layout],
+    terms: Sequence[Sequence[Term]],
+) -> dict[str, str]:
+    """The parameters whose Jᵀv is not autograd's, for a v that is zero but for a few rows, with the reason.
+
+    :param x: The inputs, (n, d).
+    :param terms: Those of every use, (1, n, …).
+
+    Costs a forward and a backward pass at those rows.
+    """
+    n, outputs = recording.output.shape
+    count = min(n, NUM_ROWS)
+    rows = torch.linspace(0, n - 1, count, device=x.device).round_().long()
+    v = _random(count, outputs, x.dtype, x.device)
+    actual = _pulled(function, v, (term.map(lambda t: t[:, rows]) for part in terms for term in part))
+
+    def summed() -> Tensor:
+        few, sampled = _sample(recording, gradients, layouts, rows)
+        names = {view.name for use in recording.uses for view in use.parameters}
+        return _pulled(function, v.square(), collect(few, sampled, layouts, names, squared=True))
+
+    if not _differing(function, recording, actual, _autograd(function, v, x[rows]), summed):
+        return {}
+    few, sampled = _sample(recording, gradients, layouts, rows)
+    try:
+        expected = _autograd_by_use(function, v, few, sampled, layouts)
+    except Exception as error:  # whatever goes wrong in a function that is called on its own, there is another way
+        reason = f"its use could not be tried on its own ({type(error).__name__}: {error})"
+        return {view.name: reason for use in recording.uses for view in use.parameters}
+    return dict.fromkeys(_differing(function, recording, actual, expected, summed), _WRONG)
+
+
+@lru_cache
+def _random(n: int, outputs: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Of either sign, no element near zero: (n, C)."""
     generator = torch.Generator(device="cpu").manual_seed(0)
-    v = 1 + torch.rand(len(rows), function.num_outputs, generator=generator, dtype=torch.float64, device="cpu")
-    v = (v * (2 * torch.randint(0, 2, v.shape, generator=generator, device="cpu") - 1)).to(rows)
+    v = 1 + torch.rand(n, outputs, generator=generator, dtype=torch.float64, device="cpu")
+    return (v * (2 * torch.randint(0, 2, v.shape, generator=generator, device="cpu") - 1)).to(device, dtype)
+
+
+def _autograd(function: NetworkFunction, v: Tensor, x: Tensor) -> Tensor:
+    """Jᵀ v (P,) of v (n, C), for the network as it is."""
     leaves = function.leaves()
     with torch.enable_grad():
-        output = function(leaves, rows)
-    expected = torch.autograd.grad(output, list(leaves.values()), v, allow_unused=True)
-    actual = _pulled(function, v, collect(recording, gradients, layouts, names))
-    squares = _pulled(function, v.square(), collect(recording, gradients, layouts, names, squared=True))
+        output = function(leaves, x)
+    found = torch.autograd.grad(output, list(leaves.values()), v, allow_unused=True)
+    parts = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves.values(), found, strict=True)]
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def _autograd_by_use(
+    function: NetworkFunction, v: Tensor, recording: Recording, gradients: Sequence[Tensor], layouts: Sequence[Layout]
+) -> Tensor:
+    """Jᵀ v (P,) of v (n, C), each function called once more, given the gradients at its result."""
+    parameters = {}
+    for (name, tensor), start in zip(function.parameters.items(), accumulate(function.sizes, initial=0), strict=False):
+        parameters[name] = (tensor.detach().reshape(-1), start)
+    results, leaves, cotangents = [], [], []
+    with torch.enable_grad():
+        for use, g, layout in zip(recording.uses, gradients, layouts, strict=True):
+            arguments = dict(use.arguments)
+            for name, view in use.arguments.items():
+                if isinstance(view, ParameterView):
+                    flat, start = parameters[view.name]
+                    arguments[name] = view.shift(-start).read(flat).requires_grad_()
+                    leaves.append((view, arguments[name]))
+            results.append(use.rule.call(use.function, arguments))
+            cotangents.append(sum(_spread(v[:, c], layout, row) * row for c, row in enumerate(g)))
+    found = torch.autograd.grad(results, [leaf for _, leaf in leaves], cotangents, allow_unused=True)
+    out = v.new_zeros(function.num_parameters)
+    for (view, _), gradient in zip(leaves, found, strict=True):
+        if gradient is not None:
+            view.add_to(out, gradient)
+    return out
+
+
+def _sample(
+    recording: Recording, gradients: Sequence[Tensor], layouts: Sequence[Layout], rows: Tensor
+) -> tuple[Recording, list[Tensor]]:
+    """The recording and the gradients as they are at some of the points."""
+    n = len(recording.output)
+    uses, sampled = [], []
+    for use, g, layout in zip(recording.uses, gradients, layouts, strict=True):
+        tensors = {name: layout.arguments[name].take(value, n, rows) for name, value in use.tensors().items()}
+        shape = torch.Size(layout.result.shape_at(len(rows)))
+        uses.append(replace(use, arguments={**use.arguments, **tensors}, shape=shape, versions=[]))
+        assert layout.result.place is not None
+        dim, split = layout.result.place
+        sampled.append(take_points(g, (dim + 1, split), n, rows))
+    return replace(recording, uses=uses, output=recording.output[rows]), sampled
+
+
+def _differing(
+    function: NetworkFunction, recording: Recording, actual: Tensor, expected: Tensor, summed: Callable[[], Tensor]
+) -> list[str]:
+    """The parameters in which two Jᵀv (P,) differ by more than rounding explains: of the result, and of everything that
+    was summed for it, in quadrature.
+
+    :param summed: Gives the sums of the squares, (P,).
+    """
+    names, sizes = list(function.parameters), function.sizes
     rounding = _rounding(recording)
-    relative = _ROUNDED if recording.is_rounded else _RELATIVE.get(rows.dtype, rounding**0.5)
-    wrong: dict[str, str] = {}
-    silent: set[str] = set()
-    for (name, leaf), reference in zip(leaves.items(), expected, strict=True):
-        reference = torch.zeros_like(leaf) if reference is None else reference
-        error, size = torch.linalg.vector_norm(actual[name] - reference), torch.linalg.vector_norm(reference)
-        summed = squares[name].sum().nan_to_num(0.0, 0.0, 0.0).sqrt().nan_to_num(0.0)
-        if name in names and not error <= relative * size + _SUMMED * rounding * summed:
-            wrong[name] = "its gradients by the recorded uses differ from autograd's"
-        elif size == 0:
-            silent.add(name)
-    return wrong, silent
+    relative = _ROUNDED if recording.is_rounded else _RELATIVE.get(expected.dtype, rounding**0.5)
+    errors = torch.stack(torch._foreach_norm((actual - expected).split(sizes)))
+    allowed = relative * torch.stack(torch._foreach_norm(expected.split(sizes)))
+    if not (errors <= allowed).all():
+        squares = torch.stack([part.sum() for part in summed().split(sizes)])
+        allowed += _SUMMED * rounding * squares.nan_to_num(0.0, 0.0, 0.0).sqrt().nan_to_num(0.0)
+    return [name for name, is_fine in zip(names, (errors <= allowed).tolist(), strict=True) if not is_fine]
 
 
 def collect(
@@ -170,9 +287,9 @@ def collect(
                 raise
 
 
-def _pulled(function: NetworkFunction, v: Tensor, terms: Iterator[Term]) -> dict[str, Tensor]:
-    """Jᵀ v of v (n, C), by parameter."""
+def _pulled(function: NetworkFunction, v: Tensor, terms: Iterable[Term]) -> Tensor:
+    """Jᵀ v (P,) of v (n, C)."""
     out = v.new_zeros(1, 1, function.num_parameters)
     for term in terms:
         term.vjp(v[None, None], out)
-    return function.split(out[0, 0])
+    return out[0, 0]
