@@ -68,7 +68,7 @@ def test_restrict():
 
 def test_expand_weights():
     function = probed(FrozenNetwork(make_network(), group_by=lambda name: name.split(".")[-1]), randn(5, 3))
-    expanded = function.expand_weights(torch.tensor([[1.0, 2.0]]))
+    expanded = function.expand_variances(torch.tensor([[1.0, 2.0]]))
     expected = [1.0] * 12 + [2.0] * 4 + [1.0] * 4 + [2.0] * 4 + [1.0] * 4 + [2.0]
     assert torch.equal(expanded, torch.tensor([expected]))
 

@@ -8,7 +8,7 @@ import torch
 import ntk_gp
 from ntk_gp.jacobian.structured import StructuredEngine
 from ntk_gp.jacobian.terms import CombinedTerm
-from tests.jacobian.explicit import weights_for
+from tests.jacobian.explicit import variances_for
 from tests.networks import CASES as NETWORKS
 from tests.peak_memory import measure_afresh
 
@@ -38,12 +38,12 @@ def test_unlike_uses_of_a_parameter(name):
     network = case.frozen()
     jacobian = StructuredEngine(network).linearize(case.inputs(20))
     (term,) = [term for term in jacobian.terms if isinstance(term, CombinedTerm)]
-    weights = weights_for(network, 1)
-    expected, diagonal = list(term.columns(7, weights)), term.paired(term, weights)
+    weights = variances_for(network, 1)
+    expected, diagonal = list(term.columns(7, weights)), term.cross_diagonal(term, weights)
     with ntk_gp.settings.memory_budget(16 * 8 * 6 * jacobian.function.num_parameters):
         assert len(list(term._slices())) > 2
         for (columns, scale), (block, variances) in zip(term.columns(7, weights), expected, strict=True):
             assert torch.equal(columns, block)
             assert torch.equal(scale, variances)
             assert columns.untyped_storage().nbytes() == columns.nbytes  # no view of whole rows
-        torch.testing.assert_close(term.paired(term, weights), diagonal, rtol=1e-14, atol=0)
+        torch.testing.assert_close(term.cross_diagonal(term, weights), diagonal, rtol=1e-14, atol=0)

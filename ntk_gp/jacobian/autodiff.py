@@ -195,17 +195,19 @@ class AutodiffJacobian(Jacobian):
         # One point that is not finite makes those that share a pass with it so: zero times infinity.
         return rows if few == 1 or is_finite(rows) else plain.rows(self.function, points)
 
-    def gram(self, other: Jacobian, weights: Tensor) -> Tensor:
-        batch = max(self.x.shape[0], other.x.shape[0], weights.shape[0])
+    def gram(self, other: Jacobian, variances: Tensor) -> Tensor:
+        batch = max(self.x.shape[0], other.x.shape[0], variances.shape[0])
         out = self.x.new_zeros(batch, self.num_rows, other.num_rows)
         outputs = self.function.num_outputs
         size = self.points_per_block()
         width = size if other is self else other.points_per_block()
         for i, rows in _row_blocks(self, size):
-            scaled = rows * self.function.expand_weights(weights).unsqueeze(-2) if weights.shape[0] == 1 else rows
+            scaled = rows * self.function.expand_variances(variances).unsqueeze(-2) if variances.shape[0] == 1 else rows
             for j in range(0, min(other.num_points, i + size) if other is self else other.num_points, width):
                 columns = rows if other is self and j == i else other[slice(j, j + width)].rows()
-                block = scaled @ columns.mT if weights.shape[0] == 1 else self._weighted_block(rows, columns, weights)
+                block = (
+                    scaled @ columns.mT if variances.shape[0] == 1 else self._weighted_block(rows, columns, variances)
+                )
                 here = slice(i * outputs, i * outputs + block.shape[-2])
                 there = slice(j * outputs, j * outputs + block.shape[-1])
                 out[:, here, there] = block
@@ -213,23 +215,23 @@ class AutodiffJacobian(Jacobian):
                     out[:, there, here] = block.mT
         return out
 
-    def _weighted_block(self, rows: Tensor, columns: Tensor, weights: Tensor) -> Tensor:
+    def _weighted_block(self, rows: Tensor, columns: Tensor, variances: Tensor) -> Tensor:
         """One Gram block for several weightings, parameter by parameter."""
         sizes = self.function.sizes
         block: Tensor | None = None
         for left, right, group in zip(
             rows.split(sizes, dim=-1), columns.split(sizes, dim=-1), self.function.group_indices, strict=True
         ):
-            part = weights[:, group, None, None] * (left @ right.mT)
+            part = variances[:, group, None, None] * (left @ right.mT)
             block = part if block is None else block + part
         assert block is not None
         return block
 
-    def diagonal(self, weights: Tensor) -> Tensor:
-        batch = max(self.x.shape[0], weights.shape[0])
+    def diagonal(self, variances: Tensor) -> Tensor:
+        batch = max(self.x.shape[0], variances.shape[0])
         if self.num_rows == 0:
             return self.x.new_zeros(batch, 0)
-        expanded = self.function.expand_weights(weights).unsqueeze(-2)
+        expanded = self.function.expand_variances(variances).unsqueeze(-2)
         blocks = _row_blocks(self, self.points_per_block())
         return torch.cat([(rows.square() * expanded).sum(-1) for _, rows in blocks], dim=-1)
 

@@ -19,7 +19,7 @@ from ..network import FrozenNetwork, NetworkFunction
 class Jacobian(ABC):
     r"""The Jacobian :math:`J(X)`, shape (B, N, P), at fixed inputs `x` of shape (B, n, d); never stored as a whole.
 
-    Every `weights` argument is a (W, G) tensor: row w holds one prior variance per parameter group, that is
+    Every `variances` argument is a (W, G) tensor: row w holds one prior variance per parameter group, that is
     :math:`\Sigma_w = \mathrm{blockdiag}(s_{w1} I, \dots, s_{wG} I)`. B and W broadcast: they are equal, or one is 1.
 
     :param function: The network as a pure function of its parameters, in the dtype and on the device of `x`.
@@ -57,22 +57,22 @@ class Jacobian(ABC):
         """All rows of J, (B, N, P). Meant for few points: select them first, `jacobian[index].rows()`."""
 
     @abstractmethod
-    def gram(self, other: Jacobian, weights: Tensor) -> Tensor:
+    def gram(self, other: Jacobian, variances: Tensor) -> Tensor:
         """J Σ_w J'ᵀ for every w: (B or W, N, N')."""
 
     @abstractmethod
-    def diagonal(self, weights: Tensor) -> Tensor:
+    def diagonal(self, variances: Tensor) -> Tensor:
         """The diagonal of J Σ_w Jᵀ: (B or W, N), without any n×n work."""
 
-    def paired(self, other: Jacobian, weights: Tensor) -> Tensor:
+    def cross_diagonal(self, other: Jacobian, variances: Tensor) -> Tensor:
         """The diagonal of J Σ_w J'ᵀ for two Jacobians at equally many points: (B or W, N)."""
-        expanded = self.function.expand_weights(weights).unsqueeze(-2)
+        expanded = self.function.expand_variances(variances).unsqueeze(-2)
         size = self.points_per_block()
         blocks = [
             (self[slice(i, i + size)].rows() * other[slice(i, i + size)].rows() * expanded).sum(-1)
             for i in range(0, self.num_points, size)
         ]
-        batch = max(self.x.shape[0], other.x.shape[0], weights.shape[0])
+        batch = max(self.x.shape[0], other.x.shape[0], variances.shape[0])
         return torch.cat(blocks, dim=-1) if blocks else self.x.new_zeros(batch, 0)
 
     def points_per_block(self) -> int:
@@ -108,18 +108,18 @@ class Jacobian(ABC):
     def __getitem__(self, points: Tensor | slice) -> Jacobian:
         """The Jacobian at some of the points (the same ones in every batch)."""
 
-    def kernel_matmul(self, other: Jacobian, rhs: Tensor, weights: Tensor) -> Tensor:
+    def kernel_matmul(self, other: Jacobian, rhs: Tensor, variances: Tensor) -> Tensor:
         """(J Σ_w J'ᵀ) rhs: (B or 1, N', r) to (B or W, N, r), without storing the N×N' matrix.
 
         An engine overrides this when it has something cheaper than one vjp and one jvp.
         """
-        variances = self.function.expand_weights(weights).unsqueeze(-2)
+        expanded = self.function.expand_variances(variances).unsqueeze(-2)
         r, size = rhs.shape[-1], self.vectors_per_block(other)
         if r <= size:
-            return self.jvp(other.vjp(rhs.mT) * variances).mT
-        out = rhs.new_empty(self._results(other, rhs, weights), r, self.num_rows)
+            return self.jvp(other.vjp(rhs.mT) * expanded).mT
+        out = rhs.new_empty(self._results(other, rhs, variances), r, self.num_rows)
         for i in range(0, r, size):
-            out[:, i : i + size] = self.jvp(other.vjp(rhs[..., i : i + size].mT) * variances)
+            out[:, i : i + size] = self.jvp(other.vjp(rhs[..., i : i + size].mT) * expanded)
         return out.mT
 
     def _results(self, other: Jacobian, *factors: Tensor) -> int:

@@ -99,60 +99,60 @@ class Linearization:
         return self._cache.get("jacobian", self._state, (x,), self.engine.linearize)
 
     @_in_full_precision
-    def gram(self, jacobian1: Jacobian, jacobian2: Jacobian, weights: Tensor, keep: bool = True) -> Tensor:
-        """J₁ Σ_w J₂ᵀ, (B or W, N₁, N₂), differentiable with respect to the weights (W, G) and the inputs."""
+    def gram(self, jacobian1: Jacobian, jacobian2: Jacobian, variances: Tensor, keep: bool = True) -> Tensor:
+        """J₁ Σ_w J₂ᵀ, (B or W, N₁, N₂), differentiable with respect to the variances (W, G) and the inputs."""
         if jacobian1.x.requires_grad:
-            return jacobian1.gram(jacobian2, weights)
+            return jacobian1.gram(jacobian2, variances)
         if jacobian2.x.requires_grad:
-            return jacobian2.gram(jacobian1, weights).mT
+            return jacobian2.gram(jacobian1, variances).mT
         if keep and self.keeps_gram(jacobian1, jacobian2) and self._pays_to_keep(jacobian1, jacobian2):
             gram = self._kept_gram(jacobian1, jacobian2)
             if self.network.num_groups > 1:
-                return torch.einsum("wg,gnm->wnm", weights, gram)
-            if weights.requires_grad or len(weights) > 1:
-                return gram * weights.unsqueeze(-1)
-            return torch.mul(gram, weights.unsqueeze(-1), out=empty(gram.shape, like=gram))
-        return _Gram.apply(weights, jacobian1, jacobian2)
+                return torch.einsum("wg,gnm->wnm", variances, gram)
+            if variances.requires_grad or len(variances) > 1:
+                return gram * variances.unsqueeze(-1)
+            return torch.mul(gram, variances.unsqueeze(-1), out=empty(gram.shape, like=gram))
+        return _Gram.apply(variances, jacobian1, jacobian2)
 
     @_in_full_precision
-    def diagonal(self, jacobian1: Jacobian, jacobian2: Jacobian, weights: Tensor) -> Tensor:
-        """The diagonal of J₁ Σ_w J₂ᵀ, (B or W, N), differentiable with respect to the weights."""
+    def diagonal(self, jacobian1: Jacobian, jacobian2: Jacobian, variances: Tensor) -> Tensor:
+        """The diagonal of J₁ Σ_w J₂ᵀ, (B or W, N), differentiable with respect to the variances."""
         total: Tensor | None = None
-        for group in range(weights.shape[1]):
-            one = _one_hot(weights, group)
+        for group in range(variances.shape[1]):
+            one = _one_hot(variances, group)
             if jacobian1 is jacobian2:
-                part = weights[:, group, None] * jacobian1.diagonal(one)
+                part = variances[:, group, None] * jacobian1.diagonal(one)
             else:
-                part = weights[:, group, None] * jacobian1.paired(jacobian2, one)
+                part = variances[:, group, None] * jacobian1.cross_diagonal(jacobian2, one)
             total = part if total is None else total + part
         assert total is not None
         return total
 
     @_in_full_precision
-    def kernel_matmul(self, jacobian1: Jacobian, jacobian2: Jacobian, rhs: Tensor, weights: Tensor) -> Tensor:
+    def kernel_matmul(self, jacobian1: Jacobian, jacobian2: Jacobian, rhs: Tensor, variances: Tensor) -> Tensor:
         """(J₁ Σ_w J₂ᵀ) rhs for rhs (B or 1, N₂, r): by the engine, or by the stored Gram matrix once that has paid.
 
         The matrix is stored when the columns multiplied so far have cost as much as forming it would (so never more
         than twice the cheaper way), and only if it fits in the cache.
         """
         if jacobian1.x.requires_grad or jacobian2.x.requires_grad:
-            return self._differentiable_matmul(jacobian1, jacobian2, rhs, weights)
+            return self._differentiable_matmul(jacobian1, jacobian2, rhs, variances)
         if not self.keeps_gram(jacobian1, jacobian2):
-            return jacobian1.kernel_matmul(jacobian2, rhs, weights)
+            return jacobian1.kernel_matmul(jacobian2, rhs, variances)
         pair = self._pair(jacobian1, jacobian2)
         pair.flops += rhs.shape[-1] * jacobian1.product_cost(jacobian2)
         if pair.flops < jacobian1.gram_cost(jacobian2):
-            return jacobian1.kernel_matmul(jacobian2, rhs, weights)
+            return jacobian1.kernel_matmul(jacobian2, rhs, variances)
         pair.is_formed_again = True
-        return self.gram(jacobian1, jacobian2, weights) @ rhs
+        return self.gram(jacobian1, jacobian2, variances) @ rhs
 
     @staticmethod
-    def _differentiable_matmul(jacobian1: Jacobian, jacobian2: Jacobian, rhs: Tensor, weights: Tensor) -> Tensor:
+    def _differentiable_matmul(jacobian1: Jacobian, jacobian2: Jacobian, rhs: Tensor, variances: Tensor) -> Tensor:
         if jacobian2.x.requires_grad:
             sums = jacobian2.vjp(rhs.mT)
         else:
             sums = TransposedJacobianProduct.apply(rhs.mT, jacobian2)
-        tangents = sums * jacobian1.function.expand_weights(weights).unsqueeze(-2)
+        tangents = sums * jacobian1.function.expand_variances(variances).unsqueeze(-2)
         if jacobian1.x.requires_grad:
             return jacobian1.jvp(tangents).mT
         return JacobianProduct.apply(tangents, jacobian1).mT
@@ -215,9 +215,9 @@ class Linearization:
         return new
 
 
-def _one_hot(weights: Tensor, group: int) -> Tensor:
+def _one_hot(variances: Tensor, group: int) -> Tensor:
     """(1, G): variance one for this group and zero for the others."""
-    one = torch.zeros_like(weights[:1], requires_grad=False)
+    one = torch.zeros_like(variances[:1], requires_grad=False)
     one[0, group] = 1.0
     return one
 
@@ -320,17 +320,17 @@ class _Gram(torch.autograd.Function):
     """A Gram matrix that is not kept: backward forms each group's own, the derivative, again."""
 
     @staticmethod
-    def forward(ctx, weights: Tensor, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
+    def forward(ctx, variances: Tensor, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
         ctx.jacobians = (jacobian1, jacobian2)
-        ctx.save_for_backward(weights)
-        return jacobian1.gram(jacobian2, weights)
+        ctx.save_for_backward(variances)
+        return jacobian1.gram(jacobian2, variances)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (weights,) = ctx.saved_tensors
+        (variances,) = ctx.saved_tensors
         jacobian1, jacobian2 = ctx.jacobians
-        out = torch.zeros_like(weights)
-        for group in range(weights.shape[1]):
-            gram = jacobian1.gram(jacobian2, _one_hot(weights, group))
-            out[:, group] = (grad * gram).sum((-2, -1)).sum_to_size(weights.shape[0])
+        out = torch.zeros_like(variances)
+        for group in range(variances.shape[1]):
+            gram = jacobian1.gram(jacobian2, _one_hot(variances, group))
+            out[:, group] = (grad * gram).sum((-2, -1)).sum_to_size(variances.shape[0])
         return out, None, None

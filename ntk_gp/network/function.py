@@ -173,13 +173,13 @@ class NetworkFunction:
             dim=-1,
         )
 
-    def expand_weights(self, weights: Tensor) -> Tensor:
+    def expand_variances(self, variances: Tensor) -> Tensor:
         """One variance per group, (..., G), to one per parameter, (..., P) (a view where there is one group)."""
         if self.num_groups == 1:
-            return weights.expand(*weights.shape[:-1], self.num_parameters)
-        sizes = torch.tensor(self.sizes, device=weights.device)
-        groups = torch.tensor(self.group_indices, device=weights.device).repeat_interleave(sizes)
-        return weights[..., groups]
+            return variances.expand(*variances.shape[:-1], self.num_parameters)
+        sizes = torch.tensor(self.sizes, device=variances.device)
+        groups = torch.tensor(self.group_indices, device=variances.device).repeat_interleave(sizes)
+        return variances[..., groups]
 
     @contextmanager
     def tracing(self, input_gradients: bool = False) -> Iterator[None]:

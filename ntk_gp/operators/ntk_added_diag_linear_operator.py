@@ -53,10 +53,10 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
     def _kept(self, kind: str, system: System, build: Any) -> Any:
         """What was built for an equal system before: operators are rebuilt at every call, the linearization stays."""
 
-        def compute(x: Tensor, weights: Tensor, noise: Tensor) -> Any:
-            return build(System(system.linearization, x, weights, noise, system.dtype))
+        def compute(x: Tensor, variances: Tensor, noise: Tensor) -> Any:
+            return build(System(system.linearization, x, variances, noise, system.dtype))
 
-        return system.linearization.keep(f"{kind} {system.dtype}", (system.x, system.weights, system.noise), compute)
+        return system.linearization.keep(f"{kind} {system.dtype}", (system.x, system.variances, system.noise), compute)
 
     @property
     def _system(self) -> System:
@@ -138,15 +138,15 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
         if torch.is_grad_enabled() and (kernel_matrix.x1.requires_grad or kernel_matrix.x2.requires_grad):
             return self._dense_marginal_terms(rhs)
         system = self._system
-        out_shape, rhs, weights, noise = self._flat_arguments(rhs)
-        fitted = torch.is_grad_enabled() and (weights.requires_grad or noise.requires_grad)
+        out_shape, rhs, variances, noise = self._flat_arguments(rhs)
+        fitted = torch.is_grad_enabled() and (variances.requires_grad or noise.requires_grad)
         constant = isinstance(self._diag_tensor, ConstantDiagLinearOperator)
-        one_scale = weights.shape[-1] == 1 and (constant or not noise.requires_grad)
+        one_scale = variances.shape[-1] == 1 and (constant or not noise.requires_grad)
         if fitted and one_scale and _spectrum_fits(system) and self._spectrum_pays(system):
-            terms = self._spectrum_terms(system, rhs, weights, noise, constant)
+            terms = self._spectrum_terms(system, rhs, variances, noise, constant)
         else:
             terms = None
-        inv_quad, logdet = _MarginalTerms.apply(weights, noise, rhs, self.solver) if terms is None else terms
+        inv_quad, logdet = _MarginalTerms.apply(variances, noise, rhs, self.solver) if terms is None else terms
         return inv_quad.reshape(*out_shape, -1), logdet.reshape(out_shape)
 
     def _spectrum_pays(self, system: System) -> bool:
@@ -158,23 +158,23 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
         return counter.count > _STEPS_BEFORE_DECOMPOSING
 
     def _flat_arguments(self, rhs: Tensor) -> tuple[Size, Tensor, Tensor, Tensor]:
-        """Everything in float64 with one batch dimension: the batch shape, rhs, weights and noise."""
+        """Everything in float64 with one batch dimension: the batch shape, rhs, variances and noise."""
         shape = torch.broadcast_shapes(rhs.shape[:-2], self.batch_shape)
         rhs = rhs.expand(*shape, *rhs.shape[-2:]).reshape(-1, *rhs.shape[-2:]).double()
         variances = self._linear_op.variances
-        weights = variances.expand(*shape, *variances.shape[-2:]).reshape(-1, variances.shape[-1]).double()
+        variances = variances.expand(*shape, *variances.shape[-2:]).reshape(-1, variances.shape[-1]).double()
         noise = self._noise_diagonal.expand(*shape, self.shape[-1]).reshape(-1, self.shape[-1]).double()
-        return shape, rhs, weights, noise
+        return shape, rhs, variances, noise
 
     def _spectrum_terms(
-        self, system: System, rhs: Tensor, weights: Tensor, noise: Tensor, constant: bool
+        self, system: System, rhs: Tensor, variances: Tensor, noise: Tensor, constant: bool
     ) -> tuple[Tensor, Tensor] | None:
         """From the eigenvalues, unless there is so little noise that they have lost the digits for it."""
         unit_noise = torch.ones_like(system.noise[:1]) if constant else system.noise
-        unit = System(system.linearization, system.x, torch.ones_like(system.weights[:1]), unit_noise)
+        unit = System(system.linearization, system.x, torch.ones_like(system.variances[:1]), unit_noise)
         spectrum = self._kept("spectrum", unit, Spectrum)
-        own_noise = noise[:, :1] if constant else torch.ones_like(weights)
-        return spectrum.inv_quad_logdet(rhs, weights, own_noise) if spectrum.resolves(weights, own_noise) else None
+        own_noise = noise[:, :1] if constant else torch.ones_like(variances)
+        return spectrum.inv_quad_logdet(rhs, variances, own_noise) if spectrum.resolves(variances, own_noise) else None
 
     def _dense_marginal_terms(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
         """By autograd through a dense Cholesky factor, all of it in float64: inputs that require gradients."""
@@ -195,10 +195,10 @@ class _MarginalTerms(torch.autograd.Function):
     """rhsᵀ A⁻¹ rhs and log |A| with their exact derivatives, ½tr(A⁻¹ ∂A) and αᵀ ∂A α, not through the factorisation."""
 
     @staticmethod
-    def forward(ctx, weights: Tensor, noise: Tensor, rhs: Tensor, solver: Solver) -> tuple[Tensor, Tensor]:
+    def forward(ctx, variances: Tensor, noise: Tensor, rhs: Tensor, solver: Solver) -> tuple[Tensor, Tensor]:
         alpha = solver.solve(rhs)
         ctx.solver = solver
-        ctx.save_for_backward(alpha, weights)
+        ctx.save_for_backward(alpha, variances)
         return (rhs * alpha).sum(-2), solver.logdet().expand(rhs.shape[0])
 
     @staticmethod
@@ -208,16 +208,16 @@ class _MarginalTerms(torch.autograd.Function):
                 "The marginal likelihood has no second derivatives (create_graph=True) with several prior variances or "
                 "a learned noise for each point. Take differences of its gradients instead."
             )
-        alpha, weights = ctx.saved_tensors
+        alpha, variances = ctx.saved_tensors
         solver, function = ctx.solver, ctx.solver.system.jacobian.function
-        by_weight, by_noise = solver.logdet_derivatives()
+        by_variance, by_noise = solver.logdet_derivatives()
         squares = solver.system.jacobian.vjp(alpha.mT).square()
-        quadratic = torch.zeros(*squares.shape[:-1], weights.shape[-1], dtype=squares.dtype, device=squares.device)
+        quadratic = torch.zeros(*squares.shape[:-1], variances.shape[-1], dtype=squares.dtype, device=squares.device)
         for piece, group in zip(squares.split(function.sizes, dim=-1), function.group_indices, strict=True):
             quadratic[..., group] += piece.sum(-1)
-        grad_weights = grad_logdet.unsqueeze(-1) * by_weight - (grad_inv_quad.unsqueeze(-1) * quadratic).sum(-2)
+        grad_variances = grad_logdet.unsqueeze(-1) * by_variance - (grad_inv_quad.unsqueeze(-1) * quadratic).sum(-2)
         grad_noise = grad_logdet.unsqueeze(-1) * by_noise - (grad_inv_quad.unsqueeze(-2) * alpha.square()).sum(-1)
-        return grad_weights, grad_noise, 2 * alpha * grad_inv_quad.unsqueeze(-2), None
+        return grad_variances, grad_noise, 2 * alpha * grad_inv_quad.unsqueeze(-2), None
 
 
 def _spectrum_fits(system: System) -> bool:

@@ -67,7 +67,7 @@ class NTKLinearOperator(LinearOperator):
         return self.x1.requires_grad or self.x2.requires_grad
 
     @property
-    def _weights(self) -> Tensor:
+    def _prior_variances(self) -> Tensor:
         """(B, G)."""
         return self.variances.reshape(-1, self.variances.shape[-1])
 
@@ -136,7 +136,7 @@ class NTKLinearOperator(LinearOperator):
     def _features(self) -> Tensor:
         """JΣ^{1/2}, (*batch, N, P), evaluated in float64."""
         jacobian = self.linearization.jacobian(flatten_batch(self.x1.detach().double()))
-        scales = jacobian.function.expand_weights(self._weights.double()).sqrt()
+        scales = jacobian.function.expand_variances(self._prior_variances.double()).sqrt()
         rows = jacobian.rows() * scales.unsqueeze(-2)
         return rows.expand(self.batch_shape.numel(), *rows.shape[-2:]).reshape(*self.shape[:-1], -1).to(self.dtype)
 
@@ -146,21 +146,21 @@ class NTKLinearOperator(LinearOperator):
         jacobian1, jacobian2 = self._jacobians
         if self.linearization.network.num_groups > 1:
             columns = FoldedColumns(rhs, self.batch_shape)
-            product = self.linearization.kernel_matmul(jacobian1, jacobian2, columns.flat, self._weights)
+            product = self.linearization.kernel_matmul(jacobian1, jacobian2, columns.flat, self._prior_variances)
             return columns.unfold(product)
         # One scale: where all batches have the same inputs, they are the same matrix up to that factor.
         one_matrix = jacobian1.x.shape[0] == jacobian2.x.shape[0] == 1
         columns = FoldedColumns(rhs, Size() if one_matrix else self.batch_shape)
-        unit = self._weights.new_ones(1, 1)
+        unit = self._prior_variances.new_ones(1, 1)
         product = columns.unfold(self.linearization.kernel_matmul(jacobian1, jacobian2, columns.flat, unit))
         return product * self.variances
 
     def to_dense(self) -> Tensor:
-        dense = self.linearization.gram(*self._jacobians, self._weights)
+        dense = self.linearization.gram(*self._jacobians, self._prior_variances)
         return dense.reshape(self.shape)
 
     def _diagonal(self) -> Tensor:
-        diagonal = self.linearization.diagonal(*self._jacobians, self._weights)
+        diagonal = self.linearization.diagonal(*self._jacobians, self._prior_variances)
         return diagonal.expand(self.batch_shape.numel(), -1).reshape(self.shape[:-1])
 
     def _getitem(self, row_index: IndexType, col_index: IndexType, *batch_indices: IndexType) -> LinearOperator:
@@ -188,7 +188,7 @@ class NTKLinearOperator(LinearOperator):
         outputs = self._outputs
         jacobian1, jacobian2 = self._jacobians
         points, inverse = (index // outputs).unique(return_inverse=True)
-        blocks = self.linearization.gram(jacobian1[points], jacobian2, self._weights, keep=False)
+        blocks = self.linearization.gram(jacobian1[points], jacobian2, self._prior_variances, keep=False)
         return blocks[0, inverse * outputs + index % outputs]
 
     def _entries(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ class NTKLinearOperator(LinearOperator):
         x2 = self.x2[(*batch_indices, col_index // outputs)].reshape(1, -1, self.x2.shape[-1])
         jacobian1, jacobian2 = (self.linearization.jacobian(x, keep=False) for x in (x1, x2))
         variances = self.variances[(*batch_indices, torch.zeros_like(row_index))].reshape(-1, self.variances.shape[-1])
-        weights = jacobian1.function.expand_weights(variances)
+        weights = jacobian1.function.expand_variances(variances)
         size = jacobian1.points_per_block()
         pieces = []
         for i in range(0, x1.shape[1], size):
@@ -235,7 +235,7 @@ class NTKLinearOperator(LinearOperator):
         left, right = (FoldedColumns(vecs, self.batch_shape).flat for vecs in _same_batches(left_vecs, right_vecs))
         with torch.no_grad():
             jacobian2 = self.linearization.jacobian(flatten_batch(self.x2.detach()))
-            weights = jacobian2.function.expand_weights(self._weights.detach()).unsqueeze(-2)
+            weights = jacobian2.function.expand_variances(self._prior_variances.detach()).unsqueeze(-2)
             tangents = jacobian2.vjp(right.mT) * weights
         size = jacobian2.points_per_block()
         pieces = []

@@ -69,13 +69,13 @@ class Solver(ABC):
         return 0
 
     @abstractmethod
-    def half_size(self) -> int:
+    def whitened_size(self) -> int:
         """t, the height of c."""
 
     def points_per_block(self, outputs: int) -> int:
         """How many test points' c may be held at once: an eighth of the memory budget."""
         budget = settings.memory_budget.bytes(self.system.x.device)
-        return max(1, budget // (8 * 8 * self.system.batch * outputs * max(1, self.half_size())))
+        return max(1, budget // (8 * 8 * self.system.batch * outputs * max(1, self.whitened_size())))
 
 
 def rounding_error(cholesky: Tensor) -> float:
@@ -104,7 +104,7 @@ def not_positive_definite(system: System) -> NotPSDError:
     """What is raised where nothing that fits in the memory budget solves."""
     return NotPSDError(
         f"K + D of {system.num_rows} rows is not positive definite in float64: the largest prior variance is "
-        f"{float(system.jacobian.diagonal(system.weights).amax()):.1e}, the smallest noise "
+        f"{float(system.jacobian.diagonal(system.variances).amax()):.1e}, the smallest noise "
         f"{float(system.noise.amin()):.1e}. The features could be orthogonalised instead, but {system.num_rows} rows "
         f"of {system.num_parameters} features do not fit in ntk_gp.settings.memory_budget. Raise it, or the noise, or "
         "lower the outputscale."

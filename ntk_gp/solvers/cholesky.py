@@ -43,8 +43,8 @@ def numbers_held(rows: int, device: torch.device) -> float:
 
 def cholesky_solve(factor: Tensor, rhs: Tensor) -> Tensor:
     """(L Lᵀ)⁻¹ rhs for a factor L (B, N, N), of which PyTorch's own function of this name would make a copy first."""
-    half = torch.linalg.solve_triangular(factor, rhs, upper=False)
-    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    forward = torch.linalg.solve_triangular(factor, rhs, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, forward, upper=True)
 
 
 def positive_factor(matrix: Tensor) -> Tensor | None:
@@ -56,13 +56,13 @@ def positive_factor(matrix: Tensor) -> Tensor | None:
 
 def _factorise(matrix: Tensor, noise: Tensor, tolerance: float) -> int:
     """Overwrites (N, N) with its factor; returns zero, or the first rows that are not positive definite."""
-    left = matrix.diagonal() - noise  # of the diagonal of K, by the columns so far
+    remainder = matrix.diagonal() - noise  # of the diagonal of K, by the columns so far
     rounding = torch.finfo(torch.float32).eps / float(noise.amin())
     rest: _SinglePrecision | None = None
     for start in settings.progress(range(0, len(matrix), _PANEL), "Factorisation"):
         panel = matrix[start:, start : start + _PANEL]
         size = panel.shape[1]
-        if rest is None and rounding * float(left[start:].clamp_min(0.0).sum()) <= tolerance:
+        if rest is None and rounding * float(remainder[start:].clamp_min(0.0).sum()) <= tolerance:
             rest = _SinglePrecision(start)
         exact = matrix[start:, : start if rest is None else rest.start]
         torch.addmm(panel, exact, exact[:size].mT, alpha=-1, out=panel)
@@ -74,7 +74,7 @@ def _factorise(matrix: Tensor, noise: Tensor, tolerance: float) -> int:
         panel[:size] = block
         panel[size:] = torch.linalg.solve_triangular(block.mT, panel[size:], upper=True, left=False)
         matrix[:start, start : start + size] = 0.0
-        left[start:] -= panel.square().sum(-1)
+        remainder[start:] -= panel.square().sum(-1)
         if rest is not None:
             rest.append(panel)
     return 0

@@ -51,7 +51,7 @@ class FunctionSpaceSolver(Solver):
         if known is None or needs_orthogonalisation(system, known):
             known = self._orthogonalised(known)
         self.cholesky = known
-        self._rounding = (torch.finfo(known.dtype).eps * digits_lost(known)) ** 0.5  # of half_at
+        self._rounding = (torch.finfo(known.dtype).eps * digits_lost(known)) ** 0.5  # of whitened_cross
         self.is_refined = self.basis is None and rounding_error(known) > accuracy(system)
 
     def _orthogonalised(self, factor: Tensor | None) -> Tensor:
@@ -75,13 +75,13 @@ class FunctionSpaceSolver(Solver):
             return None
         added = system.rows_after(self.system)
         old, new = self.system.num_rows, system.num_rows
-        half = self.half_at(added.jacobian)
-        schur = positive_factor(added.dense() - half.mT @ half)
+        whitened = self.whitened_cross(added.jacobian)
+        schur = positive_factor(added.dense() - whitened.mT @ whitened)
         if schur is None:
             return None
         factor = torch.zeros(system.batch, new, new, dtype=torch.float64, device=system.x.device)
         factor[:, :old, :old] = self.cholesky
-        factor[:, old:, :old] = half.mT
+        factor[:, old:, :old] = whitened.mT
         factor[:, old:, old:] = schur
         return FunctionSpaceSolver(system, factor)
 
@@ -95,8 +95,8 @@ class FunctionSpaceSolver(Solver):
         weights = self.system.features(alpha).mT
         if not self.is_refined:
             return weights
-        left = residual - self.system.jacobian.jvp(weights) - self.system.noise.unsqueeze(-2) * alpha.mT
-        return weights + super().mean_weights(left)
+        remainder = residual - self.system.jacobian.jvp(weights) - self.system.noise.unsqueeze(-2) * alpha.mT
+        return weights + super().mean_weights(remainder)
 
     def logdet(self) -> Tensor:
         return 2 * self.cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -104,7 +104,7 @@ class FunctionSpaceSolver(Solver):
     def logdet_derivatives(self) -> tuple[Tensor, Tensor]:
         system = self.system
         inverse = torch.cholesky_inverse(self.cholesky)
-        groups = torch.eye(system.weights.shape[1], dtype=torch.float64, device=system.x.device)
+        groups = torch.eye(system.variances.shape[1], dtype=torch.float64, device=system.x.device)
         by_group = [
             (inverse * system.linearization.gram(system.jacobian, system.jacobian, one[None])).sum((-2, -1))
             for one in groups
@@ -115,51 +115,52 @@ class FunctionSpaceSolver(Solver):
     def nbytes(self) -> int:
         return self.cholesky.nbytes if self.basis is None else self.basis.nbytes
 
-    def half_size(self) -> int:
+    def whitened_size(self) -> int:
         return self.system.num_rows + 2 * self._is_projected * self.system.num_parameters
 
-    def half_at(self, jacobian: Jacobian) -> Tensor:
+    def whitened_cross(self, jacobian: Jacobian) -> Tensor:
         """L⁻¹ K(X, x)."""
         return torch.linalg.solve_triangular(self.cholesky, self.system.cross(jacobian), upper=False)
 
     def covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
         if self._is_projected:
             return self._refined_covariance(jacobian1, jacobian2)
-        prior = jacobian1.gram(jacobian2, self.system.weights)
-        half1 = self.half_at(jacobian1)
-        half2 = half1 if jacobian2 is jacobian1 else self.half_at(jacobian2)
-        for jacobian, half in ((jacobian1, half1), (jacobian2, half2)):
-            if self._cancels(jacobian.diagonal(self.system.weights), half).any():
+        prior = jacobian1.gram(jacobian2, self.system.variances)
+        whitened1 = self.whitened_cross(jacobian1)
+        whitened2 = whitened1 if jacobian2 is jacobian1 else self.whitened_cross(jacobian2)
+        for jacobian, whitened in ((jacobian1, whitened1), (jacobian2, whitened2)):
+            if self._cancels(jacobian.diagonal(self.system.variances), whitened).any():
                 return self._refined_covariance(jacobian1, jacobian2)
-        return prior - half1.mT @ half2
+        return prior - whitened1.mT @ whitened2
 
     def variance(self, jacobian: Jacobian) -> Tensor:
         if self._is_projected:
-            return self._left_at(jacobian).square().sum(-1)
-        prior = jacobian.diagonal(self.system.weights)
-        half = self.half_at(jacobian)
+            return self._remainder_at(jacobian).square().sum(-1)
+        prior = jacobian.diagonal(self.system.variances)
+        whitened = self.whitened_cross(jacobian)
         # What rounding leaves below zero is zero as far as float64 can tell.
-        variance = (prior - half.square().sum(-2)).clamp_min(0.0)
+        variance = (prior - whitened.square().sum(-2)).clamp_min(0.0)
         outputs = jacobian.function.num_outputs
-        points = self._cancels(prior, half).any(0).reshape(-1, outputs).any(-1).nonzero().squeeze(-1)
+        points = self._cancels(prior, whitened).any(0).reshape(-1, outputs).any(-1).nonzero().squeeze(-1)
         if len(points) == 0:
             return variance
         pieces = [
-            self._left_at(jacobian[some]).square().sum(-1) for some in points.split(self._projected_points(outputs))
+            self._remainder_at(jacobian[some]).square().sum(-1)
+            for some in points.split(self._projected_points(outputs))
         ]
         rows = (points.unsqueeze(-1) * outputs + torch.arange(outputs, device=points.device)).reshape(-1)
-        left = torch.cat(pieces, dim=-1)
-        return variance.expand(max(len(left), len(variance)), -1).index_copy(-1, rows, left)
+        remainder = torch.cat(pieces, dim=-1)
+        return variance.expand(max(len(remainder), len(variance)), -1).index_copy(-1, rows, remainder)
 
     @property
     def _is_projected(self) -> bool:
         """Whether every covariance comes from what least squares leave."""
         return self.is_refined or self.basis is not None
 
-    def _cancels(self, prior: Tensor, half: Tensor) -> Tensor:
+    def _cancels(self, prior: Tensor, whitened: Tensor) -> Tensor:
         """Where the variance is so small a part of the prior one that their difference may have lost its digits."""
         rounding = self._rounding / CANCELLED.get(self.system.dtype, CANCELLED[torch.float32])
-        return prior.detach() - half.detach().square().sum(-2) < rounding * prior.detach()
+        return prior.detach() - whitened.detach().square().sum(-2) < rounding * prior.detach()
 
     def _projected_points(self, outputs: int) -> int:
         """How many test points may be projected at once: an eighth of the memory budget for what they leave."""
@@ -174,17 +175,17 @@ class FunctionSpaceSolver(Solver):
         batch = max(self.system.batch, len(jacobian1.x), len(jacobian2.x))
         out = self.system.x.new_empty(batch, jacobian1.num_rows, jacobian2.num_rows)
         for i in range(0, jacobian1.num_points, size):
-            left = self._left_at(jacobian1[slice(i, i + size)])
-            rows = slice(i * outputs, i * outputs + left.shape[1])
+            remainder = self._remainder_at(jacobian1[slice(i, i + size)])
+            rows = slice(i * outputs, i * outputs + remainder.shape[1])
             for j in range(i if same else 0, jacobian2.num_points, size):
-                right = left if same and i == j else self._left_at(jacobian2[slice(j, j + size)])
+                right = remainder if same and i == j else self._remainder_at(jacobian2[slice(j, j + size)])
                 columns = slice(j * outputs, j * outputs + right.shape[1])
-                out[:, rows, columns] = block = left @ right.mT
+                out[:, rows, columns] = block = remainder @ right.mT
                 if same and i != j:
                     out[:, columns, rows] = block.mT
         return out
 
-    def _left_at(self, jacobian: Jacobian) -> Tensor:
+    def _remainder_at(self, jacobian: Jacobian) -> Tensor:
         """φ(x) − Φᵀα and D^{1/2} α beside it, (B, M, P + N)."""
         if self.basis is not None:
             return self.basis.left_at(jacobian)

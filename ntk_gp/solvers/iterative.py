@@ -89,12 +89,12 @@ class IterativeSolver(Solver):
         solved = self.solve(probes.unsqueeze(0))[0]
         known = preconditioner.scale.mT * preconditioner(preconditioner.scale.mT * probes)
         inverse_diagonal = preconditioner.inverse_diagonal() + (probes * (solved - known)).mean(-1)
-        if system.weights.shape[1] == 1:  # s tr(A⁻¹K) = N − tr(A⁻¹D)
-            by_weight = (system.num_rows - (inverse_diagonal * system.noise[0]).sum()) / system.weights[0, 0]
-            return by_weight.reshape(1, 1), inverse_diagonal.unsqueeze(0)
+        if system.variances.shape[1] == 1:  # s tr(A⁻¹K) = N − tr(A⁻¹D)
+            by_variance = (system.num_rows - (inverse_diagonal * system.noise[0]).sum()) / system.variances[0, 0]
+            return by_variance.reshape(1, 1), inverse_diagonal.unsqueeze(0)
         function = system.jacobian.function
         products = (system.jacobian.vjp(probes.mT.unsqueeze(0)) * system.jacobian.vjp(solved.mT.unsqueeze(0))).mean(-2)
-        by_group = torch.zeros_like(system.weights)
+        by_group = torch.zeros_like(system.variances)
         for piece, group in zip(products.split(function.sizes, dim=-1), function.group_indices, strict=True):
             by_group[:, group] += piece.sum(-1)
         return by_group, inverse_diagonal.unsqueeze(0)
@@ -103,17 +103,17 @@ class IterativeSolver(Solver):
     def nbytes(self) -> int:
         return self.preconditioner.basis.nbytes
 
-    def half_size(self) -> int:
+    def whitened_size(self) -> int:
         return self.system.num_rows
 
     def covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
         cross1 = self.system.cross(jacobian1)
         cross2 = cross1 if jacobian2 is jacobian1 else self.system.cross(jacobian2)
-        return jacobian1.gram(jacobian2, self.system.weights) - cross1.mT @ _Solve.apply(cross2, self)
+        return jacobian1.gram(jacobian2, self.system.variances) - cross1.mT @ _Solve.apply(cross2, self)
 
     def variance(self, jacobian: Jacobian) -> Tensor:
         cross = self.system.cross(jacobian)
-        prior = jacobian.diagonal(self.system.weights)
+        prior = jacobian.diagonal(self.system.variances)
         return (prior - (cross * _Solve.apply(cross, self)).sum(-2)).clamp_min(0.0)
 
 
@@ -151,9 +151,9 @@ class NystromPreconditioner:
         chosen = jacobian[landmarks.to(system.x.device)]
         self.noise = system.noise[0]
         self.scale = system.noise.rsqrt()
-        cross = jacobian.gram(chosen, system.weights)[0].mul_(self.scale.mT)
+        cross = jacobian.gram(chosen, system.variances)[0].mul_(self.scale.mT)
         system.check_finite(cross)
-        core = chosen.gram(chosen, system.weights)[0]
+        core = chosen.gram(chosen, system.variances)[0]
         size = core.diagonal().mean()  # jitter is for matrices of size one
         core = psd_safe_cholesky(core / size) * size.sqrt()
         factor = torch.linalg.solve_triangular(core.mT, cross, upper=True, left=False)
@@ -211,7 +211,7 @@ def conjugate_gradients(
         new_inner = (residual * correction).sum(0)
         direction = correction + torch.where(inner > 0, new_inner / inner.where(inner > 0, 1.0), 0.0) * direction
         inner = new_inner
-        image = system.rough_matmul(direction.unsqueeze(0))[0]
+        image = system.single_precision_matmul(direction.unsqueeze(0))[0]
         curvature = (direction * image).sum(0)
         length = torch.where(curvature > 0, inner / curvature.where(curvature > 0, 1.0), 0.0)
         solution += length * direction

@@ -26,7 +26,7 @@ class PivotedCholesky:
 
     :ivar Tensor factor: F, (m, N).
     :ivar Tensor rows: The landmarks, (m,).
-    :ivar Tensor left: The diagonal of K − Fᵀ F, (N,).
+    :ivar Tensor remainder: The diagonal of K − Fᵀ F, (N,).
     :ivar Tensor checked: Some rows, (k,), drawn at random.
     :ivar Tensor checked_variances: About the posterior variances there, (k,).
     """
@@ -35,25 +35,25 @@ class PivotedCholesky:
         self.system = system
         jacobian = system.jacobian
         self.outputs = jacobian.function.num_outputs
-        self.left = jacobian.diagonal(system.weights)[0].clone()
-        system.check_finite(self.left)
-        self.limit = min(limit, len(self.left))
-        self._memory = self.left.new_empty(self.limit, len(self.left))  # row by row: touched as it is filled
+        self.remainder = jacobian.diagonal(system.variances)[0].clone()
+        system.check_finite(self.remainder)
+        self.limit = min(limit, len(self.remainder))
+        self._memory = self.remainder.new_empty(self.limit, len(self.remainder))  # row by row: touched as it is filled
         self._blocks: list[Tensor] = []
-        self.rows = torch.empty(0, dtype=torch.long, device=self.left.device)
-        eps = torch.finfo(self.left.dtype).eps
-        self._rounding = eps * float((self.left / system.noise[0]).sum())
+        self.rows = torch.empty(0, dtype=torch.long, device=self.remainder.device)
+        eps = torch.finfo(self.remainder.dtype).eps
+        self._rounding = eps * float((self.remainder / system.noise[0]).sum())
         # Kernel values are no better than this, and the inverse of their matrix magnifies it.
-        rounding = eps * float(self.left.max())
+        rounding = eps * float(self.remainder.max())
         self._jitter = min(max(1e-6 * float(system.noise.min()), 4 * rounding), 1024 * rounding)
         self._least = 4 * self._jitter  # what a row must have left to become a landmark
         self._generator = torch.Generator(device="cpu").manual_seed(0)
-        order = torch.randperm(jacobian.num_points, generator=self._generator, device="cpu").to(self.left.device)
+        order = torch.randperm(jacobian.num_points, generator=self._generator, device="cpu").to(self.remainder.device)
         room = int((settings.memory_budget.bytes(system.x.device) / 128) ** 0.5)
         points = order[: max(1, min(_CHECKED, room) // self.outputs)]
         self.checked = self._rows_of(points)
         checked = jacobian[points]
-        self.checked_variances = self._variances(checked.gram(checked, system.weights)[0])
+        self.checked_variances = self._variances(checked.gram(checked, system.variances)[0])
 
     @property
     def rank(self) -> int:
@@ -66,7 +66,7 @@ class PivotedCholesky:
     @property
     def is_exhausted(self) -> bool:
         """Whether nothing but rounding is left."""
-        return bool(self.left.max() <= self._least)
+        return bool(self.remainder.max() <= self._least)
 
     @property
     def is_full(self) -> bool:
@@ -85,9 +85,9 @@ class PivotedCholesky:
         block.addmm_(self.factor[:, accepted].mT, self.factor, alpha=-1)
         new = self._memory[start:stop]
         new.copy_(torch.linalg.solve_triangular(factor, block, upper=False))
-        self.left.sub_(new.square().sum(0)).clamp_min_(0.0)
+        self.remainder.sub_(new.square().sum(0)).clamp_min_(0.0)
         self.rows = torch.cat([self.rows, accepted])
-        self.left[self.rows] = 0.0  # but for the jitter
+        self.remainder[self.rows] = 0.0  # but for the jitter
         self._blocks.append(factor)
 
     def _rows_of(self, points: Tensor) -> Tensor:
@@ -95,23 +95,23 @@ class PivotedCholesky:
 
     def _draw(self) -> Tensor:
         """Points whose rows are proposed, in a random order that prefers those with much left."""
-        weights = self.left.unflatten(0, (-1, self.outputs)).sum(-1).cpu()
+        weights = self.remainder.unflatten(0, (-1, self.outputs)).sum(-1).cpu()
         count = max(1, min(_PROPOSALS, max(_FEWEST_PROPOSALS, self.limit // 16), self.limit) // self.outputs)
         count = min(count, int((weights > 0).sum()))
         # Gumbel's trick: as a draw without replacement, for any number of points.
         keys = weights.log() - torch.empty_like(weights).exponential_(generator=self._generator).log()
-        return keys.topk(count).indices.to(self.left.device)
+        return keys.topk(count).indices.to(self.remainder.device)
 
     def _kernel_rows(self, points: Tensor) -> Tensor:
         """The rows of K of some points, (·, N), in memory of its own."""
         jacobian = self.system.jacobian
-        return jacobian[points].gram(jacobian, self.system.weights)[0]
+        return jacobian[points].gram(jacobian, self.system.variances)[0]
 
     def _accept(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The proposed rows that a draw one by one would have kept, and the Cholesky factor of what is left of them."""
         chosen = self.system.jacobian[rows[:: self.outputs] // self.outputs]
         known = self.factor[:, rows]
-        matrix = (chosen.gram(chosen, self.system.weights)[0] - known.mT @ known).cpu()
+        matrix = (chosen.gram(chosen, self.system.variances)[0] - known.mT @ known).cpu()
         proposed = matrix.diagonal().clone()
         chances = torch.rand(len(rows), generator=self._generator, dtype=matrix.dtype, device="cpu")
         if not self.rank:  # one by one, a draw would reject nearly all: K falls fast at first, and is formed each time
@@ -126,16 +126,18 @@ class PivotedCholesky:
             column = rest[i:, i] / pivot**0.5
             rest[i:, i:].addr_(column, column, alpha=-1)
         # Rows with nothing but rounding left, by this more exact figure, are not drawn again.
-        self.left[rows[(proposed <= self._least).to(rows.device)]] = 0.0
+        self.remainder[rows[(proposed <= self._least).to(rows.device)]] = 0.0
         index = torch.tensor(kept, dtype=torch.long, device="cpu")
         matrix = matrix[index][:, index]
         matrix.diagonal().add_(self._jitter)
-        factor = torch.linalg.cholesky(matrix).to(self.left)
+        factor = torch.linalg.cholesky(matrix).to(self.remainder)
         return rows[index.to(rows.device)], factor
 
     def _variances(self, kernel: Tensor) -> Tensor:
         """About the posterior variances of the checked rows: as if they, with less noise, stood for all."""
-        noise = self.system.noise[0].expand(len(self.left))[self.checked] * (len(self.checked) / len(self.left))
+        noise = self.system.noise[0].expand(len(self.remainder))[self.checked] * (
+            len(self.checked) / len(self.remainder)
+        )
         noise = noise.clamp_min(self._jitter)
         matrix = kernel + noise.diag()
         factor, info = torch.linalg.cholesky_ex(matrix)
@@ -156,16 +158,16 @@ class PivotedCholesky:
 
     def left_if_new(self, rows: Tensor) -> Tensor:
         """What is left of each of these rows; of a landmark, given the other ones only: what a new point is like."""
-        left = self.left[rows]
+        remainder = self.remainder[rows]
         which, place = (rows.unsqueeze(-1) == self.rows).nonzero(as_tuple=True)
-        unit = left.new_zeros(self.rank, len(which))
+        unit = remainder.new_zeros(self.rank, len(which))
         unit[place, torch.arange(len(which), device="cpu")] = 1.0
-        left[which] = 1 / torch.linalg.solve_triangular(self.root(), unit, upper=False).square().sum(0)
-        return left
+        remainder[which] = 1 / torch.linalg.solve_triangular(self.root(), unit, upper=False).square().sum(0)
+        return remainder
 
     def residual(self) -> float:
         r"""The mean eigenvalue of :math:`D^{-1/2} (K - F^\top F) D^{-1/2}` beside those that are zero, and rounding."""
-        directions = min(len(self.left), self.system.num_parameters) - self.rank
+        directions = min(len(self.remainder), self.system.num_parameters) - self.rank
         if self.is_exhausted:  # what is left is jitter, in the landmarks' own directions
             directions = self.rank
-        return float((self.left / self.system.noise[0]).sum()) / max(1, directions) + self._rounding
+        return float((self.remainder / self.system.noise[0]).sum()) / max(1, directions) + self._rounding

@@ -76,13 +76,15 @@ class FastVariance(ABC):
     def nbytes(self) -> int:
         """Bytes held."""
 
-    def half_size(self) -> int:
+    def whitened_size(self) -> int:
         """t, what a test point needs in memory."""
         return self.rank
 
     def points_per_block(self, outputs: int) -> int:
         """How many test points may be served at once: an eighth of the memory budget."""
-        return max(1, settings.memory_budget.bytes(self.system.x.device) // (64 * outputs * max(1, self.half_size())))
+        return max(
+            1, settings.memory_budget.bytes(self.system.x.device) // (64 * outputs * max(1, self.whitened_size()))
+        )
 
     @abstractmethod
     def covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
@@ -120,26 +122,26 @@ class LanczosVariance(FastVariance):
     def nbytes(self) -> int:
         return self.weights.nbytes
 
-    def _half(self, jacobian: Jacobian) -> Tensor:
+    def _whitened(self, jacobian: Jacobian) -> Tensor:
         """(J S)ᵀ, (B, t, M)."""
         if jacobian.x.requires_grad:
             return jacobian.jvp(self.weights.mT.unsqueeze(0))
         return JacobianProduct.apply(self.weights.mT.unsqueeze(0), jacobian)
 
     def covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
-        half1 = self._half(jacobian1)
-        half2 = half1 if jacobian2 is jacobian1 else self._half(jacobian2)
-        return jacobian1.gram(jacobian2, self.system.weights) - half1.mT @ half2
+        whitened1 = self._whitened(jacobian1)
+        whitened2 = whitened1 if jacobian2 is jacobian1 else self._whitened(jacobian2)
+        return jacobian1.gram(jacobian2, self.system.variances) - whitened1.mT @ whitened2
 
     def variance(self, jacobian: Jacobian) -> Tensor:
-        return (jacobian.diagonal(self.system.weights) - self._half(jacobian).square().sum(-2)).clamp_min(0.0)
+        return (jacobian.diagonal(self.system.variances) - self._whitened(jacobian).square().sum(-2)).clamp_min(0.0)
 
 
 def _inverse_root(system: System, rank: int) -> Tensor:
     """R, (N, t), with R Rᵀ ≈ (K + D)⁻¹."""
     generator = torch.Generator(device="cpu").manual_seed(0)
     points = torch.randperm(system.jacobian.num_points, generator=generator)[:_PROBES].to(system.x.device)
-    cross = system.jacobian.gram(system.jacobian[points], system.weights)[0]
+    cross = system.jacobian.gram(system.jacobian[points], system.variances)[0]
     signs = torch.randint(0, 2, (cross.shape[-1],), generator=generator, device="cpu").mul(2).sub(1)
     image = cross @ signs.to(cross)
     limit = min(rank, system.num_rows)
@@ -213,10 +215,10 @@ class LandmarkVariance(FastVariance):
             return self.exact.nbytes
         return self.root.nbytes + self.factor.nbytes + self.landmarks.x.nbytes
 
-    def half_size(self) -> int:
-        return 3 * self.rank if self.exact is None else self.exact.half_size()
+    def whitened_size(self) -> int:
+        return 3 * self.rank if self.exact is None else self.exact.whitened_size()
 
-    def _halves(self, jacobian: Jacobian) -> tuple[Tensor, Tensor]:
+    def _whitened_parts(self, jacobian: Jacobian) -> tuple[Tensor, Tensor]:
         """c and L_B⁻¹ c, (B, m, M)."""
         known = torch.linalg.solve_triangular(self.root, self.landmarks.cross(jacobian)[:, self.rows], upper=False)
         return known, torch.linalg.solve_triangular(self.factor, known, upper=False)
@@ -224,17 +226,17 @@ class LandmarkVariance(FastVariance):
     def covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
         if self.exact is not None:
             return self.exact.covariance(jacobian1, jacobian2)
-        known1, half1 = self._halves(jacobian1)
-        known2, half2 = (known1, half1) if jacobian2 is jacobian1 else self._halves(jacobian2)
-        rest = jacobian1.gram(jacobian2, self.system.weights) - known1.mT @ known2
-        return rest / (1 - self.lost) + half1.mT @ half2
+        known1, whitened1 = self._whitened_parts(jacobian1)
+        known2, whitened2 = (known1, whitened1) if jacobian2 is jacobian1 else self._whitened_parts(jacobian2)
+        rest = jacobian1.gram(jacobian2, self.system.variances) - known1.mT @ known2
+        return rest / (1 - self.lost) + whitened1.mT @ whitened2
 
     def variance(self, jacobian: Jacobian) -> Tensor:
         if self.exact is not None:
             return self.exact.variance(jacobian)
-        known, half = self._halves(jacobian)
-        rest = (jacobian.diagonal(self.system.weights) - known.square().sum(-2)).clamp_min(0.0)
-        return rest / (1 - self.lost) + half.square().sum(-2)
+        known, whitened = self._whitened_parts(jacobian)
+        rest = (jacobian.diagonal(self.system.variances) - known.square().sum(-2)).clamp_min(0.0)
+        return rest / (1 - self.lost) + whitened.square().sum(-2)
 
 
 def _warn(report: VarianceReport) -> None:
@@ -252,7 +254,7 @@ def _system_of_rows(system: System, rows: Tensor) -> tuple[System, Tensor]:
     outputs = system.jacobian.function.num_outputs
     points, place = (rows // outputs).unique(return_inverse=True)
     noise = system.noise.unflatten(-1, (-1, outputs))[:, points].flatten(1)
-    return System(system.linearization, system.x[:, points], system.weights, noise), place * outputs + rows % outputs
+    return System(system.linearization, system.x[:, points], system.variances, noise), place * outputs + rows % outputs
 
 
 def _landmark_limit(system: System) -> int:

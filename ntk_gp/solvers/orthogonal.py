@@ -108,13 +108,13 @@ class FunctionSpaceBasis:
         :param alpha: A⁻¹ r, as far as it is known.
         """
         weights = self._explained(residual)
-        left = residual - self.system.jacobian.jvp(weights) - self.system.noise.unsqueeze(-2) * alpha
-        return weights + self._explained(left)
+        remainder = residual - self.system.jacobian.jvp(weights) - self.system.noise.unsqueeze(-2) * alpha
+        return weights + self._explained(remainder)
 
     def _explained(self, residual: Tensor) -> Tensor:
-        half = torch.linalg.solve_triangular(self.factor, residual.mT, upper=False)
+        rotated = torch.linalg.solve_triangular(self.factor, residual.mT, upper=False)
         size = self.system.num_parameters
-        return self.system.root_variances.unsqueeze(-2) * (self._basis[:, :size] @ half).mT
+        return self.system.root_variances.unsqueeze(-2) * (self._basis[:, :size] @ rotated).mT
 
     def left_at(self, jacobian: Jacobian) -> Tensor:
         """What is orthogonal, (B, M, P + N); projected out twice, against rounding."""

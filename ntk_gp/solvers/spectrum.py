@@ -20,7 +20,7 @@ class Spectrum:
     is as short. Where P < N, the eigenvectors are those of the P×P matrix :math:`J^\top J`, and what they leave of r
     has eigenvalue zero.
 
-    :param system: The inputs, with unit weights; its noise scales the rows.
+    :param system: The inputs, with unit prior variances; its noise scales the rows.
     """
 
     def __init__(self, system: System):
@@ -35,7 +35,7 @@ class Spectrum:
 
     def _decompose_gram(self) -> None:
         system = self.system
-        gram = system.linearization.gram(system.jacobian, system.jacobian, system.weights)
+        gram = system.linearization.gram(system.jacobian, system.jacobian, system.variances)
         system.check_finite(gram.diagonal(dim1=-2, dim2=-1))
         with settings.stage("Eigenvalues"):
             values, self._vectors = torch.linalg.eigh(self.scale.unsqueeze(-1) * gram * self.scale.unsqueeze(-2))

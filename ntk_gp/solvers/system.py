@@ -23,7 +23,7 @@ class System:
 
     :param linearization: The frozen network with its engines.
     :param x: The training inputs, (B, n, d).
-    :param weights: The prior variance of every group of parameters, (W, G); W is 1 or B. Not negative.
+    :param variances: The prior variance of every group of parameters, (W, G); W is 1 or B. Not negative.
     :param noise: The diagonal of D, (B or 1, N). Positive.
     :param dtype: The precision that is asked of solutions; that of the inputs by default.
     """
@@ -32,13 +32,15 @@ class System:
         self,
         linearization: Linearization,
         x: Tensor,
-        weights: Tensor,
+        variances: Tensor,
         noise: Tensor,
         dtype: torch.dtype | None = None,
     ):
         self.linearization = linearization
         self.dtype = x.dtype if dtype is None else dtype
-        self.x, self.weights, self.noise = (normal_tensor(tensor.detach()).double() for tensor in (x, weights, noise))
+        self.x, self.variances, self.noise = (
+            normal_tensor(tensor.detach()).double() for tensor in (x, variances, noise)
+        )
         self.state = linearization.network.fingerprint()
 
     def __getstate__(self) -> dict:
@@ -60,7 +62,7 @@ class System:
     @property
     def batch(self) -> int:
         """B."""
-        return max(self.x.shape[0], self.weights.shape[0], self.noise.shape[0])
+        return max(self.x.shape[0], self.variances.shape[0], self.noise.shape[0])
 
     @property
     def num_rows(self) -> int:
@@ -75,7 +77,7 @@ class System:
     @cached_property
     def parameter_variances(self) -> Tensor:
         """The diagonal of Σ, (W, P)."""
-        return self.jacobian.function.expand_weights(self.weights)
+        return self.jacobian.function.expand_variances(self.variances)
 
     @cached_property
     def root_variances(self) -> Tensor:
@@ -95,7 +97,7 @@ class System:
             and other.dtype == self.dtype
             and other.x.shape[2] == self.x.shape[2]
             and other.batch in (1, self.batch)
-            and _same(other.weights, self.weights)
+            and _same(other.variances, self.variances)
             and _same(other.x, self.x[:, :old])
             and _same(other.noise, self.noise[:, : other.noise.shape[1]])
         )
@@ -103,13 +105,13 @@ class System:
     def rows_after(self, other: System) -> System:
         """The system of the rows that this one has beyond another that it starts with."""
         x, noise = self.x[:, other.x.shape[1] :], self.noise[:, other.noise.shape[1] :]
-        return System(self.linearization, x, self.weights, noise)
+        return System(self.linearization, x, self.variances, noise)
 
     def matmul(self, rhs: Tensor) -> Tensor:
         """A rhs, (B, N, r), from Jacobian products."""
         return self._kernel_matmul(rhs) + self.noise.unsqueeze(-1) * rhs
 
-    def rough_matmul(self, rhs: Tensor) -> Tensor:
+    def single_precision_matmul(self, rhs: Tensor) -> Tensor:
         """A rhs to the precision that is asked for: for float32 at several times the rate, from factors half as large.
 
         K's condition number may exceed that precision. Whoever iterates with this looks at the residual by `matmul`.
@@ -117,7 +119,7 @@ class System:
         if self.dtype != torch.float32 or self.batch > 1:
             return self.matmul(rhs)
         jacobian = self._single_precision
-        product = self.linearization.kernel_matmul(jacobian, jacobian, rhs.float(), self.weights.float())
+        product = self.linearization.kernel_matmul(jacobian, jacobian, rhs.float(), self.variances.float())
         return product.double() + self.noise.unsqueeze(-1) * rhs
 
     @cached_property
@@ -127,16 +129,16 @@ class System:
 
     def _kernel_matmul(self, rhs: Tensor) -> Tensor:
         batch, rows, columns = rhs.shape
-        if batch == max(self.x.shape[0], self.weights.shape[0]):
-            return self.linearization.kernel_matmul(self.jacobian, self.jacobian, rhs, self.weights)
+        if batch == max(self.x.shape[0], self.variances.shape[0]):
+            return self.linearization.kernel_matmul(self.jacobian, self.jacobian, rhs, self.variances)
         # One K for noises of several batches: they are more columns for it.
         flat = rhs.movedim(0, 1).reshape(1, rows, -1)
-        product = self.linearization.kernel_matmul(self.jacobian, self.jacobian, flat, self.weights)
+        product = self.linearization.kernel_matmul(self.jacobian, self.jacobian, flat, self.variances)
         return product.reshape(rows, batch, columns).movedim(0, 1)
 
     def dense(self) -> Tensor:
         """A, (B, N, N), in memory of its own."""
-        gram = self.linearization.gram(self.jacobian, self.jacobian, self.weights)
+        gram = self.linearization.gram(self.jacobian, self.jacobian, self.variances)
         gram = gram.expand(self.batch, *gram.shape[-2:])
         if gram.stride(0) == 0 and self.batch > 1:
             gram = gram.clone()
@@ -150,7 +152,7 @@ class System:
     def cross(self, jacobian: Jacobian) -> Tensor:
         """K(X, x), (B, N, M); differentiable where the inputs of the Jacobian are."""
         if not jacobian.x.requires_grad:
-            return self.jacobian.gram(jacobian, self.weights)
+            return self.jacobian.gram(jacobian, self.variances)
         tangents = jacobian.rows() * self.parameter_variances.unsqueeze(-2)
         return JacobianProduct.apply(tangents, self.jacobian).mT
 
@@ -162,7 +164,7 @@ class System:
         """Raises where what was computed from the Jacobian is NaN or infinite, naming the inputs that made it so."""
         if torch.isfinite(computed).all():
             return
-        finite = torch.isfinite(self.jacobian.diagonal(self.weights))
+        finite = torch.isfinite(self.jacobian.diagonal(self.variances))
         bad = (~finite).any(0).nonzero().squeeze(-1) // self.jacobian.function.num_outputs
         points = bad.unique()[:3].tolist()
         raise ValueError(

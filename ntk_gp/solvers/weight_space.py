@@ -96,14 +96,14 @@ class WeightSpaceSolver(Solver):
     def _project(self, rhs: Tensor) -> Tensor:
         """Λ⁻¹ Φᵀ D⁻¹ rhs, (B, P, r): least squares, by the normal equations as long as they have the digits."""
         if self.is_orthogonalised:
-            factor, half = orthogonal.weight_space_factor(self.system, rhs)
-            return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+            factor, rotated = orthogonal.weight_space_factor(self.system, rhs)
+            return torch.linalg.solve_triangular(factor.mT, rotated, upper=True)
         weights = cholesky_solve(self.cholesky, self._moment(rhs))
         if not self._mean_is_refined:
             return weights
         # From what the weights leave, with their own rounding in it: the error then is of second order.
-        left = rhs - self.system.jacobian.jvp((self.system.root_variances.unsqueeze(-1) * weights).mT).mT
-        return weights + cholesky_solve(self.cholesky, self._moment(left) - weights)
+        remainder = rhs - self.system.jacobian.jvp((self.system.root_variances.unsqueeze(-1) * weights).mT).mT
+        return weights + cholesky_solve(self.cholesky, self._moment(remainder) - weights)
 
     def _moment(self, rhs: Tensor) -> Tensor:
         """Φᵀ D⁻¹ rhs."""
@@ -125,14 +125,14 @@ class WeightSpaceSolver(Solver):
         return self.system.root_variances.unsqueeze(-2) * self._project(residual.mT).mT
 
     def logdet(self) -> Tensor:
-        half = self.cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return 2 * half + self.system.noise.expand(self.system.batch, -1).log().sum(-1)
+        log_root = self.cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return 2 * log_root + self.system.noise.expand(self.system.batch, -1).log().sum(-1)
 
     def logdet_derivatives(self) -> tuple[Tensor, Tensor]:
         r"""By :math:`\Phi^\top A^{-1} \Phi = I - \Lambda^{-1}` and
         :math:`A^{-1} = D^{-1} - D^{-1} \Phi \Lambda^{-1} \Phi^\top D^{-1}`."""
         system, function = self.system, self.system.jacobian.function
-        if not (system.weights > 0).all():  # a group without weight is not in Φ
+        if not (system.variances > 0).all():  # a group without weight is not in Φ
             return FunctionSpaceSolver(system).logdet_derivatives()
         shrinkage = 1 - torch.cholesky_inverse(self.cholesky).diagonal(dim1=-2, dim2=-1)
         by_parameter = shrinkage / system.parameter_variances
@@ -151,20 +151,20 @@ class WeightSpaceSolver(Solver):
     def nbytes(self) -> int:
         return self.cholesky.nbytes
 
-    def half_size(self) -> int:
+    def whitened_size(self) -> int:
         return self.system.num_parameters
 
-    def half_at(self, jacobian: Jacobian) -> Tensor:
+    def whitened_cross(self, jacobian: Jacobian) -> Tensor:
         """M⁻¹ Φ(x)ᵀ."""
         return torch.linalg.solve_triangular(self.cholesky, self._whiten(jacobian.rows()).mT, upper=False)
 
     def covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
-        half1 = self.half_at(jacobian1)
-        half2 = half1 if jacobian2 is jacobian1 else self.half_at(jacobian2)
-        return half1.mT @ half2
+        whitened1 = self.whitened_cross(jacobian1)
+        whitened2 = whitened1 if jacobian2 is jacobian1 else self.whitened_cross(jacobian2)
+        return whitened1.mT @ whitened2
 
     def variance(self, jacobian: Jacobian) -> Tensor:
-        return self.half_at(jacobian).square().sum(-2)
+        return self.whitened_cross(jacobian).square().sum(-2)
 
 
 def feature_moment(system: System, factor: Tensor | None = None) -> Tensor:

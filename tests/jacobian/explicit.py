@@ -27,14 +27,14 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> 
     assert float((actual - expected).norm()) <= tolerance * float(expected.norm()) + 1e-300
 
 
-def weights_for(network: FrozenNetwork, count: int) -> Tensor:
+def variances_for(network: FrozenNetwork, count: int) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     return 0.5 + torch.rand(count, network.num_groups, generator=generator, dtype=torch.float64)
 
 
 def weighted(J1: Tensor, J2: Tensor, network: FrozenNetwork, x: Tensor, weights: Tensor) -> Tensor:
     function = network.function(x.dtype, x.device)
-    return (J1 * function.expand_weights(weights).unsqueeze(-2)) @ J2.mT
+    return (J1 * function.expand_variances(weights).unsqueeze(-2)) @ J2.mT
 
 
 def check_every_operation(
@@ -48,7 +48,7 @@ def check_every_operation(
     generator = torch.Generator().manual_seed(2)
     u = torch.randn(1, 3, J.shape[-1], generator=generator, dtype=torch.float64)
     v = torch.randn(1, 3, J.shape[-2], generator=generator, dtype=torch.float64)
-    weights = weights_for(network, 1)
+    weights = variances_for(network, 1)
     close(jacobian.rows(), J)
     close(jacobian.jvp(u), u @ J.mT)
     close(jacobian.vjp(v), v @ J)
@@ -59,7 +59,7 @@ def check_every_operation(
     many = v.repeat(1, 200, 1).mT  # so many columns that the cost model takes the other way
     close(jacobian.kernel_matmul(jacobian, many, weights), weighted(J, J, network, x, weights) @ many)
     close(
-        jacobian[: other.shape[1]].paired(jacobian2, weights),
+        jacobian[: other.shape[1]].cross_diagonal(jacobian2, weights),
         weighted(J[:, : K.shape[1]], K, network, x, weights).diagonal(dim1=-2, dim2=-1),
     )
     assert isinstance(jacobian, StructuredJacobian)

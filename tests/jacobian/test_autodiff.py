@@ -102,7 +102,7 @@ def test_batches_outputs_and_chunks(name):
             gram = (expected * expanded.unsqueeze(-2)) @ expected.mT
             assert_close(jacobian.gram(jacobian, weights), gram)
             assert_close(first.gram(jacobian, weights), gram[:, [6, 7, 8, 0, 1, 2]])
-            assert_close(first.paired(jacobian[1:3], weights), gram[:, [6, 7, 8, 0, 1, 2], [3, 4, 5, 6, 7, 8]])
+            assert_close(first.cross_diagonal(jacobian[1:3], weights), gram[:, [6, 7, 8, 0, 1, 2], [3, 4, 5, 6, 7, 8]])
             assert_close(
                 jacobian.kernel_matmul(first, v[..., :6].mT, weights), gram[..., [6, 7, 8, 0, 1, 2]] @ v[..., :6].mT
             )

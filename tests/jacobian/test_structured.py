@@ -17,7 +17,7 @@ from ntk_gp.jacobian.autodiff import AutodiffEngine
 from ntk_gp.jacobian.structured import ChunkedJacobian, StructuredEngine, StructuredJacobian
 from ntk_gp.jacobian.terms import ConvolutionTerm
 from ntk_gp.network import FrozenNetwork
-from tests.jacobian.explicit import assert_close, check_every_operation, explicit, weighted, weights_for
+from tests.jacobian.explicit import assert_close, check_every_operation, explicit, variances_for, weighted
 from tests.networks import ADVERSARIAL, CASES, Case, mlp
 
 EVERY = [pytest.param(case, id=case.name) for case in (*CASES, *ADVERSARIAL)]
@@ -49,7 +49,7 @@ def test_batches_and_weightings(case: Case, batches: int, count: int):
     J, K = explicit(network, x), explicit(network, other)
     engine = StructuredEngine(network)
     jacobian, jacobian2 = engine.linearize(x), engine.linearize(other)
-    weights = weights_for(network, count)
+    weights = variances_for(network, count)
     v = torch.randn(max(batches, 1), 2, J.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert_close(jacobian.gram(jacobian, weights), weighted(J, J, network, x, weights))
     assert_close(jacobian2.gram(jacobian, weights), weighted(K, J, network, x, weights))
@@ -72,7 +72,7 @@ def test_many_points_take_several_tiles(case: Case):
     engine = StructuredEngine(network)
     jacobian, jacobian2 = engine.linearize(x), engine.linearize(other)
     J, K = jacobian.rows(), jacobian2.rows()
-    weights = weights_for(network, 1)
+    weights = variances_for(network, 1)
     symmetric = jacobian.gram(jacobian, weights)
     assert_close(symmetric, weighted(J, J, network, x, weights))
     if not case.autodiff:
@@ -95,7 +95,7 @@ def test_points_are_selected_without_the_network(case: Case, monkeypatch):
     index = torch.tensor([4, 0, 4])
     assert_close(jacobian[index].rows(), J.unflatten(1, (-1, outputs))[:, index].flatten(1, 2))
     assert_close(jacobian[1:3].rows(), J.unflatten(1, (-1, outputs))[:, 1:3].flatten(1, 2))
-    weights = weights_for(network, 1)
+    weights = variances_for(network, 1)
     assert_close(jacobian[index].gram(jacobian, weights), weighted(jacobian[index].rows(), J, network, x, weights))
 
 
@@ -104,7 +104,7 @@ def test_no_points(case: Case):
     network = case.frozen()
     engine = StructuredEngine(network)
     empty, jacobian = engine.linearize(case.inputs(0)), engine.linearize(case.inputs(3))
-    weights = weights_for(network, 1)
+    weights = variances_for(network, 1)
     P, N = jacobian.function.num_parameters, jacobian.num_rows
     assert empty.gram(jacobian, weights).shape == (1, 0, N)
     assert jacobian.gram(empty, weights).shape == (1, N, 0)
@@ -123,7 +123,7 @@ def test_over_the_budget_the_numbers_are_the_same(case: Case):
     x, other = case.inputs(7), case.inputs(5, seed=3)
     engine = StructuredEngine(network)
     held, held2 = engine.linearize(x), engine.linearize(other)
-    weights = weights_for(network, 1)
+    weights = variances_for(network, 1)
     with settings.memory_budget(12 * engine.plan(held.function, x).bytes_per_point):
         chunked, chunked2 = engine.linearize(x), engine.linearize(other)
         assert isinstance(chunked, ChunkedJacobian) and chunked.nbytes == 0
@@ -201,21 +201,21 @@ def test_another_path_at_other_inputs_is_never_silently_wrong():
     low, high = case.inputs(6).clamp(max=0.5), case.inputs(6, seed=1).abs() + 1.5
     for x in (low, high, torch.cat([low, high], dim=1)):
         assert_close(engine.linearize(x).rows(), explicit(network, x))
-    weights = weights_for(network, 1)
+    weights = variances_for(network, 1)
     one, two = engine.linearize(low), engine.linearize(high)
     J1, J2 = explicit(network, low), explicit(network, high)
     assert_close(one.gram(two, weights), weighted(J1, J2, network, low, weights))
     assert_close(two.gram(one, weights), weighted(J2, J1, network, low, weights))
     rhs = torch.ones(1, J1.shape[1], 1, dtype=torch.float64)
     assert_close(two.kernel_matmul(one, rhs, weights), weighted(J2, J1, network, low, weights) @ rhs)
-    assert_close(two.paired(one, weights), weighted(J2, J1, network, low, weights).diagonal(dim1=-2, dim2=-1))
+    assert_close(two.cross_diagonal(one, weights), weighted(J2, J1, network, low, weights).diagonal(dim1=-2, dim2=-1))
 
 
 def test_products_can_be_differentiated():
     case = CASES[0]
     network = case.frozen()
     jacobian = StructuredEngine(network).linearize(case.inputs(4))
-    weights = weights_for(network, 1).requires_grad_()
+    weights = variances_for(network, 1).requires_grad_()
     rhs = torch.randn(1, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     assert torch.autograd.gradcheck(lambda r, w: jacobian.kernel_matmul(jacobian, r, w), (rhs, weights))
     assert torch.autograd.gradcheck(jacobian.vjp, (rhs.mT.detach().requires_grad_(),))
@@ -226,7 +226,7 @@ def test_mixed_with_the_autodiff_engine():
     network = case.frozen()
     x, other = case.inputs(4), case.inputs(3, seed=1)
     ours, theirs = StructuredEngine(network).linearize(x), AutodiffEngine(network).linearize(other)
-    weights = weights_for(network, 1)
+    weights = variances_for(network, 1)
     expected = weighted(explicit(network, x), explicit(network, other), network, x, weights)
     assert_close(ours.gram(theirs, weights), expected)
     assert_close(theirs.gram(ours, weights), expected.mT)

@@ -19,7 +19,7 @@ from ntk_gp.jacobian.rules.registry import _DECOMPOSITIONS, _RULES
 from ntk_gp.jacobian.structured import StructuredEngine, StructuredJacobian
 from ntk_gp.jacobian.structured.capture import record
 from ntk_gp.network import FrozenNetwork, some_rows
-from tests.jacobian.explicit import assert_close, check_every_operation, explicit, weights_for
+from tests.jacobian.explicit import assert_close, check_every_operation, explicit, variances_for
 
 
 class Network(nn.Module):
@@ -161,7 +161,7 @@ def test_every_operation_at_rows_of_any_order(body: Callable, order: str, output
 def test_a_plan_made_at_other_rows(body: Callable):
     """The first inputs are one row, equal rows, or of one kind; the others are served by the same engine."""
     network = frozen(body)
-    weights = weights_for(network, 1)
+    weights = variances_for(network, 1)
     for first in (points(1), replicated(points(9)), late(points(10))):
         engine = StructuredEngine(network)
         J1 = explicit(network, first)
@@ -189,7 +189,7 @@ def test_in_single_precision(body: Callable):
 def test_captured_chunk_by_chunk(body: Callable):
     network = frozen(body)
     x = late(points(40))
-    J, weights = explicit(network, x), weights_for(network, 1)
+    J, weights = explicit(network, x), variances_for(network, 1)
     with ntk_gp.settings.memory_budget(12_000):
         jacobian = StructuredEngine(network).linearize(x)
         assert not isinstance(jacobian, StructuredJacobian)
@@ -257,24 +257,24 @@ class Own(nn.Module):
 
 
 def forgets_the_absolute_value(use, x: Tensor, weight):
-    use.keep_last(1)
+    use.decline_points_in_last(1)
     return use.matrix(weight, None, x)
 
 
 def forgets_it_below_minus_two(use, x: Tensor, weight):
-    use.keep_last(1)
+    use.decline_points_in_last(1)
     return use.matrix(weight, None, torch.where(x < -2, x, x.abs()))
 
 
 def raises_below_zero(use, x: Tensor, weight):
-    use.keep_last(1)
+    use.decline_points_in_last(1)
     if (x < 0).any():
         raise IndexError("not here")
     return use.matrix(weight, None, x)
 
 
 def has_the_wrong_shape_below_zero(use, x: Tensor, weight):
-    use.keep_last(1)
+    use.decline_points_in_last(1)
     return use.matrix(weight, None, x[:, :1] if (x < 0).any() else x)
 
 

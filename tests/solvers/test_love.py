@@ -101,7 +101,7 @@ class TestLandmarks:
         assert not love.report.converged
         variance = love.variance(jacobian)
         assert (variance >= variances(problem) * (1 - 1e-10)).all()
-        assert (variance <= 1.5 * jacobian.diagonal(problem.weights)).all()
+        assert (variance <= 1.5 * jacobian.diagonal(problem.group_variances)).all()
 
     def test_derivatives_with_respect_to_test_inputs(self):
         problem = Problem(400, outputs=2)
@@ -147,7 +147,7 @@ class TestPivotedCholesky:
         left = kernel - landmarks.mT @ torch.linalg.solve(landmarks[:, cholesky.rows], landmarks)
         others = torch.ones(300 * outputs, dtype=torch.bool)
         others[cholesky.rows] = False
-        assert_close(cholesky.left[others], left.diagonal()[others], 1e-5)
+        assert_close(cholesky.remainder[others], left.diagonal()[others], 1e-5)
         mean = float(left.diagonal().sum()) / 0.5 / (min(300 * outputs, system.num_parameters) - 40)
         assert cholesky.residual() == pytest.approx(mean, rel=1e-6)
 
@@ -179,7 +179,7 @@ class TestLanczos:
         problem = Problem(LARGE)
         jacobian = problem.system.jacobian_at(problem.test_x)
         exact = variances(problem)
-        last = jacobian.diagonal(problem.weights)
+        last = jacobian.diagonal(problem.group_variances)
         for rank in (1, 5, 20):
             with gpytorch.settings.max_root_decomposition_size(rank):
                 love = choose_fast_variance(problem.system)

@@ -20,7 +20,7 @@ class Spectral:
     """The posterior by the singular values of the whitened features: nothing is squared."""
 
     def __init__(self, problem: Problem):
-        roots = problem.variances.sqrt().unsqueeze(-2)
+        roots = problem.parameter_variances.sqrt().unsqueeze(-2)
         scale = problem.noise.rsqrt().unsqueeze(-1)
         left, values, right = torch.linalg.svd(scale * problem.jacobian * roots, full_matrices=False)
         targets = left.mT @ (scale * problem.rhs)
@@ -72,7 +72,7 @@ def test_errors_stay_within_the_promise(way, n, batches, outputs, monkeypatch):
 def test_added_data(way):
     problem = Problem(LARGE, noise=NOISE)
     first = problem.system.__class__(
-        problem.system.linearization, problem.x[:, :-5], problem.weights, problem.noise[:, :-5]
+        problem.system.linearization, problem.x[:, :-5], problem.group_variances, problem.noise[:, :-5]
     )
     solver = way(first).extended(problem.system) or way(problem.system)  # orthogonalised features start anew
     assert max(errors(solver, problem).values()) < PROMISE
@@ -104,7 +104,7 @@ def test_without_memory_it_is_said():
 def test_single_precision_asks_for_less(way):
     problem = Problem(LARGE, noise=1e-7)
     single = problem.system.__class__(
-        problem.system.linearization, problem.x, problem.weights, problem.noise, torch.float32
+        problem.system.linearization, problem.x, problem.group_variances, problem.noise, torch.float32
     )
     assert base.accuracy(single) > base.accuracy(problem.system)
     assert max(errors(way(single), problem).values()) < 5e-3
@@ -120,9 +120,9 @@ def test_a_covariance_is_formed_in_blocks_that_fit(outputs, noise, monkeypatch):
     jacobian, other = problem.system.jacobian_at(problem.test_x), problem.system.jacobian_at(problem.test_x + 0.1)
     expected = [solver.covariance(jacobian, second) for second in (jacobian, other)]
     heights = []
-    original = solver._left_at
-    monkeypatch.setattr(solver, "_left_at", lambda block: heights.append(block.num_points) or original(block))
-    with settings.memory_budget(8 * 8 * outputs * solver.half_size() * 6):
+    original = solver._remainder_at
+    monkeypatch.setattr(solver, "_remainder_at", lambda block: heights.append(block.num_points) or original(block))
+    with settings.memory_budget(8 * 8 * outputs * solver.whitened_size() * 6):
         found = [solver.covariance(jacobian, second) for second in (jacobian, other)]
     assert max(heights) == 3 < jacobian.num_points
     for covariance, whole in zip(found, expected, strict=True):

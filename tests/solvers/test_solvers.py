@@ -32,7 +32,7 @@ def _layer(name: str) -> str:
 class Problem:
     """A system, and everything about it in dense form."""
 
-    def __init__(self, n: int, batches=(1, 1, 1), outputs: int = 1, noise: float = 0.1, unit_weights: bool = False):
+    def __init__(self, n: int, batches=(1, 1, 1), outputs: int = 1, noise: float = 0.1, unit_variances: bool = False):
         x_batch, weight_batch, noise_batch = batches
         net = network(outputs=outputs)
         by_layer = FrozenNetwork(net, output="all", group_by=_layer)
@@ -44,20 +44,20 @@ class Problem:
         self.outputs = outputs
         self.x = data(n, x_batch)[0]
         self.test_x = data(7, x_batch, seed=2)[0]
-        self.weights = torch.ones(1, 2, dtype=torch.float64) if unit_weights else uniform(weight_batch, 2)
+        self.group_variances = torch.ones(1, 2, dtype=torch.float64) if unit_variances else uniform(weight_batch, 2)
         self.noise = noise * uniform(noise_batch, n * outputs)
-        self.system = System(Linearization(by_layer), self.x, self.weights, self.noise)
+        self.system = System(Linearization(by_layer), self.x, self.group_variances, self.noise)
         sizes = torch.tensor([sum(p.numel() for p in net[i].parameters()) for i in (0, 2)])
-        self.variances = self.weights.repeat_interleave(sizes, dim=-1)
+        self.parameter_variances = self.group_variances.repeat_interleave(sizes, dim=-1)
         self.groups = torch.arange(2).repeat_interleave(sizes)
         self.jacobian = references.jacobian(net, self.x)
         self.test_jacobian = references.jacobian(net, self.test_x)
         batch = max(batches)
-        root = self.jacobian * self.variances.unsqueeze(-2)
+        root = self.jacobian * self.parameter_variances.unsqueeze(-2)
         self.matrix = (root @ self.jacobian.mT + torch.diag_embed(self.noise)).expand(batch, -1, -1)
         self.rhs = torch.randn(batch, n * outputs, 4, dtype=torch.float64, generator=generator)
         cross = root @ self.test_jacobian.mT
-        prior = (self.test_jacobian * self.variances.unsqueeze(-2)) @ self.test_jacobian.mT
+        prior = (self.test_jacobian * self.parameter_variances.unsqueeze(-2)) @ self.test_jacobian.mT
         self.covariance = prior - cross.mT @ torch.linalg.solve(self.matrix, cross)
 
 
@@ -78,7 +78,7 @@ class TestExact:
         solution = torch.linalg.solve(problem.matrix, problem.rhs)
         assert_close(solver.solve(problem.rhs), solution)
         assert_close(solver.logdet(), problem.matrix.logdet())
-        weights = (problem.jacobian * problem.variances.unsqueeze(-2)).mT @ solution
+        weights = (problem.jacobian * problem.parameter_variances.unsqueeze(-2)).mT @ solution
         assert_close(solver.mean_weights(problem.rhs.mT), weights.mT)
         jacobian = problem.system.jacobian_at(problem.test_x)
         some = jacobian[slice(0, 3)]
@@ -98,7 +98,7 @@ class TestExact:
     def test_more_data_extends(self, way, n, outputs, batches):
         problem = Problem(n, batches, outputs)
         old_noise = problem.noise[:, : (n - 5) * outputs]
-        system = System(problem.system.linearization, problem.x[:, : n - 5], problem.weights, old_noise)
+        system = System(problem.system.linearization, problem.x[:, : n - 5], problem.group_variances, old_noise)
         assert problem.system.starts_with(system)
         solver = way(system).extended(problem.system)
         assert isinstance(solver, way)
@@ -127,7 +127,7 @@ def test_conjugate_gradients_reach_their_tolerance(n, outputs):
 @pytest.mark.parametrize("scale", [1e-10, 1e10])
 def test_any_unit_of_the_targets(way, scale):
     problem = Problem(200)
-    system = System(problem.system.linearization, problem.x, scale * problem.weights, scale * problem.noise)
+    system = System(problem.system.linearization, problem.x, scale * problem.group_variances, scale * problem.noise)
     solver = way(system)
     assert_close(solver.solve(problem.rhs) * scale, torch.linalg.solve(problem.matrix, problem.rhs))
     variance = solver.variance(system.jacobian_at(problem.test_x)) / scale
@@ -159,7 +159,7 @@ def test_float32_inputs_are_iterated_with_in_single_precision(outputs, noise, mo
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_only_a_factor_of_the_same_precision_is_extended(dtype):
     whole = Problem(LARGE).system
-    part = System(whole.linearization, whole.x[:, :SMALL], whole.weights, whole.noise[:, :SMALL], dtype)
+    part = System(whole.linearization, whole.x[:, :SMALL], whole.variances, whole.noise[:, :SMALL], dtype)
     assert whole.starts_with(part) == (dtype == whole.dtype)
 
 
@@ -251,7 +251,7 @@ def test_derivatives_with_respect_to_test_inputs(way):
 @pytest.mark.parametrize("outputs", [1, 2])
 @pytest.mark.parametrize(("x_batch", "batch"), [(1, 1), (1, 3), (3, 3)])
 def test_spectrum(n, outputs, x_batch, batch):
-    problem = Problem(n, (x_batch, 1, 1), outputs, unit_weights=True)
+    problem = Problem(n, (x_batch, 1, 1), outputs, unit_variances=True)
     spectrum = Spectrum(problem.system)
     scale, noise = (torch.rand(batch, 1, dtype=torch.float64) + 0.2 for _ in range(2))
     diagonal = torch.diag_embed(problem.noise)
@@ -287,7 +287,7 @@ class TestChoice:
 
     def test_a_few_points_more_extend_the_solver_in_use(self, monkeypatch):
         problem = Problem(LARGE)
-        old = System(problem.system.linearization, problem.x[:, :-1], problem.weights, problem.noise[:, :-1])
+        old = System(problem.system.linearization, problem.x[:, :-1], problem.group_variances, problem.noise[:, :-1])
         solver = choose_solver(old)
         calls = []
         original = type(solver).extended
@@ -298,15 +298,19 @@ class TestChoice:
     def test_much_new_data_does_not_tie_to_the_old_way(self):
         """A hundred times as many points as before are solved as if they had come at once."""
         problem = Problem(1200)
-        old = System(problem.system.linearization, problem.x[:, :10], problem.weights, problem.noise[:, :10])
+        old = System(problem.system.linearization, problem.x[:, :10], problem.group_variances, problem.noise[:, :10])
         first = choose_solver(old)
         assert type(first) is FunctionSpaceSolver
         assert type(choose_solver(problem.system)) is WeightSpaceSolver
 
-    @pytest.mark.parametrize("change", ["x", "weights", "noise"])
+    @pytest.mark.parametrize("change", ["x", "variances", "noise"])
     def test_other_data_do_not_extend(self, change):
         problem = Problem(LARGE)
-        arguments = {"x": problem.x[:, :-1].clone(), "weights": problem.weights.clone(), "noise": problem.noise[:, :-1]}
+        arguments = {
+            "x": problem.x[:, :-1].clone(),
+            "variances": problem.group_variances.clone(),
+            "noise": problem.noise[:, :-1],
+        }
         arguments[change] = arguments[change].clone()
         arguments[change][0, 0] += 1e-3
         old = System(problem.system.linearization, **arguments)
@@ -335,8 +339,8 @@ def test_variances_are_never_negative(way):
 @pytest.mark.parametrize("way", EXACT)
 def test_a_prior_variance_of_zero(way):
     problem = Problem(SMALL)
-    weights = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-    system = System(problem.system.linearization, problem.x, weights, problem.noise)
+    variances = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    system = System(problem.system.linearization, problem.x, variances, problem.noise)
     parts = [problem.jacobian[..., problem.groups == g] for g in (0, 1)]
     inverse = (parts[0] @ parts[0].mT + torch.diag_embed(problem.noise)).inverse()
     solver = way(system)

@@ -16,7 +16,7 @@ def prelu(use: Use, input: Tensor, weight: ParameterView) -> Iterable[Term]:
     values = use.gradients * input.clamp(max=0.0).unsqueeze(1)
     if weight.numel() == 1:
         return use.features(weight, values.flatten(2).sum(2))
-    use.keep_first()
+    use.decline_points_not_first()
     channel_dim = 2 + use.split
     others = [dim for dim in range(2, values.dim()) if dim != channel_dim]
     return use.features(weight, values.sum(others) if others else values)

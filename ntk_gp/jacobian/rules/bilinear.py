@@ -15,7 +15,7 @@ def bilinear(
     use: Use, input1: Tensor, input2: Tensor, weight: ParameterView, bias: ParameterView | None = None
 ) -> Iterable[Term]:
     """z_o = xᵀ W_o y + b_o: linear in the products x_i y_j."""
-    use.keep_last(1)
+    use.decline_points_in_last(1)
     products = (input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2)
     try:
         matrix = weight.flatten(1) if isinstance(weight, ParameterView) else weight

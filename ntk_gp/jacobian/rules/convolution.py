@@ -105,7 +105,7 @@ def _output_patches(
 
 def _signals(use: Use, input: Tensor, dims: int) -> tuple[Tensor, Tensor]:
     """Inputs (n, S, channels, *size) and gradients (n, C, S, channels, *size): S signals for each point."""
-    use.keep_first()
+    use.decline_points_not_first()
     if use.ndim != dims + 2:
         raise UnsupportedUse("a convolution without a batch dimension")
     return (input, use.gradients) if use.split else (input.unsqueeze(1), use.gradients.unsqueeze(2))

@@ -25,7 +25,7 @@ def embedding(
     sparse: bool = False,
 ) -> Iterable[Term]:
     """z_t = row i_t of W; the row of the padding index has no gradient."""
-    use.keep_last(1)
+    use.decline_points_in_last(1)
     if max_norm is not None or scale_grad_by_freq or sparse:
         raise UnsupportedUse("an embedding that renormalises or rescales")
     indices = input.reshape(input.shape[0], -1)

@@ -14,7 +14,7 @@ from .registry import UnsupportedUse, Use, register_rule
 
 def linear(use: Use, input: Tensor, weight: ParameterView, bias: ParameterView | None = None) -> Iterable[Term]:
     """z = a Wᵀ + b."""
-    use.keep_last(1)
+    use.decline_points_in_last(1)
     return use.matrix(weight, bias, input)
 
 
@@ -22,7 +22,7 @@ def addmm(
     use: Use, input: ParameterView, mat1: Tensor, mat2: ParameterView, *, beta: float = 1, alpha: float = 1
 ) -> Iterable[Term]:
     """z = β b + α a W."""
-    use.keep_first()
+    use.decline_points_not_first()
     terms = []
     if isinstance(mat2, ParameterView):
         terms += use.matrix(mat2.permute(1, 0), None, alpha * mat1)
@@ -43,7 +43,7 @@ def _times_parameter(use: Use, input: Tensor, other: ParameterView) -> Iterable[
     if other.ndim == 1:  # a vector: one output, which has no dimension
         return use.matrix(other.unflatten(0, (1, -1)), None, input, g.unsqueeze(-1))
     if other.ndim == 2:
-        use.keep_last(1)
+        use.decline_points_in_last(1)
         return use.matrix(other.permute(1, 0), None, input)
     if other.ndim == 3:
         return _times_heads(use, input, other)
@@ -57,7 +57,7 @@ def _times_heads(use: Use, input: Tensor, other: ParameterView) -> Iterable[Term
         input = input.unsqueeze(1) if input.dim() == 2 else input
         input, g = input.unsqueeze(-2), g.unsqueeze(-2)  # (n, H or 1, 1, d_in), (n, C, H, 1, d_out)
     else:
-        use.keep_last(3)
+        use.decline_points_in_last(3)
     a = input.expand(*g.shape[:1], *g.shape[2:-1], input.shape[-1])  # (n, *positions, H, rows, d_in)
     a, g = (t.transpose(-3, -2) for t in (a, g))
     if other.shape[0] == 1:
@@ -69,7 +69,7 @@ def _times_heads(use: Use, input: Tensor, other: ParameterView) -> Iterable[Term
 def _parameter_times(use: Use, input: ParameterView, other: Tensor) -> Iterable[Term]:
     if input.ndim != 2 or use.ndim < 3:
         raise UnsupportedUse("a product from the left that is not a matrix with a batch of matrices")
-    use.keep_last(2)
+    use.decline_points_in_last(2)
     return use.matrix(input, None, other.mT, use.gradients.mT)
 
 

@@ -24,14 +24,14 @@ def layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Iterable[Term]:
-    use.keep_last(len(normalized_shape))
+    use.decline_points_in_last(len(normalized_shape))
     return _by_element(use, input, lambda x: F.layer_norm(x, normalized_shape, None, None, eps), weight, bias)
 
 
 def rms_norm(
     use: Use, input: Tensor, normalized_shape: Sequence[int], weight: Parameter = None, eps: float | None = None
 ) -> Iterable[Term]:
-    use.keep_last(len(normalized_shape))
+    use.decline_points_in_last(len(normalized_shape))
     return _by_element(use, input, lambda x: F.rms_norm(x, normalized_shape, None, eps), weight, None)
 
 
@@ -54,7 +54,7 @@ def batch_norm(
 ) -> Iterable[Term]:
     if training or running_mean is None or running_var is None:
         raise UnsupportedUse("statistics of the batch")
-    use.keep_first()
+    use.decline_points_not_first()
     shift = use.features(bias, _sum_by_channel(use, use.gradients))
     if not isinstance(weight, ParameterView):
         return shift
@@ -96,7 +96,7 @@ def _by_element(use: Use, input: Tensor, normalise: Normalise, weight: Parameter
 
 def _by_channel(use: Use, input: Tensor, normalise: Normalise, weight: Parameter, bias: Parameter) -> Iterable[Term]:
     """Layers whose parameters belong to channels, the dimension after the points (and windows)."""
-    use.keep_first()
+    use.decline_points_not_first()
 
     def by_channel(values: Tensor) -> Tensor:
         return _sum_by_channel(use, values)

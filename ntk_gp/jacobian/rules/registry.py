@@ -36,12 +36,12 @@ class Use:
     ndim: int
     split: bool = False
 
-    def keep_last(self, dims: int) -> None:
+    def decline_points_in_last(self, dims: int) -> None:
         """Declines calls where the points are among the last dimensions, which have a meaning of their own."""
         if self.point_dim >= self.ndim - dims:
             raise UnsupportedUse(f"the points are dimension {self.point_dim} of {self.ndim}")
 
-    def keep_first(self) -> None:
+    def decline_points_not_first(self) -> None:
         """Declines calls where the points are not the first dimension."""
         if self.point_dim != 0:
             raise UnsupportedUse(f"the points are dimension {self.point_dim} of {self.ndim}")

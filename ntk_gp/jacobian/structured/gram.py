@@ -31,9 +31,9 @@ _MAX_COLUMNS = 1 << 16
 
 @dataclass
 class _Pass:
-    """One sweep over some terms: `weights` (1 or B, G) scale the left factors, `coefficients` (W,) the result."""
+    """One sweep over some terms: `variances` (1 or B, G) scale the left factors, `coefficients` (W,) the result."""
 
-    weights: Tensor
+    variances: Tensor
     coefficients: Tensor | None
     terms: list[int]
 
@@ -43,24 +43,26 @@ class Gram:
 
     :param left: The terms of J, n points.
     :param right: The terms of J', n' points; the same list for a symmetric matrix.
-    :param weights: Prior variances, (W, G).
+    :param variances: Prior variances, (W, G).
     :param shape: (B, n, n', C).
     """
 
-    def __init__(self, left: Sequence[Term], right: Sequence[Term], weights: Tensor, shape: tuple[int, int, int, int]):
+    def __init__(
+        self, left: Sequence[Term], right: Sequence[Term], variances: Tensor, shape: tuple[int, int, int, int]
+    ):
         self.left = left
         self.right = right
         self.batch, self.n, self.m, self.outputs = shape
         self.symmetric = left is right
-        self.weights = weights
-        self.num_results = max(self.batch, weights.shape[0])
+        self.variances = variances
+        self.num_results = max(self.batch, variances.shape[0])
         self.tiled = [i for i, term in enumerate(left) if is_tiled(term)]
         self.streamed = [i for i in range(len(left)) if i not in set(self.tiled)]
 
     def dense(self) -> Tensor:
         """The matrix: (B or W, n·C, n'·C)."""
         C = self.outputs
-        out = empty((self.num_results, self.n * C, self.m * C), self.weights)
+        out = empty((self.num_results, self.n * C, self.m * C), self.variances)
         if not self.tiled:
             out.zero_()
         elif C == 1:
@@ -106,7 +108,7 @@ class Gram:
         :param out: The whole matrix, of one output, for tiles that are views of it.
         :param label: Of the progress bar; none where this is a step of something longer.
         """
-        size = max(8, _tile_rows(self.weights) // self.outputs)
+        size = max(8, _tile_rows(self.variances) // self.outputs)
         passes = self._passes(self.tiled)
         blocks = [slice(j, min(self.m, j + size)) for j in range(0, self.m, size)]
         right = _RightFactors(self.right, self.tiled, keep=self.outputs == 1)
@@ -146,28 +148,30 @@ class Gram:
 
     def _passes(self, terms: list[int]) -> list[_Pass]:
         """One sweep where each batch has one weighting; otherwise one for each group of parameters."""
-        if self.weights.shape[0] in (1, self.batch):
-            return [_Pass(self.weights, None, terms)]
+        if self.variances.shape[0] in (1, self.batch):
+            return [_Pass(self.variances, None, terms)]
         passes = []
-        for group in range(self.weights.shape[1]):
+        for group in range(self.variances.shape[1]):
             mine = [i for i in terms if any(view.group == group for view in self.left[i].views)]
             if mine:
-                one = torch.zeros_like(self.weights[:1])
+                one = torch.zeros_like(self.variances[:1])
                 one[:, group] = 1.0
-                passes.append(_Pass(one, self.weights[:, group], mine))
+                passes.append(_Pass(one, self.variances[:, group], mine))
         return passes
 
     def _add_streamed(self, out: Tensor) -> None:
         if not self.streamed:
             return
-        item = self.weights.element_size() * self.batch * self.outputs * (2 * self.n + self.m)
-        max_columns = max(1, min(_MAX_COLUMNS, settings.memory_budget.bytes(self.weights.device) // (8 * max(1, item))))
-        one_group = self.weights.shape[1] == 1  # then the result is scaled, which is smaller than the features
+        item = self.variances.element_size() * self.batch * self.outputs * (2 * self.n + self.m)
+        max_columns = max(
+            1, min(_MAX_COLUMNS, settings.memory_budget.bytes(self.variances.device) // (8 * max(1, item)))
+        )
+        one_group = self.variances.shape[1] == 1  # then the result is scaled, which is smaller than the features
         for sweep in self._passes(self.streamed):
-            coefficients = self.weights[:, 0] if one_group else sweep.coefficients
+            coefficients = self.variances[:, 0] if one_group else sweep.coefficients
             for i in sweep.terms:
-                left = self.left[i].columns(max_columns, sweep.weights)
-                right = left if self.symmetric else self.right[i].columns(max_columns, sweep.weights)
+                left = self.left[i].columns(max_columns, sweep.variances)
+                right = left if self.symmetric else self.right[i].columns(max_columns, sweep.variances)
                 for features, scale in left:
                     other = features if self.symmetric else next(iter(right))[0]
                     scaled = features if one_group else features * scale.unsqueeze(1)
@@ -221,10 +225,10 @@ def _left_factors(terms: Sequence[Term], sweep: _Pass, rows: slice) -> dict[int,
     for i in sorted(sweep.terms, key=lambda i: not isinstance(terms[i], FeatureTerm)):
         term = terms[i]
         if isinstance(term, FeatureTerm):
-            factors[i] = [term.block(rows, sweep.weights)]
+            factors[i] = [term.block(rows, sweep.variances)]
         else:
             factors[i] = [
-                (term.input_factor(k, rows, sweep.weights), term.output_factor(k, rows))
+                (term.input_factor(k, rows, sweep.variances), term.output_factor(k, rows))
                 for k in range(term.num_products)
             ]
     return factors

@@ -85,25 +85,25 @@ class StructuredJacobian(Jacobian):
         return out
 
     @torch.no_grad()
-    def gram(self, other: Jacobian, weights: Tensor) -> Tensor:
+    def gram(self, other: Jacobian, variances: Tensor) -> Tensor:
         if not isinstance(other, StructuredJacobian):
-            return other.gram(self, weights).mT
+            return other.gram(self, variances).mT
         if not self._matches(other):
-            return self._gram_by_rows(other, weights)
+            return self._gram_by_rows(other, variances)
         shape = self._gram_shape(other)
         if min(shape[:3]) == 0 or not self.terms:
-            out = weights.new_zeros(max(shape[0], len(weights)), self.num_rows, other.num_rows)
+            out = variances.new_zeros(max(shape[0], len(variances)), self.num_rows, other.num_rows)
         else:
-            out = self._gram(other, weights).dense()
+            out = self._gram(other, variances).dense()
         if self.rest is not None and out.numel():
             assert other.rest is not None
-            out += self.rest.gram(self.rest if other is self else other.rest, weights)
+            out += self.rest.gram(self.rest if other is self else other.rest, variances)
         return out
 
-    def _gram(self, other: StructuredJacobian, weights: Tensor) -> Gram:
+    def _gram(self, other: StructuredJacobian, variances: Tensor) -> Gram:
         batch = self._gram_shape(other)[0]
         left, right = self._expanded(batch), other._expanded(batch)
-        return Gram(left, left if other is self else right, weights, self._gram_shape(other))
+        return Gram(left, left if other is self else right, variances, self._gram_shape(other))
 
     def _expanded(self, batch: int) -> list[Term]:
         if self.x.shape[0] == batch:
@@ -123,53 +123,53 @@ class StructuredJacobian(Jacobian):
                 return False
         return [term.key() for term in self.terms] == [term.key() for term in other.terms]
 
-    def _gram_by_rows(self, other: Jacobian, weights: Tensor) -> Tensor:
+    def _gram_by_rows(self, other: Jacobian, variances: Tensor) -> Tensor:
         """For Jacobians of a network that does different things at the two sets of inputs."""
         size = other.points_per_block()
-        expanded = self.function.expand_weights(weights)
+        expanded = self.function.expand_variances(variances)
         blocks = []
         for start in range(0, other.num_points, size):
             rows = other[slice(start, start + size)].rows()
-            if len(weights) in (1, max(len(rows), self.x.shape[0])):
+            if len(variances) in (1, max(len(rows), self.x.shape[0])):
                 blocks.append(self.jvp(rows * expanded.unsqueeze(-2)).mT)
             else:
                 blocks.append(torch.cat([self.jvp(rows * weight).mT for weight in expanded]))
-        batch = max(self.x.shape[0], other.x.shape[0], len(weights))
-        return torch.cat(blocks, dim=-1) if blocks else weights.new_zeros(batch, self.num_rows, 0)
+        batch = max(self.x.shape[0], other.x.shape[0], len(variances))
+        return torch.cat(blocks, dim=-1) if blocks else variances.new_zeros(batch, self.num_rows, 0)
 
-    def diagonal(self, weights: Tensor) -> Tensor:
-        out = self._paired(self, weights)
-        return out if self.rest is None else out + self.rest.diagonal(weights)
+    def diagonal(self, variances: Tensor) -> Tensor:
+        out = self._cross_diagonal(self, variances)
+        return out if self.rest is None else out + self.rest.diagonal(variances)
 
-    def paired(self, other: Jacobian, weights: Tensor) -> Tensor:
+    def cross_diagonal(self, other: Jacobian, variances: Tensor) -> Tensor:
         if not (isinstance(other, StructuredJacobian) and self._matches(other)):
-            return super().paired(other, weights)
-        out = self._paired(other, weights)
+            return super().cross_diagonal(other, variances)
+        out = self._cross_diagonal(other, variances)
         if self.rest is None:
             return out
         assert other.rest is not None
-        return out + self.rest.paired(other.rest, weights)
+        return out + self.rest.cross_diagonal(other.rest, variances)
 
     @torch.no_grad()
-    def _paired(self, other: StructuredJacobian, weights: Tensor) -> Tensor:
+    def _cross_diagonal(self, other: StructuredJacobian, variances: Tensor) -> Tensor:
         batch = self._gram_shape(other)[0]
-        results = max(batch, len(weights))
+        results = max(batch, len(variances))
         if not self.num_rows or not self.terms:
-            return weights.new_zeros(results, self.num_rows)
-        if len(weights) in (1, batch):
+            return variances.new_zeros(results, self.num_rows)
+        if len(variances) in (1, batch):
             left, right = self._expanded(batch), other._expanded(batch)
             right = left if other is self else right
-            total = _sum(a.paired(b, weights) for a, b in zip(left, right, strict=True))
+            total = _sum(a.cross_diagonal(b, variances) for a, b in zip(left, right, strict=True))
             assert total is not None
             return total.reshape(results, self.num_rows)
-        eye = torch.eye(weights.shape[1], dtype=weights.dtype, device=weights.device)
-        parts = torch.cat([self._paired(other, row[None]) for row in eye])
-        return weights @ parts
+        eye = torch.eye(variances.shape[1], dtype=variances.dtype, device=variances.device)
+        parts = torch.cat([self._cross_diagonal(other, row[None]) for row in eye])
+        return variances @ parts
 
-    def kernel_matmul(self, other: Jacobian, rhs: Tensor, weights: Tensor) -> Tensor:
-        needs_gradient = torch.is_grad_enabled() and (rhs.requires_grad or weights.requires_grad)
+    def kernel_matmul(self, other: Jacobian, rhs: Tensor, variances: Tensor) -> Tensor:
+        needs_gradient = torch.is_grad_enabled() and (rhs.requires_grad or variances.requires_grad)
         if needs_gradient or not isinstance(other, StructuredJacobian) or not self._matches(other):
-            return super().kernel_matmul(other, rhs, weights)
+            return super().kernel_matmul(other, rhs, variances)
         r = rhs.shape[-1]
         pairs = self.num_points * other.num_points / (2 if other is self else 1)
         columns = r * (self.num_points + other.num_points)
@@ -179,17 +179,17 @@ class StructuredJacobian(Jacobian):
             if is_tiled(term) and pairs * term.gram_cost() < columns * term.product_cost()
         ]
         with torch.no_grad():
-            total = self._tiled_matmul(other, rhs, weights, by_tile) if by_tile else None
+            total = self._tiled_matmul(other, rhs, variances, by_tile) if by_tile else None
             if len(by_tile) < len(self.terms) or self.rest is not None or total is None:
                 others = [i for i in range(len(self.terms)) if i not in set(by_tile)]
-                part = super(StructuredJacobian, self._only(others)).kernel_matmul(other._only(others), rhs, weights)
+                part = super(StructuredJacobian, self._only(others)).kernel_matmul(other._only(others), rhs, variances)
                 total = part if total is None else total + part
         return total
 
-    def _tiled_matmul(self, other: StructuredJacobian, rhs: Tensor, weights: Tensor, terms: list[int]) -> Tensor:
+    def _tiled_matmul(self, other: StructuredJacobian, rhs: Tensor, variances: Tensor, terms: list[int]) -> Tensor:
         left = self._only(terms)
         right = left if other is self else other._only(terms)
-        return left._gram(right, weights).matmul(rhs)
+        return left._gram(right, variances).matmul(rhs)
 
     def _only(self, terms: list[int]) -> StructuredJacobian:
         return StructuredJacobian(self.function, self.x, [self.terms[i] for i in terms], self.rest, self.labels)
@@ -295,62 +295,62 @@ class ChunkedJacobian(Jacobian):
     def rows(self) -> Tensor:
         return torch.cat([chunk.rows() for _, chunk in self._chunks()], dim=1)
 
-    def diagonal(self, weights: Tensor) -> Tensor:
-        return torch.cat([chunk.diagonal(weights) for _, chunk in self._chunks()], dim=-1)
+    def diagonal(self, variances: Tensor) -> Tensor:
+        return torch.cat([chunk.diagonal(variances) for _, chunk in self._chunks()], dim=-1)
 
-    def paired(self, other: Jacobian, weights: Tensor) -> Tensor:
+    def cross_diagonal(self, other: Jacobian, variances: Tensor) -> Tensor:
         if not isinstance(other, ChunkedJacobian):
-            return super().paired(other, weights)
+            return super().cross_diagonal(other, variances)
         half = max(1, min(self.size, other.size) // 2)
         pairs = zip(self._chunks(half), other._chunks(half), strict=True)
-        return torch.cat([left.paired(right, weights) for (_, left), (_, right) in pairs], dim=-1)
+        return torch.cat([left.cross_diagonal(right, variances) for (_, left), (_, right) in pairs], dim=-1)
 
     @torch.no_grad()
-    def gram(self, other: Jacobian, weights: Tensor) -> Tensor:
+    def gram(self, other: Jacobian, variances: Tensor) -> Tensor:
         if not isinstance(other, (StructuredJacobian, ChunkedJacobian)):
-            return other.gram(self, weights).mT
-        out = weights.new_empty(self._results(other, weights), self.num_rows, other.num_rows)
-        for rows, columns, block in self._blocks(other, weights):
+            return other.gram(self, variances).mT
+        out = variances.new_empty(self._results(other, variances), self.num_rows, other.num_rows)
+        for rows, columns, block in self._blocks(other, variances):
             out[:, rows, columns] = block
             if other is self and rows != columns:
                 out[:, columns, rows] = block.mT
         return out
 
-    def kernel_matmul(self, other: Jacobian, rhs: Tensor, weights: Tensor) -> Tensor:
-        needs_gradient = torch.is_grad_enabled() and (rhs.requires_grad or weights.requires_grad)
+    def kernel_matmul(self, other: Jacobian, rhs: Tensor, variances: Tensor) -> Tensor:
+        needs_gradient = torch.is_grad_enabled() and (rhs.requires_grad or variances.requires_grad)
         if needs_gradient or not isinstance(other, (StructuredJacobian, ChunkedJacobian)):
-            return super().kernel_matmul(other, rhs, weights)
+            return super().kernel_matmul(other, rhs, variances)
         r = rhs.shape[-1]
         passes = math.ceil(r / self.vectors_per_block(other))
         if self._columns_cost(other, r, passes) <= self.gram_cost(other):
-            return super().kernel_matmul(other, rhs, weights)
+            return super().kernel_matmul(other, rhs, variances)
         with torch.no_grad():
-            return self._blockwise_matmul(other, rhs, weights)
+            return self._blockwise_matmul(other, rhs, variances)
 
-    def _blockwise_matmul(self, other: StructuredJacobian | ChunkedJacobian, rhs: Tensor, weights: Tensor) -> Tensor:
-        out = rhs.new_zeros(self._results(other, rhs, weights), self.num_rows, rhs.shape[-1])
-        for rows, columns, block in self._blocks(other, weights):
+    def _blockwise_matmul(self, other: StructuredJacobian | ChunkedJacobian, rhs: Tensor, variances: Tensor) -> Tensor:
+        out = rhs.new_zeros(self._results(other, rhs, variances), self.num_rows, rhs.shape[-1])
+        for rows, columns, block in self._blocks(other, variances):
             out[:, rows] += block @ rhs[:, columns]
             if other is self and rows != columns:
                 out[:, columns] += block.mT @ rhs[:, rows]
         return out
 
     def _blocks(
-        self, other: StructuredJacobian | ChunkedJacobian, weights: Tensor
+        self, other: StructuredJacobian | ChunkedJacobian, variances: Tensor
     ) -> Iterator[tuple[slice, slice, Tensor]]:
         """Slices of rows and columns, and the block of the Gram matrix there; of the upper triangle if it is symmetric.
 
         The factors of both sides are held, and one block.
         """
-        height, width = self._block_points(self._results(other, weights))
+        height, width = self._block_points(self._results(other, variances))
         for rows, left in self._chunks(height):
             if other is self:
-                yield from _triangle(left, rows.start, width, weights)
+                yield from _triangle(left, rows.start, width, variances)
                 others = self._chunks(width, start=rows.stop // self.function.num_outputs)
             else:
                 others = _parts(other, width)
             for columns, right in others:
-                yield rows, columns, left.gram(right, weights)
+                yield rows, columns, left.gram(right, variances)
             del left  # before the next is captured
 
     def _block_points(self, results: int = 1) -> tuple[int, int]:
@@ -382,15 +382,15 @@ class ChunkedJacobian(Jacobian):
 
 
 def _triangle(
-    jacobian: StructuredJacobian, start: int, size: int, weights: Tensor
+    jacobian: StructuredJacobian, start: int, size: int, variances: Tensor
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Blocks of the upper triangle of a Gram matrix, which is itself a block whose first row is `start`."""
     for columns, part in _parts(jacobian, size):
         here = slice(start + columns.start, start + columns.stop)
-        yield here, here, part.gram(part, weights)
+        yield here, here, part.gram(part, variances)
         if columns.start:
             above = jacobian[slice(0, columns.start // jacobian.function.num_outputs)]
-            yield slice(start, here.start), here, above.gram(part, weights)
+            yield slice(start, here.start), here, above.gram(part, variances)
 
 
 def _parts(jacobian: StructuredJacobian | ChunkedJacobian, size: int) -> Iterator[tuple[slice, StructuredJacobian]]:

@@ -1,7 +1,7 @@
 r"""The interface of a term: the block of the Jacobian that belongs to some parameters, kept as factors.
 
 Notation: B batches of n points, C outputs, r vectors, P parameters in G groups; a use of a parameter has T positions
-(sequence elements, pixels). Weights are (L, G) with L = 1 or B: prior variances per group.
+(sequence elements, pixels). Variances are (L, G) with L = 1 or B: prior variances, one for each group.
 
 A Gram matrix is the sum over terms. A term takes part in it in one of two ways, whichever costs it less:
 
@@ -69,7 +69,7 @@ class Term(ABC):
         """Adds the rows of J to `out` (B, n, C, P)."""
 
     @abstractmethod
-    def paired(self, other: Term, weights: Tensor) -> Tensor:
+    def cross_diagonal(self, other: Term, variances: Tensor) -> Tensor:
         """The inner products of each row with the same row of `other`: (B or L, n, C)."""
 
     # Gram, factored
@@ -79,7 +79,7 @@ class Term(ABC):
         """How many factor pairs k there are; 0 where the term takes part by columns."""
         return 0
 
-    def input_factor(self, k: int, points: slice, weights: Tensor | None = None) -> Tensor:
+    def input_factor(self, k: int, points: slice, variances: Tensor | None = None) -> Tensor:
         """A_k at some points, (B, m, d), its columns multiplied by the prior variances if these are given."""
         raise NotImplementedError
 
@@ -98,7 +98,7 @@ class Term(ABC):
     # Gram, by columns
 
     @abstractmethod
-    def columns(self, max_columns: int, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def columns(self, max_columns: int, variances: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Per-point gradients, (B, n·C, at most about max_columns), and the prior variance of each column, (L, …)."""
 
     # Costs

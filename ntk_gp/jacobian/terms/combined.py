@@ -46,9 +46,9 @@ class CombinedTerm(Term):
         for term in self.uses:
             term.add_rows(out)
 
-    def paired(self, other: Term, weights: Tensor) -> Tensor:
+    def cross_diagonal(self, other: Term, variances: Tensor) -> Tensor:
         assert isinstance(other, CombinedTerm)
-        scale = self._scale(weights)
+        scale = self._scale(variances)
         pieces = []
         for points in self._slices():
             left = self._rows(points)
@@ -56,8 +56,8 @@ class CombinedTerm(Term):
             pieces.append((left * right * scale[:, None, None]).sum(-1))
         return torch.cat(pieces, dim=1)
 
-    def columns(self, max_columns: int, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        scale, slices = self._scale(weights), list(self._slices())
+    def columns(self, max_columns: int, variances: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        scale, slices = self._scale(variances), list(self._slices())
         if len(slices) == 1:
             rows = self._rows(slice(None)).flatten(1, 2)
             yield from zip(rows.split(max_columns, dim=-1), scale.split(max_columns, dim=-1), strict=True)
@@ -85,13 +85,13 @@ class CombinedTerm(Term):
         some.add_rows(rows)
         return rows
 
-    def _scale(self, weights: Tensor) -> Tensor:
+    def _scale(self, variances: Tensor) -> Tensor:
         """The prior variance of each of these columns, (L, p)."""
         shifts, size = self._compact()
-        scale = weights.new_zeros(weights.shape[0], size)
+        scale = variances.new_zeros(variances.shape[0], size)
         for view in self.views:
             target = view.shift(shifts[view.name]).read(scale)
-            target.copy_(weights[:, view.group].reshape(-1, *[1] * view.ndim).expand_as(target))
+            target.copy_(variances[:, view.group].reshape(-1, *[1] * view.ndim).expand_as(target))
         return scale
 
     def _compact(self) -> tuple[dict[str, int], int]:

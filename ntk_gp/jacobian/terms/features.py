@@ -51,9 +51,9 @@ class FeatureTerm(Term):
         for view, part in zip(self._views, columns.split(self.sizes, dim=-1), strict=True):
             view.add_to(flat, part)
 
-    def column_weights(self, weights: Tensor) -> Tensor:
+    def column_variances(self, variances: Tensor) -> Tensor:
         """(L, G) to (L, p)."""
-        parts = [weights[:, view.group, None].expand(-1, math.prod(view.shape)) for view in self._views]
+        parts = [variances[:, view.group, None].expand(-1, math.prod(view.shape)) for view in self._views]
         return torch.cat(parts, dim=-1)
 
     def jvp(self, tangents: Tensor) -> Tensor:
@@ -66,21 +66,21 @@ class FeatureTerm(Term):
     def add_rows(self, out: Tensor) -> None:
         self.add_to(out, self.features)
 
-    def paired(self, other: Term, weights: Tensor) -> Tensor:
+    def cross_diagonal(self, other: Term, variances: Tensor) -> Tensor:
         assert isinstance(other, FeatureTerm)
         groups = {view.group for view in self._views}
         if len(groups) == 1:
-            return inner(self.features, other.features) * weights[:, groups.pop(), None, None]
-        return inner(self.features * self.column_weights(weights)[:, None, None], other.features)
+            return inner(self.features, other.features) * variances[:, groups.pop(), None, None]
+        return inner(self.features * self.column_variances(variances)[:, None, None], other.features)
 
-    def columns(self, max_columns: int, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        flat, scale = self.features.flatten(1, 2), self.column_weights(weights)
+    def columns(self, max_columns: int, variances: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        flat, scale = self.features.flatten(1, 2), self.column_variances(variances)
         yield from zip(flat.split(max_columns, dim=-1), scale.split(max_columns, dim=-1), strict=True)
 
-    def block(self, points: slice, weights: Tensor | None = None) -> Tensor:
+    def block(self, points: slice, variances: Tensor | None = None) -> Tensor:
         """All columns at some points, output-major: (B, C·m, p)."""
         block = self.features[:, points].transpose(1, 2).flatten(1, 2)
-        return block if weights is None else block * self.column_weights(weights).unsqueeze(-2)
+        return block if variances is None else block * self.column_variances(variances).unsqueeze(-2)
 
     def gram_cost(self) -> float:
         return 2.0 * self.features.shape[2] ** 2 * self.features.shape[3]

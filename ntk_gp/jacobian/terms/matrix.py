@@ -73,10 +73,10 @@ class MatrixTerm(Term):
             self.weight.add_to(flat, matrix[..., :-1])
             self.bias.add_to(flat, matrix[..., -1])
 
-    def column_weights(self, weights: Tensor) -> Tensor:
+    def column_variances(self, variances: Tensor) -> Tensor:
         """(L, G) to one variance per column, (L, columns)."""
-        matrix = weights[:, self.weight.group, None].expand(-1, self.weight.shape[-1])
-        return matrix if self.bias is None else torch.cat([matrix, weights[:, self.bias.group, None]], dim=-1)
+        matrix = variances[:, self.weight.group, None].expand(-1, self.weight.shape[-1])
+        return matrix if self.bias is None else torch.cat([matrix, variances[:, self.bias.group, None]], dim=-1)
 
     def jvp(self, tangents: Tensor) -> Tensor:
         matrix = self.read(tangents)
@@ -168,23 +168,23 @@ class MatrixTerm(Term):
     def add_rows(self, out: Tensor) -> None:
         self.add_to(out, self.gradient_rows(slice(None)))
 
-    def paired(self, other: Term, weights: Tensor) -> Tensor:
+    def cross_diagonal(self, other: Term, variances: Tensor) -> Tensor:
         assert isinstance(other, MatrixTerm)
         if self.bias is None or self.bias.group == self.weight.group:
-            return self._paired(other, None) * weights[:, self.weight.group, None, None]
-        return self._paired(other, self.column_weights(weights))
+            return self._cross_diagonal(other, None) * variances[:, self.weight.group, None, None]
+        return self._cross_diagonal(other, self.column_variances(variances))
 
-    def _paired(self, other: MatrixTerm, scale: Tensor | None) -> Tensor:
+    def _cross_diagonal(self, other: MatrixTerm, scale: Tensor | None) -> Tensor:
         """The inner products of rows, with variances of the matrix's columns, (L, columns), or without."""
         batch, n, outputs, positions, heads, d_out = self.gradients.shape
         if positions == 1 or positions * (self.num_columns + d_out) <= d_out * self.num_columns:
-            paired, per_point = self._paired_by_positions, outputs * heads * positions**2
+            by, per_point = self._cross_diagonal_by_positions, outputs * heads * positions**2
         else:
-            paired, per_point = self._paired_by_rows, self._gradient_elements
+            by, per_point = self._cross_diagonal_by_rows, self._gradient_elements
         slices = split_points(n, batch * per_point, self.gradients.device)
-        return torch.cat([paired(other, points, scale) for points in slices], dim=1)
+        return torch.cat([by(other, points, scale) for points in slices], dim=1)
 
-    def _paired_by_positions(self, other: MatrixTerm, points: slice, scale: Tensor | None) -> Tensor:
+    def _cross_diagonal_by_positions(self, other: MatrixTerm, points: slice, scale: Tensor | None) -> Tensor:
         a, g = self.inputs_at(points), self.gradients[:, points]
         other_a, other_g = (a, g) if other is self else (other.inputs_at(points), other.gradients[:, points])
         a = a if scale is None else a * scale[:, None, None, None]
@@ -194,7 +194,7 @@ class MatrixTerm(Term):
         g = torch.einsum("bnctho,bncsho->bnchts", g, other_g)
         return (a.unsqueeze(2) * g).sum((-1, -2, -3))
 
-    def _paired_by_rows(self, other: MatrixTerm, points: slice, scale: Tensor | None) -> Tensor:
+    def _cross_diagonal_by_rows(self, other: MatrixTerm, points: slice, scale: Tensor | None) -> Tensor:
         rows = self.gradient_rows(points)
         other_rows = rows if other is self else other.gradient_rows(points)
         rows = rows if scale is None else rows * scale[:, None, None, None, None]
@@ -216,20 +216,20 @@ class MatrixTerm(Term):
             for t in range(self.num_positions):
                 yield k, t * heads + k % heads
 
-    def input_factor(self, k: int, points: slice, weights: Tensor | None = None) -> Tensor:
+    def input_factor(self, k: int, points: slice, variances: Tensor | None = None) -> Tensor:
         position, head = divmod(k, self.gradients.shape[4])
         factor = self.inputs_at(points)[:, :, position, head]
-        return factor if weights is None else factor * self.column_weights(weights).unsqueeze(-2)
+        return factor if variances is None else factor * self.column_variances(variances).unsqueeze(-2)
 
     def output_factor(self, k: int, points: slice) -> Tensor:
         position, head = divmod(k, self.gradients.shape[4])
         return self.gradients[:, points, :, position, head].transpose(1, 2).flatten(1, 2)
 
-    def columns(self, max_columns: int, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def columns(self, max_columns: int, variances: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         _, _, _, _, heads, d_out = self.gradients.shape
         per_head = max(1, max_columns // (d_out * self.num_columns))
         per_row = d_out if per_head > 1 or heads > 1 else max(1, max_columns // self.num_columns)
-        scale = self.column_weights(weights)
+        scale = self.column_variances(variances)
         for h in range(0, heads, per_head):
             for o in range(0, d_out, per_row):
                 rows = self.gradient_rows(slice(None), slice(h, h + per_head), slice(o, o + per_row))

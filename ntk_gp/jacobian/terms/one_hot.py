@@ -63,15 +63,15 @@ class OneHotTerm(Term):
     def add_rows(self, out: Tensor) -> None:
         self.weight.add_to(out, self.gradient_rows(slice(None)))
 
-    def paired(self, other: Term, weights: Tensor) -> Tensor:
+    def cross_diagonal(self, other: Term, variances: Tensor) -> Tensor:
         assert isinstance(other, OneHotTerm)
         batch, n, outputs, positions, _ = self.gradients.shape
         pieces = []
-        for points in split_points(n, batch * outputs * positions**2, weights.device):
+        for points in split_points(n, batch * outputs * positions**2, variances.device):
             equal = self.indices[:, points, None, :, None] == other.indices[:, points, None, None, :]
             g = self.gradients[:, points] @ other.gradients[:, points].mT
             pieces.append((g * equal).sum((-1, -2)))
-        return torch.cat(pieces, dim=1) * weights[:, self.weight.group, None, None]
+        return torch.cat(pieces, dim=1) * variances[:, self.weight.group, None, None]
 
     @property
     def num_products(self) -> int:
@@ -83,12 +83,14 @@ class OneHotTerm(Term):
             for s in range(self.num_products):
                 yield t, s
 
-    def input_factor(self, k: int, points: slice, weights: Tensor | None = None) -> Tensor:
+    def input_factor(self, k: int, points: slice, variances: Tensor | None = None) -> Tensor:
         """The indices, (B, m, 1); on the left with the variance beside them, (B, m, 2)."""
         indices = self.indices[:, points, k, None]
-        if weights is None:
+        if variances is None:
             return indices
-        scale = weights[:, None, None, self.weight.group].expand(max(len(weights), len(indices)), indices.shape[1], 1)
+        scale = variances[:, None, None, self.weight.group].expand(
+            max(len(variances), len(indices)), indices.shape[1], 1
+        )
         return torch.cat([indices.to(scale.dtype).expand_as(scale), scale], dim=-1)
 
     def input_product(self, left: Tensor, right: Tensor) -> Tensor:
@@ -97,11 +99,11 @@ class OneHotTerm(Term):
     def output_factor(self, k: int, points: slice) -> Tensor:
         return self.gradients[:, points, :, k].transpose(1, 2).flatten(1, 2)
 
-    def columns(self, max_columns: int, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def columns(self, max_columns: int, variances: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         step = max(1, max_columns // self.weight.shape[0])
         for start in range(0, self.weight.shape[1], step):
             rows = self.gradient_rows(slice(None), slice(start, start + step)).flatten(3).flatten(1, 2)
-            yield rows, weights[:, self.weight.group, None]
+            yield rows, variances[:, self.weight.group, None]
 
     def gram_cost(self) -> float:
         outputs, positions, d = self.gradients.shape[2:]

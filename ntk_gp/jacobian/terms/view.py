@@ -14,7 +14,7 @@ class ParameterView:
     """Elements of the flat parameter vector (P numbers), read as a tensor with `shape` and `strides` from `offset` on.
 
     :param name: The parameter that the elements belong to.
-    :param group: The parameter's group, an index into the G columns of the weights.
+    :param group: The parameter's group, an index into the G columns of the variances.
     """
 
     name: str
