@@ -17,7 +17,7 @@ import ntk_gp
 from ntk_gp import NetworkMean, NTKKernel
 from ntk_gp.jacobian import linearization
 from ntk_gp.jacobian.memory import mirror_upper_triangle
-from ntk_gp.jacobian.structured.jacobian import StructuredJacobian
+from ntk_gp.jacobian.structured.held import StructuredJacobian
 from tests import references
 
 POINTS = 600

@@ -26,12 +26,15 @@ from torch import Tensor
 from ...network import NetworkFunction
 from ..rules import UnsupportedUse
 from ..terms import ParameterView, Term
-from .capture import Layout, RecordedUse, Recording, take_points, use_terms
+from .layout import Layout, take_points
+from .record import RecordedUse, Recording
 from .rowwise import keeps_rows_apart
+from .use_terms import use_terms
 
 # Rows at which derivatives are compared with autograd's, at most.
 NUM_ROWS = 8
 
+MISPLACED = "rows at its use are not the points' own, in their order"
 _WRONG = "its gradients by the recorded uses differ from autograd's"
 # Weights are powers of two of so many sizes: with them, a backward pass is scaled without rounding.
 _SIZES = 16
@@ -44,6 +47,11 @@ _SUMMED = 100.0
 # Rows of gradients so much smaller than all the gradients at that point together, in units of rounding, are noise where
 # there are several outputs: their sum is rounded. With one output there is nothing to round.
 _NOISE = 16.0
+
+
+def reasons_of(uses: Iterable[RecordedUse], reason: str) -> dict[str, str]:
+    """The same reason for every parameter in these uses."""
+    return {name: reason for use in uses for name in use.names}
 
 
 def combination(n: int, outputs: int, like: Tensor) -> Tensor:
