@@ -40,9 +40,9 @@ class Jacobian(ABC):
         return self.x.shape[-2] * self.function.num_outputs
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes held beyond the inputs: what keeping this object in a cache costs."""
-        return 0
 
     @abstractmethod
     def jvp(self, tangents: Tensor) -> Tensor:

@@ -64,9 +64,9 @@ class Solver(ABC):
         return None
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes held."""
-        return 0
 
     @abstractmethod
     def whitened_size(self) -> int:
