@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import settings
+from .. import memory
 
 
 class ContentsCache:
@@ -26,7 +26,7 @@ class ContentsCache:
     @staticmethod
     def capacity(device: torch.device) -> int:
         """Bytes that may be kept."""
-        return settings.memory_budget.bytes(device) // 4
+        return memory.CACHES.bytes(device)
 
     def get(
         self, kind: str, state: Callable[[], Hashable], tensors: tuple[Tensor, ...], compute: Callable[..., Any]

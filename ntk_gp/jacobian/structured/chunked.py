@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ... import settings
+from ... import memory
 from ...network import NetworkFunction
 from ..base import Jacobian
 from .held import StructuredJacobian
@@ -148,7 +148,7 @@ class ChunkedJacobian(Jacobian):
     def _block_points(self, results: int = 1) -> tuple[int, int]:
         """The points on the left and on the right of a block of the Gram matrix: it takes an eighth of the budget."""
         pair_bytes = results * self.function.num_outputs**2 * self.x.element_size()
-        pairs = settings.memory_budget.bytes(self.x.device) // (8 * pair_bytes)
+        pairs = memory.GRAM_BLOCK.bytes(self.x.device) // pair_bytes
         width = max(1, min(self.size, math.isqrt(pairs)))
         return max(1, min(_HEIGHT * self.size, pairs // width)), width
 

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ... import settings
+from ... import memory
 from ...network import FrozenNetwork, NetworkFunction, normal_tensor, some_rows
 from .. import rules
 from ..autodiff import AutodiffEngine
@@ -24,15 +24,6 @@ from .plan import Plan, make_plan
 from .verification import NUM_ROWS
 
 logger = logging.getLogger("ntk_gp")
-
-# Autograd's intermediate results and gradients take up to about eight times the memory of the factors kept, and may
-# have half of the budget.
-_CAPTURE_OVERHEAD = 16
-# Factors are held if they take this share of the memory budget. Caches may take more, a quarter, so that the factors
-# are kept there, and whoever else uses these inputs does not hold them a second time.
-_HELD_SHARE = 5
-# Otherwise each chunk is what is captured at once; one may still be held while the next is captured.
-_CHUNK_SHARE = _CAPTURE_OVERHEAD
 
 
 class StructuredEngine(JacobianEngine):
@@ -70,9 +61,9 @@ class StructuredEngine(JacobianEngine):
         if x.shape[0] * x.shape[1] == 0:
             return StructuredJacobian(function, x, [], self.residual.linearize_function(function, x), {})
         plan = self.plan(function, x)
-        at_once = settings.memory_budget.bytes(x.device) // max(1, plan.bytes_per_point * x.shape[0])
-        if at_once // _HELD_SHARE < x.shape[1]:
-            return self._chunked(function, x, max(1, at_once // _CHUNK_SHARE))
+        bytes_per_point = max(1, plan.bytes_per_point * x.shape[0])
+        if memory.FACTORS.bytes(x.device) // bytes_per_point < x.shape[1]:
+            return self._chunked(function, x, max(1, memory.CHUNK.bytes(x.device) // bytes_per_point))
         return self.capture(function, x)
 
     def _chunked(self, function: NetworkFunction, x: Tensor, size: int) -> ChunkedJacobian:
@@ -111,9 +102,8 @@ class StructuredEngine(JacobianEngine):
 
     def _parts(self, function: NetworkFunction, plan: Plan, x: Tensor) -> list[list[Term]] | None:
         """The terms of each chunk; None where the network does not do what the plan says, or the plan was revised."""
-        budget = settings.memory_budget.bytes(x.device)
-        per_point = max(plan.bytes_per_point, function.bytes_per_point) * _CAPTURE_OVERHEAD
-        size = max(1, budget // (max(1, per_point) * x.shape[0]))
+        per_point = max(1, plan.bytes_per_point, function.bytes_per_point) * x.shape[0]
+        size = max(1, memory.CAPTURE.bytes(x.device) // per_point)
         parts: list[list[Term]] = []
         for chunk in x.split(size, dim=1):
             try:

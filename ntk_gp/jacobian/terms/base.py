@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ... import settings
+from ... import memory
 from ..matmul import matmul
 from .view import ParameterView
 
@@ -146,7 +146,7 @@ class Term(ABC):
 
 def cached_elements(device: torch.device) -> int:
     """How many elements an intermediate result should have at most."""
-    return min(_CACHE_ELEMENTS.get(device.type, 1 << 26), settings.memory_budget.bytes(device) // 64)
+    return min(_CACHE_ELEMENTS.get(device.type, 1 << 26), memory.INTERMEDIATE.bytes(device) // 8)
 
 
 def split_points(n: int, elements_per_point: int, device: torch.device) -> Iterator[slice]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ... import settings
+from ... import memory
 from .base import Term
 from .view import ParameterView
 
@@ -73,7 +73,7 @@ class CombinedTerm(Term):
         """Slices of points whose whole rows take a sixteenth of the memory budget."""
         batch, n, outputs = self.gradients.shape[:3]
         row_bytes = batch * outputs * self._compact()[1] * self.gradients.element_size()
-        size = max(1, settings.memory_budget.bytes(self.gradients.device) // (16 * row_bytes))
+        size = max(1, memory.WHOLE_ROWS.bytes(self.gradients.device) // row_bytes)
         for start in range(0, n, size):
             yield slice(start, min(n, start + size))
 
