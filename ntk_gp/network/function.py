@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .. import memory, settings
+from ..replacements.elementary import ElementaryOperations
 from . import switches
-from .elementary import ElementaryOperations
 from .graph import leaves_below
 from .skeleton import Skeletons
 

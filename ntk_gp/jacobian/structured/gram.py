@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import memory, settings
-from ..matmul import matmul
+from ...replacements.onednn import matmul
 from ..memory import empty, mirror_upper_triangle
 from ..terms import FeatureTerm, Term
 

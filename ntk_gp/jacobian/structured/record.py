@@ -18,11 +18,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from ...network import NetworkFunction, nodes_below
-from ..layers import replacement
+from ...replacements.recorded import RECORDED_AS
+from ...replacements.table import replacement
 from ..rules import find_decomposition, find_rule
 from ..rules.registry import RegisteredRule
 from ..terms import ParameterView
-from .recorded_layers import RECORDED_AS
 
 # How a network gets hold of its graph; `grad_fn` is a property.
 _HOOKS = (Tensor.register_hook, vars(torch._C.TensorBase)["grad_fn"].__get__)

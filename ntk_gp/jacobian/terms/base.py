@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ... import memory
-from ..matmul import matmul
+from ...replacements.onednn import matmul
 from .view import ParameterView
 
 Self = TypeVar("Self", bound="Term")
