@@ -1,4 +1,4 @@
-"""The structured engine: finds out once which parameters its rules serve, and captures Jacobians at given inputs."""
+"""The structured engine: captures Jacobians at given inputs, as a plan says that was found out at the first ones."""
 
 from __future__ import annotations
 
@@ -29,9 +29,15 @@ logger = logging.getLogger("ntk_gp")
 class StructuredEngine(JacobianEngine):
     """Jacobians as factors: one forward pass and C + 1 backward passes, and then matrix products only.
 
+    In z = W a, the derivative of an output with respect to W is the product of two vectors, the gradient g at z and a.
+    Recording the network once at all the inputs gives both; J itself is never formed, and the network is not run again.
+
     Exact, for any network: a parameter is served by rules if every use of it was recorded and its gradients agree with
     autograd's; the others, alone, are left to the autodiff engine. Every capture is put to the test
     (:mod:`.verification`); a parameter that fails is left to autodiff from then on.
+
+    What was found out about the network (:class:`.plan.Plan`) is kept for each dtype and device, as long as its tensors
+    stay what they are.
 
     :param network: The frozen network.
     :param residual: Serves the parameters that no rule does. (Default: an autodiff engine of its own.)

@@ -32,8 +32,15 @@ _BATCHED_ELEMENTS = 1 << 20
 
 @dataclass
 class RecordedUse:
-    """One call: its function and rule, its arguments (parameters replaced by views), its result's shape, and where the
-    result is in autograd's graph."""
+    """One call of a function with a parameter among its arguments, and what is needed to differentiate it later.
+
+    :param function: The function, as the network called it.
+    :param rule: Says what its derivatives are.
+    :param arguments: By name; a parameter is replaced by a view, which says where it is in the vector of all of them.
+    :param shape: Of the result.
+    :param edge: Where the result is in autograd's graph: what flows back through there is its gradient.
+    :param versions: Of the arguments that are tensors, to tell whether they were changed in place since.
+    """
 
     function: Callable
     rule: RegisteredRule
@@ -171,7 +178,18 @@ class _Recorder(TorchFunctionMode):
     def _use(
         self, function: Callable, rule: RegisteredRule, bound: dict[str, Any], views: dict[str, ParameterView]
     ) -> Tensor | None:
-        """The call's result, recorded; None where it is not one tensor."""
+        """Makes the call and notes it down.
+
+        The parameters are cut off from autograd's graph in it, so that what flows back to a parameter came by a way
+        that no rule saw. What is noted is where the *result* is in the graph. A result that has no place of its own
+        there (it is an argument changed in place, or a view; or it was made of constants only, now that the parameters
+        are) gets one by adding zero to it, and what flows back to that zero is the gradient.
+
+        :param bound: The arguments by name.
+        :param views: Those of them that are parameters.
+        :return: The result, for the network to go on with; None where it is not one tensor of floating-point numbers,
+            and the call has to be made again without being recorded.
+        """
         for name in views:
             bound[name] = bound[name].detach()
         kept = {name: _kept(value, self.copy) for name, value in bound.items()}
@@ -179,7 +197,7 @@ class _Recorder(TorchFunctionMode):
         if not isinstance(result, Tensor) or not result.is_floating_point():
             return None
         in_place = any(result is value for value in bound.values())
-        if in_place or result._is_view() or not result.requires_grad:  # the graph has no place for it alone yet
+        if in_place or result._is_view() or not result.requires_grad:
             perturbation = result.new_zeros(()).expand(result.shape).requires_grad_()
             edge = get_gradient_edge(perturbation)
             result = result.add_(perturbation) if in_place else result + perturbation
