@@ -16,6 +16,7 @@ factorising                          `SYSTEM` = 1: what does not fit is solved a
 ===================================  ===================================================================
 
 Lines of one are compared with the budget as if nothing were kept; their results are kept only if they fit in `CACHES`.
+With full caches, the third line may exceed the budget by a sixteenth where autograd takes all that it may.
 """
 
 from __future__ import annotations

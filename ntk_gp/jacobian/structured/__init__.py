@@ -3,7 +3,7 @@
 =====================  =============================================================================================
 :mod:`.record`         what a network does with its parameters, call by call, and the gradients at each result
 :mod:`.layout`         which dimension of a recorded tensor runs over the points
-:mod:`.use_terms`      a recorded call, by its rule, to blocks of the Jacobian
+:mod:`.passes`         recorded calls, by their rules, to blocks of the Jacobian
 :mod:`.rowwise`        what autograd's graph says about rows that stay apart
 :mod:`.verification`   comparisons of what was recorded with autograd
 :mod:`.plan`           what is found out once, at a few inputs

@@ -11,9 +11,9 @@ from ...network import NetworkFunction
 from ..rules import UnsupportedUse
 from ..terms import Term
 from .layout import Layout, points_first
+from .passes import RecordedPasses, use_terms
 from .plan import Plan
 from .record import Recording, record
-from .use_terms import use_terms
 from .verification import MISPLACED, NUM_ROWS, misplaced, reasons_of, wrong_derivatives, wrong_products
 
 
@@ -27,13 +27,12 @@ class Refuted(Exception):
 
 @dataclass
 class Capture:
-    """A recording at the rows (n, d), and the gradients of each use in it, (C, *shape)."""
+    """What was recorded at the rows (n, d)."""
 
     function: NetworkFunction
     plan: Plan
     rows: Tensor
-    recording: Recording
-    gradients: list[Tensor]
+    passes: RecordedPasses
 
     @classmethod
     def make(cls, function: NetworkFunction, plan: Plan, rows: Tensor) -> Capture | None:
@@ -42,7 +41,7 @@ class Capture:
         if recording.signature != plan.signature:
             return None
         _check_layouts(recording, plan.layouts)
-        return cls(function, plan, rows, recording, recording.gradients())
+        return cls(function, plan, rows, RecordedPasses(recording, recording.gradients(), plan.layouts))
 
     def telling_rows(self) -> Tensor:
         """Some of the rows at which the output depends on uses that it did not depend on where they were verified."""
@@ -50,7 +49,7 @@ class Capture:
         for i in self.plan.unproven:
             place = self.plan.layouts[i].result.place
             assert place is not None
-            alive = points_first(self.gradients[i], (place[0] + 1, place[1]), len(self.rows)).flatten(1).any(-1)
+            alive = points_first(self.passes.gradients[i], (place[0] + 1, place[1]), len(self.rows)).flatten(1).any(-1)
             found.append(alive.nonzero().squeeze(-1)[:NUM_ROWS])
         return self.rows[torch.cat(found).unique()] if found else self.rows[:0]
 
@@ -58,9 +57,9 @@ class Capture:
         """Those of every use, (1, n, …) each. Raises Refuted where a rule has no formula."""
         terms: list[list[Term]] = []
         reasons: dict[str, str] = {}
-        for use, g, layout in zip(self.recording.uses, self.gradients, self.plan.layouts, strict=True):
+        for use, g, layout in self.passes.uses():
             try:
-                terms.append(use_terms(use, g, len(self.recording.output), layout))
+                terms.append(use_terms(use, g, self.passes.num_points, layout))
             except UnsupportedUse as error:
                 reasons |= reasons_of([use], f"{use.rule.name}: {error}")
         if reasons:
@@ -69,15 +68,14 @@ class Capture:
 
     def check(self, terms: list[list[Term]]) -> None:
         """Raises Refuted where this capture does not pass, given its terms."""
-        recorded = (self.recording, self.gradients, self.plan.layouts)
         reasons = {}
         if self.plan.is_due(len(self.rows)):
-            reasons = wrong_derivatives(self.function, self.rows, *recorded, terms)
-        reasons |= reasons_of(misplaced(*recorded), MISPLACED)
+            reasons = wrong_derivatives(self.function, self.rows, self.passes, terms)
+        reasons |= reasons_of(misplaced(self.passes), MISPLACED)
         names = dict.fromkeys(name for name in self._names_to_compare() if name not in reasons)
         if names:
             try:
-                reasons |= wrong_products(self.function, self.rows, *recorded, names)[0]
+                reasons |= wrong_products(self.function, self.rows, self.passes, names)[0]
             except UnsupportedUse as error:
                 reasons |= dict.fromkeys(names, str(error))
         if reasons:
@@ -85,7 +83,8 @@ class Capture:
 
     def _names_to_compare(self) -> list[str]:
         """The parameters in uses that a rule or a decomposition of the user's had a part in."""
-        foreign = [use for use in self.recording.uses if self.recording.is_foreign or not use.rule.is_own]
+        recording = self.passes.recording
+        foreign = [use for use in recording.uses if recording.is_foreign or not use.rule.is_own]
         return [name for use in foreign for name in use.names]
 
 

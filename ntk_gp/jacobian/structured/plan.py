@@ -13,8 +13,8 @@ from .. import rules
 from ..rules import UnsupportedUse
 from ..terms import Term, merge_terms
 from .layout import Layout, compare_layouts
-from .record import Recording, record
-from .use_terms import use_terms
+from .passes import RecordedPasses, use_terms
+from .record import record
 from .verification import MISPLACED, misplaced, reasons_of, wrong_products
 
 logger = logging.getLogger("ntk_gp")
@@ -149,16 +149,13 @@ class _Trial:
     """What a recording at all of the rows showed.
 
     :param names: The parameters that were recorded.
-    :param gradients: Of each use, (C, *shape).
     :param terms: Of all the uses for which there is a formula.
     :param failed: The parameters that rules do not serve, with the reason for each.
     :param silent: The parameters on which the output does not depend at these rows.
     """
 
     names: tuple[str, ...]
-    recording: Recording
-    layouts: list[Layout]
-    gradients: list[Tensor]
+    passes: RecordedPasses
     terms: list[Term]
     failed: dict[str, str]
     silent: set[str]
@@ -173,7 +170,8 @@ class _Trial:
 
         :param failed: Of this trial and of those before.
         """
-        plan = Plan(self.passed, failed, self.recording.signature, self.layouts, self.labels(), rows, self.unproven())
+        signature, layouts = self.passes.recording.signature, self.passes.layouts
+        plan = Plan(self.passed, failed, signature, layouts, self.labels(), rows, self.unproven())
         merged = merge_terms(self.terms)
         plan.bytes_per_point = sum(term.nbytes for term in self.terms) // len(rows)
         plan.gram_flops = sum(term.gram_cost() for term in merged)
@@ -184,15 +182,15 @@ class _Trial:
     def labels(self) -> dict[str, str]:
         """The rules that serve each parameter."""
         found: dict[str, dict[str, None]] = {}
-        for use in self.recording.uses:
+        for use in self.passes.recording.uses:
             for name in use.names:
                 found.setdefault(name, {})[use.rule.name] = None
         return {name: " + ".join(labels) for name, labels in found.items() if name in self.passed}
 
     def unproven(self) -> tuple[int, ...]:
         """The uses that made no difference to the output, or have a parameter in them that made none."""
-        uses = enumerate(zip(self.recording.uses, self.gradients, strict=True))
-        return tuple(i for i, (use, g) in uses if not g.any() or not self.silent.isdisjoint(use.names))
+        uses = enumerate(self.passes.uses())
+        return tuple(i for i, (use, g, _) in uses if not g.any() or not self.silent.isdisjoint(use.names))
 
 
 def _try(function: NetworkFunction, rows: Tensor, names: tuple[str, ...]) -> _Trial | None:
@@ -200,26 +198,24 @@ def _try(function: NetworkFunction, rows: Tensor, names: tuple[str, ...]) -> _Tr
     first, second, whole = (record(function, part, names) for part in (rows[:2], rows[:3], rows))
     if not first.signature == second.signature == whole.signature:
         return None
-    layouts, gradients = compare_layouts(first, second), whole.gradients()
-    terms, failed = _terms_of_uses(whole, gradients, layouts)
+    passes = RecordedPasses(whole, whole.gradients(), compare_layouts(first, second))
+    terms, failed = _terms_of_uses(passes)
     silent: set[str] = set()
     if not failed:
         names_in_uses = {name for use in whole.uses for name in use.names}
-        failed |= reasons_of(misplaced(whole, gradients, layouts), MISPLACED)
-        wrong, silent = wrong_products(function, rows, whole, gradients, layouts, names_in_uses)
+        failed |= reasons_of(misplaced(passes), MISPLACED)
+        wrong, silent = wrong_products(function, rows, passes, names_in_uses)
         failed |= wrong
-    return _Trial(names, whole, layouts, gradients, terms, failed, silent)
+    return _Trial(names, passes, terms, failed, silent)
 
 
-def _terms_of_uses(
-    recording: Recording, gradients: list[Tensor], layouts: list[Layout]
-) -> tuple[list[Term], dict[str, str]]:
+def _terms_of_uses(passes: RecordedPasses) -> tuple[list[Term], dict[str, str]]:
     """The terms of all uses, and the parameters for which there are not all of them, with the reason for each."""
     terms: list[Term] = []
-    failed = dict.fromkeys(recording.unseen, "it is used in ways that no rule knows")
-    for use, g, layout in zip(recording.uses, gradients, layouts, strict=True):
+    failed = dict.fromkeys(passes.recording.unseen, "it is used in ways that no rule knows")
+    for use, g, layout in passes.uses():
         try:
-            terms += use_terms(use, g, len(recording.output), layout)
+            terms += use_terms(use, g, passes.num_points, layout)
         except UnsupportedUse as error:
             failed |= reasons_of([use], f"{use.rule.name}: {error}")
     return terms, failed
