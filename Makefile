@@ -9,7 +9,7 @@ SEEDS ?= 1 2
 seeded = PYTHONHASHSEED=$(word $(1),$(SEEDS)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal \
 	--randomly-seed=$(word $(1),$(SEEDS))
 # What names its engine in every test, or has none.
-ENGINE_NAMED := tests/jacobian tests/test_network.py tests/test_docs.py tests/test_notebooks.py tests/test_peak_memory.py tests/test_readme.py
+ENGINE_NAMED := tests/jacobian tests/replacements tests/test_network.py tests/test_docs.py tests/test_notebooks.py tests/test_peak_memory.py tests/test_readme.py
 
 .PHONY: demo test test-engines fuzz lint notebooks benchmark docs clean
 

@@ -77,7 +77,7 @@ def gemm_rate(threads: int, size: int = 4096) -> float:
     the quicker of PyTorch's two libraries."""
     script = (
         "import torch, time\n"
-        "from ntk_gp.jacobian.matmul import matmul\n"
+        "from ntk_gp.replacements.onednn import matmul\n"
         f"torch.set_num_threads({threads}); a, b = torch.randn(2, {size}, {size})\n"
         "for multiply in 8 * [torch.matmul, matmul]:\n"
         "    start = time.perf_counter(); multiply(a, b); print(time.perf_counter() - start)"

@@ -53,7 +53,7 @@ class NTKKernel(Kernel):
         `"parameter"`, or a function from a parameter's name to its group's.
     :param variance_prior: Prior over these variances.
     :param variance_constraint: Constraint on these variances. (Default: :class:`~gpytorch.constraints.Positive`.)
-    :param engine: `"auto"` and `"structured"` use the recorded uses of each parameter, and autodiff for those that no
+    :param engine: `"structured"` (default) uses the recorded uses of each parameter, and autodiff for those that no
         rule covers (:meth:`engine_report` tells); `"autodiff"` uses `torch.func` throughout.
     :param batch_shape: The batch shape of the kernel.
     :param active_dims: The columns of the inputs that the network sees.
@@ -86,7 +86,7 @@ class NTKKernel(Kernel):
         variance_groups: str | Callable[[str], str] | None = None,
         variance_prior: Prior | None = None,
         variance_constraint: Interval | None = None,
-        engine: str = "auto",
+        engine: str = "structured",
         batch_shape: Size | None = None,
         active_dims: tuple[int, ...] | None = None,
         **kwargs,

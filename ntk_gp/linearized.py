@@ -17,8 +17,8 @@ from .jacobian.autodiff import AutodiffEngine
 from .jacobian.forward_mode import dual_level, value_and_tangent
 from .jacobian.modes import Modes
 from .network import ALL_OUTPUTS, FrozenNetwork, NetworkFunction, check_finite, normal_tensor
-from .network.elementary import ElementaryOperations
 from .network.snapshot import convert_skeleton
+from .replacements.elementary import ElementaryOperations
 from .tracing import linearize_by_autograd, traced_through
 
 Parameters = dict[str, Tensor]

@@ -6,8 +6,8 @@ import torch
 from gpytorch.means import Mean
 from torch import Tensor, nn
 
-from .jacobian.layers import FullRateLayers
 from .network import FrozenNetwork
+from .replacements.full_rate import FullRateLayers
 
 
 class NetworkMean(Mean):

@@ -37,3 +37,8 @@ def test_report(engine):
     assert by_autodiff == ([True, False, False] if engine == "structured" else [True, True, True])
     assert all((entry["bytes"] == 0) == autodiff for entry, autodiff in zip(report, by_autodiff, strict=True))
     assert all(entry["gram_flops"] > 0 for entry in report)
+
+
+def test_an_unknown_engine_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"engine must be 'structured' or 'autodiff', got 'auto'"):
+        NTKKernel(nn.Linear(2, 1), engine="auto")

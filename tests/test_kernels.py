@@ -31,7 +31,7 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-engines = pytest.mark.parametrize("engine", ["auto", "autodiff"])
+engines = pytest.mark.parametrize("engine", ["structured", "autodiff"])
 
 
 class TestValues:

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ntk_gp
 from ntk_gp import NetworkMean, NTKKernel
-from ntk_gp.jacobian import linearization
+from ntk_gp.jacobian import kept_grams
 from ntk_gp.jacobian.memory import mirror_upper_triangle
-from ntk_gp.jacobian.structured.jacobian import StructuredJacobian
+from ntk_gp.jacobian.structured.held import StructuredJacobian
 from tests import references
 
 POINTS = 600
@@ -178,7 +178,7 @@ def test_caches_stay_within_the_budget():
 @pytest.fixture
 def formed(monkeypatch) -> list[int]:
     """One entry for each Gram matrix that the structured engine forms; each counts as large."""
-    monkeypatch.setattr(linearization, "_LARGE", 1)
+    monkeypatch.setattr(kept_grams, "_LARGE", 1)
     calls: list[int] = []
     original = StructuredJacobian.gram
     monkeypatch.setattr(StructuredJacobian, "gram", lambda *args: calls.append(1) or original(*args))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import ntk_gp
 from ntk_gp import NetworkMean, NTKKernel
-from ntk_gp.jacobian.linearization import _Cache
+from ntk_gp.jacobian.contents_cache import ContentsCache
 from ntk_gp.network.switches import Switch
 from tests.in_threads import THREADS, in_threads
 
@@ -177,7 +177,7 @@ def test_a_call_that_raises_is_one_that_raises_in_threads_too():
 
 class TestCache:
     def test_what_one_thread_computes_the_others_wait_for(self):
-        cache, calls = _Cache(), []
+        cache, calls = ContentsCache(), []
 
         def compute(x: Tensor) -> Tensor:
             calls.append(1)
@@ -189,7 +189,7 @@ class TestCache:
         assert len(calls) == 1
 
     def test_what_was_made_last_is_kept_not_what_it_was_made_from(self):
-        cache, x = _Cache(), torch.ones(100)
+        cache, x = ContentsCache(), torch.ones(100)
 
         def outer(x: Tensor) -> Tensor:
             return 2 * cache.get("inner", lambda: 0, (x,), torch.square)
@@ -200,7 +200,7 @@ class TestCache:
 
     def test_one_failure_fails_once(self):
         """Whoever waited for a computation that raised makes one of its own."""
-        cache, calls, outcomes = _Cache(), [], []
+        cache, calls, outcomes = ContentsCache(), [], []
 
         def compute(x: Tensor) -> Tensor:
             calls.append(1)
@@ -220,7 +220,7 @@ class TestCache:
         assert len(calls) == 2
 
     def test_entries_come_and_go_while_others_look(self):
-        cache = _Cache()
+        cache = ContentsCache()
         inputs = [torch.full((50,), float(i)) for i in range(20)]
 
         def work(number: int) -> None:

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from .. import settings
+from .. import memory
 from ..network import FrozenNetwork, NetworkFunction
 
 
@@ -40,9 +40,9 @@ class Jacobian(ABC):
         return self.x.shape[-2] * self.function.num_outputs
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes held beyond the inputs: what keeping this object in a cache costs."""
-        return 0
 
     @abstractmethod
     def jvp(self, tangents: Tensor) -> Tensor:
@@ -79,14 +79,14 @@ class Jacobian(ABC):
         """How many points' rows may be held at once: an eighth of the memory budget."""
         function = self.function
         row_bytes = function.num_outputs * function.num_parameters * self.x.element_size() + function.bytes_per_point
-        budget = settings.memory_budget.bytes(self.x.device)
-        return max(1, min(self.num_points, budget // (8 * max(1, self.x.shape[0] * row_bytes))))
+        budget = memory.BLOCK.bytes(self.x.device)
+        return max(1, min(self.num_points, budget // max(1, self.x.shape[0] * row_bytes)))
 
     def vectors_per_block(self, other: Jacobian | None = None) -> int:
         """How many vectors, of parameters or of rows, may be held at once: an eighth of the memory budget."""
         longest = max(self.function.num_parameters, self.num_rows, 0 if other is None else other.num_rows)
         vector_bytes = len(self.x) * longest * self.x.element_size()
-        return max(1, settings.memory_budget.bytes(self.x.device) // (8 * max(1, vector_bytes)))
+        return max(1, memory.BLOCK.bytes(self.x.device) // max(1, vector_bytes))
 
     def report(self) -> list[dict[str, object]]:
         """For each parameter: how it is served, the bytes of its factors, and flops per entry of a Gram matrix."""

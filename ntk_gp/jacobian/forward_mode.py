@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import jvp
 
-from .layers import FullRateLayers
+from ..replacements.full_rate import FullRateLayers
 
 
 class DualLevel:

@@ -1,4 +1,7 @@
-"""Memory for large results."""
+"""Where large matrices are put, and how they are made symmetric in place.
+
+How much memory may be taken is decided in :mod:`ntk_gp.memory`; this is about taking it quickly.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,20 @@ import torch
 from torch import Tensor
 
 _NUMPY_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+# Bytes from which on numpy asks for large pages.
 _LARGE = 1 << 22
+# Rows of the blocks in which a triangle is copied: both blocks stay in cache.
 _BLOCK_ROWS = 512
 
 
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    """An uninitialised tensor of the dtype and on the device of `like`.
+    """A tensor of any contents (what was in memory before), of the dtype and on the device of `like`.
 
-    Large ones on a CPU come from numpy, which asks for huge pages: touching a matrix for the first time in small pages
-    takes as long as a fifth of a Gram matrix's arithmetic. Each page is touched here, by threads that are far apart:
-    those that meet in the same huge page for the first time can wait for one another twenty times as long as its
-    clearing takes.
+    An operating system hands out memory in pages, and clears each when it is first written to. In pages of the usual 4
+    KiB that takes as long as a fifth of the arithmetic of a Gram matrix. numpy asks for pages of 2 MiB where it
+    allocates much, and torch does not: large tensors on a CPU (4 MiB and more) are made by numpy. Then one number in
+    each page is written here, before any work begins: torch's threads each write a stretch of their own, whereas those
+    that multiply would meet in one page, and could wait for one another twenty times as long as clearing it takes.
     """
     dtype = _NUMPY_DTYPES.get(like.dtype)
     if like.device.type == "cpu" and dtype is not None and math.prod(shape) * like.element_size() >= _LARGE:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .. import settings
+from .. import memory, settings
+from ..replacements.elementary import ElementaryOperations
 from . import switches
-from .elementary import ElementaryOperations
 from .graph import leaves_below
 from .skeleton import Skeletons
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 ALL_OUTPUTS = "all"
 
-# What a pass through the network takes, in units of what autograd keeps of it, so that it has half of the budget.
-_PASS_OVERHEAD = 16
 
 MIXES_ROWS = (
     "A row's output changes with the other rows of the batch, so the network is not a function of one input. Expected "
@@ -142,7 +140,7 @@ class NetworkFunction:
 
     def points_per_pass(self) -> int:
         """How many points may go through the network at once, with derivatives, within the memory budget."""
-        return max(1, settings.memory_budget.bytes(self.device) // (_PASS_OVERHEAD * max(1, self.bytes_per_point)))
+        return max(1, memory.PASS.bytes(self.device) // max(1, self.bytes_per_point))
 
     def restrict(self, names: Iterable[str]) -> NetworkFunction:
         """The same function, with only these of the selected parameters as its parameters, in the order they have."""

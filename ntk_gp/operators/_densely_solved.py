@@ -15,7 +15,7 @@ from linear_operator.utils.cholesky import psd_safe_cholesky
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
-from .. import settings
+from .. import memory
 from ..solvers.iterative import tolerance
 from ..stock import STOCK_CHOLESKY_SIZES, chosen_cholesky_size
 from ._checks import check_right_hand_side
@@ -43,7 +43,7 @@ class DenselySolved(LinearOperator):
     @property
     def _fits(self) -> bool:
         elements = 3 * self.shape.numel()
-        return 8 * elements <= settings.memory_budget.bytes(self._place)
+        return 8 * elements <= memory.SYSTEM.bytes(self._place)
 
     @property
     def _place(self) -> torch.device:

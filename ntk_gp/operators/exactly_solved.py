@@ -42,7 +42,7 @@ from linear_operator.operators import (
 )
 from torch import Tensor
 
-from .. import settings
+from .. import memory
 from ._densely_solved import DenselySolved
 from .ntk_added_diag_linear_operator import NTKAddedDiagLinearOperator
 from .ntk_linear_operator import NTKLinearOperator
@@ -180,7 +180,7 @@ def _noisy_kronecker(kernel: KroneckerProductLinearOperator, noise: LinearOperat
     square = all(factor.is_square for factor in kernel.linear_ops)
     factors = noise_factors(noise, [factor.shape[-1] for factor in kernel.linear_ops]) if square else None
     held = 4 * 8 * sum(f.shape[-1] ** 2 * f.batch_shape.numel() for f in kernel.linear_ops)
-    if factors is None or not are_positive(factors) or held > settings.memory_budget.bytes(kernel.device):
+    if factors is None or not are_positive(factors) or held > memory.SYSTEM.bytes(kernel.device):
         return NTKSumLinearOperator(kernel) + noise
     return NTKKroneckerLinearOperator(kernel, noise)
 

@@ -189,6 +189,7 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
 
 class _Counter:
     count = 0
+    nbytes = 0
 
 
 class _MarginalTerms(torch.autograd.Function):

@@ -12,7 +12,7 @@ from linear_operator.operators import (
 from linear_operator.utils.getitem import IndexType, _is_noop_index, _noop_index
 from torch import Size, Tensor
 
-from .. import settings
+from .. import memory
 from ..jacobian.base import Jacobian
 from ..jacobian.linearization import Linearization
 from ._batches import FoldedColumns, expand, flatten_batch, select
@@ -128,7 +128,7 @@ class NTKLinearOperator(LinearOperator):
             return super().root_decomposition(method)
         parameters = self._jacobians[0].function.num_parameters
         held = 2 * 8 * self.shape[:-1].numel() * parameters
-        fits = parameters < self.shape[-1] and held <= settings.memory_budget.bytes(self.device)
+        fits = parameters < self.shape[-1] and held <= memory.SYSTEM.bytes(self.device)
         if not fits or self._inputs_require_grad:
             return NTKSumLinearOperator(self).root_decomposition()
         return RootLinearOperator(self._features())

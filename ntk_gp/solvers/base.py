@@ -10,7 +10,7 @@ from linear_operator.utils.errors import NotPSDError
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
-from .. import settings
+from .. import memory
 from ..jacobian.base import Jacobian
 from .system import System
 
@@ -64,9 +64,9 @@ class Solver(ABC):
         return None
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes held."""
-        return 0
 
     @abstractmethod
     def whitened_size(self) -> int:
@@ -74,8 +74,8 @@ class Solver(ABC):
 
     def points_per_block(self, outputs: int) -> int:
         """How many test points' c may be held at once: an eighth of the memory budget."""
-        budget = settings.memory_budget.bytes(self.system.x.device)
-        return max(1, budget // (8 * 8 * self.system.batch * outputs * max(1, self.whitened_size())))
+        budget = memory.TEST_POINTS.bytes(self.system.x.device)
+        return max(1, budget // (8 * self.system.batch * outputs * max(1, self.whitened_size())))
 
 
 def rounding_error(cholesky: Tensor) -> float:

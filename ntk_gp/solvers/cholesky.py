@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import settings
-from ..jacobian.matmul import matmul
+from ..replacements.onednn import matmul
 
 _LARGE = 1024  # rows; LAPACK's own is as quick below
 _PANEL = 384  # columns

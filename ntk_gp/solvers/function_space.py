@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import settings
+from .. import memory
 from ..jacobian.base import Jacobian
 from ..jacobian.products import TransposedJacobianProduct
 from .base import (
@@ -164,9 +164,9 @@ class FunctionSpaceSolver(Solver):
 
     def _projected_points(self, outputs: int) -> int:
         """How many test points may be projected at once: an eighth of the memory budget for what they leave."""
-        budget = settings.memory_budget.bytes(self.system.x.device)
+        budget = memory.TEST_POINTS.bytes(self.system.x.device)
         height = 2 * self.system.num_parameters + self.system.num_rows
-        return max(1, budget // (8 * 8 * self.system.batch * outputs * height))
+        return max(1, budget // (8 * self.system.batch * outputs * height))
 
     def _refined_covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
         """Block by block of as many test points as the memory budget has room for twice."""

@@ -12,7 +12,7 @@ from linear_operator.utils.cholesky import psd_safe_cholesky
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
-from .. import settings
+from .. import memory, settings
 from ..jacobian.base import Jacobian
 from ..stock import is_stock
 from .base import Solver
@@ -23,8 +23,6 @@ logger = logging.getLogger("ntk_gp")
 
 # An NTK's eigenvalues fall fast: with so many landmarks a handful of steps is left.
 _LANDMARKS = 1000
-# Matrices of landmarks and rows that must fit in the memory budget: those that are made at once, and room for the rest.
-_COPIES = 8
 
 
 @dataclass(frozen=True)
@@ -144,8 +142,8 @@ class NystromPreconditioner:
 
     def __init__(self, system: System):
         jacobian, outputs = system.jacobian, system.jacobian.function.num_outputs
-        budget = settings.memory_budget.bytes(system.x.device)
-        rank = max(1, min(_LANDMARKS, system.num_rows // 2, budget // (_COPIES * 8 * system.num_rows)) // outputs)
+        budget = memory.PRECONDITIONER.bytes(system.x.device)
+        rank = max(1, min(_LANDMARKS, system.num_rows // 2, budget // (8 * system.num_rows)) // outputs)
         generator = torch.Generator(device="cpu").manual_seed(0)
         landmarks = torch.randperm(jacobian.num_points, generator=generator, device="cpu")[:rank].sort().values
         chosen = jacobian[landmarks.to(system.x.device)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import settings
+from .. import memory
 from .system import System
 
 _PROPOSALS = 512  # rows that are drawn at once: each time, factors that are not held are captured again
@@ -49,7 +49,7 @@ class PivotedCholesky:
         self._least = 4 * self._jitter  # what a row must have left to become a landmark
         self._generator = torch.Generator(device="cpu").manual_seed(0)
         order = torch.randperm(jacobian.num_points, generator=self._generator, device="cpu").to(self.remainder.device)
-        room = int((settings.memory_budget.bytes(system.x.device) / 128) ** 0.5)
+        room = int((memory.TRIANGLE.bytes(system.x.device) / 8) ** 0.5)
         points = order[: max(1, min(_CHECKED, room) // self.outputs)]
         self.checked = self._rows_of(points)
         checked = jacobian[points]

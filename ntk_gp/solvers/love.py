@@ -15,7 +15,7 @@ from gpytorch import settings as gpytorch_settings
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
-from .. import settings
+from .. import memory, settings
 from ..jacobian.base import Jacobian
 from ..jacobian.products import JacobianProduct
 from ..stock import is_stock
@@ -82,9 +82,7 @@ class FastVariance(ABC):
 
     def points_per_block(self, outputs: int) -> int:
         """How many test points may be served at once: an eighth of the memory budget."""
-        return max(
-            1, settings.memory_budget.bytes(self.system.x.device) // (64 * outputs * max(1, self.whitened_size()))
-        )
+        return max(1, memory.TEST_POINTS.bytes(self.system.x.device) // (8 * outputs * max(1, self.whitened_size())))
 
     @abstractmethod
     def covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
@@ -259,8 +257,8 @@ def _system_of_rows(system: System, rows: Tensor) -> tuple[System, Tensor]:
 
 def _landmark_limit(system: System) -> int:
     """As many landmarks as leave F three quarters of the memory budget, and the triangles the rest."""
-    budget = settings.memory_budget.bytes(system.x.device)
-    return max(1, min(system.num_rows, 3 * budget // (32 * system.num_rows), int((budget / 128) ** 0.5)))
+    beside_rows = memory.LANDMARKS.bytes(system.x.device) // (8 * system.num_rows)
+    return max(1, min(system.num_rows, beside_rows, int((memory.TRIANGLE.bytes(system.x.device) / 8) ** 0.5)))
 
 
 def _add_landmarks(cholesky: PivotedCholesky) -> None:

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .. import settings
+from .. import memory
 from ..jacobian.base import Jacobian
 from ..jacobian.linearization import Linearization
 from ..jacobian.products import JacobianProduct
@@ -158,7 +158,7 @@ class System:
 
     def fits(self, elements: float) -> bool:
         """Whether so many float64 numbers are within the memory budget."""
-        return 8 * elements <= settings.memory_budget.bytes(self.x.device)
+        return 8 * elements <= memory.SYSTEM.bytes(self.x.device)
 
     def check_finite(self, computed: Tensor) -> None:
         """Raises where what was computed from the Jacobian is NaN or infinite, naming the inputs that made it so."""

@@ -17,7 +17,7 @@ import torch
 from tests.fuzz.check import Reference, failures
 from tests.fuzz.recipe import Recipe, recipe
 
-ENGINES = ("auto", "autodiff")
+ENGINES = ("structured", "autodiff")
 
 
 def found(candidate: Recipe, engine: str) -> list[tuple[str, str]]:

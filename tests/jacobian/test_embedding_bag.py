@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ntk_gp.jacobian.linearization import Linearization
 from ntk_gp.network import FrozenNetwork
-from ntk_gp.network.elementary import embedding_bag
+from ntk_gp.replacements.elementary import embedding_bag
 from tests.jacobian.explicit import assert_close, check_every_operation
 
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ntk_gp.jacobian.structured import rowwise
-from ntk_gp.jacobian.structured.capture import compare_layouts, record
+from ntk_gp.jacobian.structured.layout import compare_layouts
+from ntk_gp.jacobian.structured.record import record
 from ntk_gp.jacobian.structured.rowwise import keeps_rows_apart
 from ntk_gp.network import FrozenNetwork, nodes_below
 

@@ -17,7 +17,7 @@ from ntk_gp.jacobian.linearization import Linearization
 from ntk_gp.jacobian.rules import register_decomposition, register_rule
 from ntk_gp.jacobian.rules.registry import _DECOMPOSITIONS, _RULES
 from ntk_gp.jacobian.structured import StructuredEngine, StructuredJacobian
-from ntk_gp.jacobian.structured.capture import record
+from ntk_gp.jacobian.structured.record import record
 from ntk_gp.network import FrozenNetwork, some_rows
 from tests.jacobian.explicit import assert_close, check_every_operation, explicit, variances_for
 

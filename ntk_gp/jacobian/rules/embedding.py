@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...network.elementary import embedding_bag
+from ...replacements.elementary import embedding_bag
 from ..terms import OneHotTerm, ParameterView, Term
 from .registry import UnsupportedUse, Use, register_decomposition, register_rule
 

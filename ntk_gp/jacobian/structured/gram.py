@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ... import settings
-from ..matmul import matmul
+from ... import memory, settings
+from ...replacements.onednn import matmul
 from ..memory import empty, mirror_upper_triangle
 from ..terms import FeatureTerm, Term
 
@@ -163,9 +163,7 @@ class Gram:
         if not self.streamed:
             return
         item = self.variances.element_size() * self.batch * self.outputs * (2 * self.n + self.m)
-        max_columns = max(
-            1, min(_MAX_COLUMNS, settings.memory_budget.bytes(self.variances.device) // (8 * max(1, item)))
-        )
+        max_columns = max(1, min(_MAX_COLUMNS, memory.COLUMNS.bytes(self.variances.device) // max(1, item)))
         one_group = self.variances.shape[1] == 1  # then the result is scaled, which is smaller than the features
         for sweep in self._passes(self.streamed):
             coefficients = self.variances[:, 0] if one_group else sweep.coefficients

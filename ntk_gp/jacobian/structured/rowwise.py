@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from ...network import nodes_below
-from .capture import Layout, Recording
-from .recorded_layers import ROW_BY_ROW
+from ...replacements.recorded import ROW_BY_ROW
+from .layout import Layout
+from .record import Recording
 
 # One tensor that is differentiated, the others being constants: by position among the node's inputs.
 _OF_ONE_INPUT = {

@@ -15,8 +15,7 @@ Where a rule has yet to earn trust, :func:`wrong_products` compares Jᵀv over a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import lru_cache
 from itertools import accumulate
 
@@ -24,14 +23,16 @@ import torch
 from torch import Tensor
 
 from ...network import NetworkFunction
-from ..rules import UnsupportedUse
 from ..terms import ParameterView, Term
-from .capture import Layout, RecordedUse, Recording, take_points, use_terms
+from .layout import Layout
+from .passes import RecordedPasses
+from .record import RecordedUse, Recording
 from .rowwise import keeps_rows_apart
 
 # Rows at which derivatives are compared with autograd's, at most.
 NUM_ROWS = 8
 
+MISPLACED = "rows at its use are not the points' own, in their order"
 _WRONG = "its gradients by the recorded uses differ from autograd's"
 # Weights are powers of two of so many sizes: with them, a backward pass is scaled without rounding.
 _SIZES = 16
@@ -46,6 +47,11 @@ _SUMMED = 100.0
 _NOISE = 16.0
 
 
+def reasons_of(uses: Iterable[RecordedUse], reason: str) -> dict[str, str]:
+    """The same reason for every parameter in these uses."""
+    return {name: reason for use in uses for name in use.names}
+
+
 def combination(n: int, outputs: int, like: Tensor) -> Tensor:
     """Weights of either sign, powers of two, (n, C), any two neighbouring points' of different sizes."""
     generator = torch.Generator(device="cpu").manual_seed(n)
@@ -57,22 +63,23 @@ def combination(n: int, outputs: int, like: Tensor) -> Tensor:
     return torch.ldexp(signs.double(), sizes - _SIZES // 2).to(like)
 
 
-def misplaced(recording: Recording, gradients: Sequence[Tensor], layouts: Sequence[Layout]) -> list[RecordedUse]:
+def misplaced(passes: RecordedPasses) -> list[RecordedUse]:
     """The uses in whose results a row is not its point's alone.
 
     Costs one backward pass, or none where the graph says it or all rows are the one point's.
     """
+    recording, layouts = passes.recording, passes.layouts
     n, outputs = recording.output.shape
     if n == 1 or not (recording.uses and recording.output.requires_grad) or keeps_rows_apart(recording, layouts):
         return []
     weights = combination(n, outputs, recording.output)
     differences = recording.combined(weights)
-    for i, (g, layout) in enumerate(zip(gradients, layouts, strict=True)):
+    for i, (_, g, layout) in enumerate(passes.uses()):
         differences[i] = _difference(differences[i], g, weights, layout)
     suspects = _nonzero(differences)
     if not suspects:
         return []
-    scales = [_scale(g, weights, layout) for g, layout in zip(gradients, layouts, strict=True)]
+    scales = [_scale(g, weights, layout) for _, g, layout in passes.uses()]
     eps = torch.finfo(recording.output.dtype).eps if outputs > 1 else 0.0
     noise = _NOISE * eps * torch.stack(scales).square().sum(0).sqrt()
     tolerance = _rounding(recording) ** 0.5
@@ -129,12 +136,7 @@ def _scale(gradients: Tensor, weights: Tensor, layout: Layout) -> Tensor:
 
 
 def wrong_products(
-    function: NetworkFunction,
-    rows: Tensor,
-    recording: Recording,
-    gradients: Sequence[Tensor],
-    layouts: Sequence[Layout],
-    names: Collection[str],
+    function: NetworkFunction, rows: Tensor, passes: RecordedPasses, names: Collection[str]
 ) -> tuple[dict[str, str], set[str]]:
     """Those of `names` for which Jᵀv, for a random v, is not what autograd says, and those for which it says zero.
 
@@ -142,23 +144,18 @@ def wrong_products(
     """
     v = _random(len(rows), function.num_outputs, rows.dtype, rows.device)
     expected = _autograd(function, v, rows)
-    actual = _pulled(function, v, collect(recording, gradients, layouts, names))
+    actual = _pulled(function, v, passes.terms(names))
 
     def summed() -> Tensor:
-        return _pulled(function, v.square(), collect(recording, gradients, layouts, names, squared=True))
+        return _pulled(function, v.square(), passes.terms(names, squared=True))
 
-    wrong = _differing(function, recording, actual, expected, summed)
+    wrong = _differing(function, passes.recording, actual, expected, summed)
     silent = {name for name, gradient in function.split(expected).items() if not gradient.any()}
     return {name: _WRONG for name in wrong if name in names}, silent
 
 
 def wrong_derivatives(
-    function: NetworkFunction,
-    x: Tensor,
-    recording: Recording,
-    gradients: Sequence[Tensor],
-    layouts: Sequence[Layout],
-    terms: Sequence[Sequence[Term]],
+    function: NetworkFunction, x: Tensor, passes: RecordedPasses, terms: Sequence[Sequence[Term]]
 ) -> dict[str, str]:
     """The parameters whose Jᵀv is not autograd's, for a v that is zero but for a few rows, with the reason.
 
@@ -167,6 +164,7 @@ def wrong_derivatives(
 
     Costs a forward and a backward pass at those rows.
     """
+    recording = passes.recording
     n, outputs = recording.output.shape
     count = min(n, NUM_ROWS)
     rows = torch.linspace(0, n - 1, count, device=x.device).round_().long()
@@ -174,18 +172,17 @@ def wrong_derivatives(
     actual = _pulled(function, v, (term.map(lambda t: t[:, rows]) for part in terms for term in part))
 
     def summed() -> Tensor:
-        few, sampled = _sample(recording, gradients, layouts, rows)
-        names = {view.name for use in recording.uses for view in use.parameters}
-        return _pulled(function, v.square(), collect(few, sampled, layouts, names, squared=True))
+        names = {name for use in recording.uses for name in use.names}
+        return _pulled(function, v.square(), passes.at(rows).terms(names, squared=True))
 
     if not _differing(function, recording, actual, _autograd(function, v, x[rows]), summed):
         return {}
-    few, sampled = _sample(recording, gradients, layouts, rows)
+    few = passes.at(rows)
     try:
-        expected = _autograd_by_use(function, v, few, sampled, layouts)
+        expected = _autograd_by_use(function, v, few)
     except Exception as error:  # whatever goes wrong in a function that is called on its own, there is another way
         reason = f"its use could not be tried on its own ({type(error).__name__}: {error})"
-        return {view.name: reason for use in recording.uses for view in use.parameters}
+        return reasons_of(recording.uses, reason)
     return dict.fromkeys(_differing(function, recording, actual, expected, summed), _WRONG)
 
 
@@ -207,16 +204,14 @@ def _autograd(function: NetworkFunction, v: Tensor, x: Tensor) -> Tensor:
     return torch.cat([part.reshape(-1) for part in parts])
 
 
-def _autograd_by_use(
-    function: NetworkFunction, v: Tensor, recording: Recording, gradients: Sequence[Tensor], layouts: Sequence[Layout]
-) -> Tensor:
+def _autograd_by_use(function: NetworkFunction, v: Tensor, passes: RecordedPasses) -> Tensor:
     """Jᵀ v (P,) of v (n, C), each function called once more, given the gradients at its result."""
     parameters = {}
     for (name, tensor), start in zip(function.parameters.items(), accumulate(function.sizes, initial=0), strict=False):
         parameters[name] = (tensor.detach().reshape(-1), start)
     results, leaves, cotangents = [], [], []
     with torch.enable_grad():
-        for use, g, layout in zip(recording.uses, gradients, layouts, strict=True):
+        for use, g, layout in passes.uses():
             arguments = dict(use.arguments)
             for name, view in use.arguments.items():
                 if isinstance(view, ParameterView):
@@ -231,22 +226,6 @@ def _autograd_by_use(
         if gradient is not None:
             view.add_to(out, gradient)
     return out
-
-
-def _sample(
-    recording: Recording, gradients: Sequence[Tensor], layouts: Sequence[Layout], rows: Tensor
-) -> tuple[Recording, list[Tensor]]:
-    """The recording and the gradients as they are at some of the points."""
-    n = len(recording.output)
-    uses, sampled = [], []
-    for use, g, layout in zip(recording.uses, gradients, layouts, strict=True):
-        tensors = {name: layout.arguments[name].take(value, n, rows) for name, value in use.tensors().items()}
-        shape = torch.Size(layout.result.shape_at(len(rows)))
-        uses.append(replace(use, arguments={**use.arguments, **tensors}, shape=shape, versions=[]))
-        assert layout.result.place is not None
-        dim, split = layout.result.place
-        sampled.append(take_points(g, (dim + 1, split), n, rows))
-    return replace(recording, uses=uses, output=recording.output[rows]), sampled
 
 
 def _differing(
@@ -266,25 +245,6 @@ def _differing(
         squares = torch.stack([part.sum() for part in summed().split(sizes)])
         allowed += _SUMMED * rounding * squares.nan_to_num(0.0, 0.0, 0.0).sqrt().nan_to_num(0.0)
     return [name for name, is_fine in zip(names, (errors <= allowed).tolist(), strict=True) if not is_fine]
-
-
-def collect(
-    recording: Recording,
-    gradients: Sequence[Tensor],
-    layouts: Sequence[Layout],
-    names: Collection[str],
-    squared: bool = False,
-) -> Iterator[Term]:
-    """The terms of all uses of some parameters; if `squared`, of squares, where that can be told."""
-    n = len(recording.output)
-    for use, g, layout in zip(recording.uses, gradients, layouts, strict=True):
-        if not any(view.name in names for view in use.parameters):
-            continue
-        try:
-            yield from use_terms(use, g, n, layout, squared)
-        except UnsupportedUse:
-            if not squared:
-                raise
 
 
 def _pulled(function: NetworkFunction, v: Tensor, terms: Iterable[Term]) -> Tensor:

@@ -19,8 +19,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ... import settings
-from ..matmul import matmul
+from ... import memory
+from ...replacements.onednn import matmul
 from .view import ParameterView
 
 Self = TypeVar("Self", bound="Term")
@@ -146,7 +146,7 @@ class Term(ABC):
 
 def cached_elements(device: torch.device) -> int:
     """How many elements an intermediate result should have at most."""
-    return min(_CACHE_ELEMENTS.get(device.type, 1 << 26), settings.memory_budget.bytes(device) // 64)
+    return min(_CACHE_ELEMENTS.get(device.type, 1 << 26), memory.INTERMEDIATE.bytes(device) // 8)
 
 
 def split_points(n: int, elements_per_point: int, device: torch.device) -> Iterator[slice]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ... import settings
+from ... import memory
 from .base import Term
 from .view import ParameterView
 
@@ -57,6 +57,12 @@ class CombinedTerm(Term):
         return torch.cat(pieces, dim=1)
 
     def columns(self, max_columns: int, variances: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some columns of J at a time, at all the points.
+
+        A use cannot compute a few of its columns alone, only whole rows. Where whole rows at all the points fit in
+        memory they are formed once and cut. Where they do not, they are formed some points at a time, once for each
+        block of columns, and only the block is kept: time instead of memory.
+        """
         scale, slices = self._scale(variances), list(self._slices())
         if len(slices) == 1:
             rows = self._rows(slice(None)).flatten(1, 2)
@@ -65,7 +71,7 @@ class CombinedTerm(Term):
         for part in torch.arange(scale.shape[-1], device="cpu").split(max_columns):
             columns = slice(int(part[0]), int(part[-1]) + 1)
             block = self.gradients.new_empty(*self.gradients.shape[:3], len(part))
-            for points in slices:  # whole rows again for each block: the uses have none of some columns alone
+            for points in slices:
                 block[:, points] = self._rows(points)[..., columns]
             yield block.flatten(1, 2), scale[:, columns]
 
@@ -73,7 +79,7 @@ class CombinedTerm(Term):
         """Slices of points whose whole rows take a sixteenth of the memory budget."""
         batch, n, outputs = self.gradients.shape[:3]
         row_bytes = batch * outputs * self._compact()[1] * self.gradients.element_size()
-        size = max(1, settings.memory_budget.bytes(self.gradients.device) // (16 * row_bytes))
+        size = max(1, memory.WHOLE_ROWS.bytes(self.gradients.device) // row_bytes)
         for start in range(0, n, size):
             yield slice(start, min(n, start + size))
 

@@ -9,7 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from ..matmul import matmul
+from ...replacements.onednn import matmul
 from .base import Term, inner
 from .view import ParameterView
 

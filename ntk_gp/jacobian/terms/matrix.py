@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..matmul import matmul
+from ...replacements.onednn import matmul
 from .base import Term, cached_elements, inner, split_points
 from .view import ParameterView
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..matmul import are_served, is_product_served, is_tanh_served, onednn_product, onednn_tanh
+from .onednn import are_served, is_product_served, is_tanh_served, onednn_product, onednn_tanh
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

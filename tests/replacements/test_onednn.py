@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.autograd import forward_ad
 from torch.func import jvp, vmap
 
-from ntk_gp.jacobian import matmul as module
-from ntk_gp.jacobian.matmul import matmul
+from ntk_gp.replacements import onednn as module
+from ntk_gp.replacements.onednn import matmul
 
 
 @pytest.fixture(autouse=True, scope="module")

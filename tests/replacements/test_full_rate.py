@@ -5,16 +5,16 @@ import torch
 from torch.autograd import forward_ad
 from torch.func import jvp, vmap
 
-from ntk_gp.jacobian import matmul
-from ntk_gp.jacobian.layers import FullRateLayers
+from ntk_gp.replacements import onednn
+from ntk_gp.replacements.full_rate import FullRateLayers
 
 
 @pytest.fixture(autouse=True)
 def however_small(monkeypatch):
-    monkeypatch.setattr(matmul, "_WORTHWHILE", 0)
-    monkeypatch.setattr(matmul, "_NARROW", 2)
-    monkeypatch.setattr(matmul, "_WORTHWHILE_TANH", 1)
-    monkeypatch.setattr(matmul, "_PIECE", 700)
+    monkeypatch.setattr(onednn, "_WORTHWHILE", 0)
+    monkeypatch.setattr(onednn, "_NARROW", 2)
+    monkeypatch.setattr(onednn, "_WORTHWHILE_TANH", 1)
+    monkeypatch.setattr(onednn, "_PIECE", 700)
 
 
 @pytest.mark.parametrize("moving", ["input", "weight", "bias", "weight bias", "input weight bias"])

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .table import replacement
+
 
 class ElementaryOperations(TorchFunctionMode):
     """Some fused operations as compositions of elementary ones, which can be differentiated any number of times.
@@ -18,11 +20,7 @@ class ElementaryOperations(TorchFunctionMode):
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        try:
-            elementary = _ELEMENTARY.get(function, function)
-        except TypeError:  # a callable that cannot be hashed
-            elementary = function
-        return elementary(*args, **(kwargs or {}))
+        return replacement(function, _ELEMENTARY)(*args, **(kwargs or {}))
 
 
 def _standardise(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:

@@ -4,14 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ntk_gp.jacobian import matmul
-from ntk_gp.jacobian.structured.recorded_layers import batch_norm, linear, tanh
+from ntk_gp.replacements import onednn
+from ntk_gp.replacements.recorded import batch_norm, linear, tanh
 
 
 @pytest.fixture(autouse=True)
 def however_small(monkeypatch):
-    monkeypatch.setattr(matmul, "_WORTHWHILE", 0)
-    monkeypatch.setattr(matmul, "_WORTHWHILE_TANH", 1)
+    monkeypatch.setattr(onednn, "_WORTHWHILE", 0)
+    monkeypatch.setattr(onednn, "_WORTHWHILE_TANH", 1)
 
 
 def check(layer, reference, x, *constants):

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from .matmul import are_served, is_product_served, is_tanh_served, onednn_product, onednn_tanh
+from .onednn import are_served, is_product_served, is_tanh_served, onednn_product, onednn_tanh
+from .table import replacement
 
 
 class FullRateLayers(TorchFunctionMode):
-    """Linear layers and tanh by oneDNN, where it serves (see :mod:`.matmul`); a layer's other operations as they are.
+    """Linear layers and tanh by oneDNN, where it serves (see :mod:`.onednn`); a layer's other operations as they are.
 
     PyTorch's tanh takes as long as a layer's product. Neither has derivatives in oneDNN, so those of forward mode are
     written out, for dual numbers of :mod:`torch.autograd.forward_ad`.
@@ -22,14 +22,6 @@ class FullRateLayers(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return replacement(function, _FULL_RATE)(*args, **(kwargs or {}))
-
-
-def replacement(function: Callable[..., Any], table: Mapping[Callable, Callable]) -> Callable[..., Any]:
-    """What a table has in a function's place, or the function."""
-    try:
-        return table.get(function, function)
-    except TypeError:  # a callable that cannot be hashed
-        return function
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

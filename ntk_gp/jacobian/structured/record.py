@@ -18,11 +18,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from ...network import NetworkFunction, nodes_below
-from ..layers import replacement
-from ..rules import UnsupportedUse, Use, find_decomposition, find_rule
+from ...replacements.recorded import RECORDED_AS
+from ...replacements.table import replacement
+from ..rules import find_decomposition, find_rule
 from ..rules.registry import RegisteredRule
-from ..terms import ParameterView, Term
-from .recorded_layers import RECORDED_AS
+from ..terms import ParameterView
 
 # How a network gets hold of its graph; `grad_fn` is a property.
 _HOOKS = (Tensor.register_hook, vars(torch._C.TensorBase)["grad_fn"].__get__)
@@ -32,8 +32,15 @@ _BATCHED_ELEMENTS = 1 << 20
 
 @dataclass
 class RecordedUse:
-    """One call: its function and rule, its arguments (parameters replaced by views), its result's shape, and where the
-    result is in autograd's graph."""
+    """One call of a function with a parameter among its arguments, and what is needed to differentiate it later.
+
+    :param function: The function, as the network called it.
+    :param rule: Says what its derivatives are.
+    :param arguments: By name; a parameter is replaced by a view, which says where it is in the vector of all of them.
+    :param shape: Of the result.
+    :param edge: Where the result is in autograd's graph: what flows back through there is its gradient.
+    :param versions: Of the arguments that are tensors, to tell whether they were changed in place since.
+    """
 
     function: Callable
     rule: RegisteredRule
@@ -45,6 +52,11 @@ class RecordedUse:
     @property
     def parameters(self) -> list[ParameterView]:
         return [value for value in self.arguments.values() if isinstance(value, ParameterView)]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of these parameters."""
+        return tuple(dict.fromkeys(view.name for view in self.parameters))
 
     @property
     def signature(self) -> tuple:
@@ -166,7 +178,18 @@ class _Recorder(TorchFunctionMode):
     def _use(
         self, function: Callable, rule: RegisteredRule, bound: dict[str, Any], views: dict[str, ParameterView]
     ) -> Tensor | None:
-        """The call's result, recorded; None where it is not one tensor."""
+        """Makes the call and notes it down.
+
+        The parameters are cut off from autograd's graph in it, so that what flows back to a parameter came by a way
+        that no rule saw. What is noted is where the *result* is in the graph. A result that has no place of its own
+        there (it is an argument changed in place, or a view; or it was made of constants only, now that the parameters
+        are) gets one by adding zero to it, and what flows back to that zero is the gradient.
+
+        :param bound: The arguments by name.
+        :param views: Those of them that are parameters.
+        :return: The result, for the network to go on with; None where it is not one tensor of floating-point numbers,
+            and the call has to be made again without being recorded.
+        """
         for name in views:
             bound[name] = bound[name].detach()
         kept = {name: _kept(value, self.copy) for name, value in bound.items()}
@@ -174,7 +197,7 @@ class _Recorder(TorchFunctionMode):
         if not isinstance(result, Tensor) or not result.is_floating_point():
             return None
         in_place = any(result is value for value in bound.values())
-        if in_place or result._is_view() or not result.requires_grad:  # the graph has no place for it alone yet
+        if in_place or result._is_view() or not result.requires_grad:
             perturbation = result.new_zeros(()).expand(result.shape).requires_grad_()
             edge = get_gradient_edge(perturbation)
             result = result.add_(perturbation) if in_place else result + perturbation
@@ -225,117 +248,3 @@ def _below(output: Tensor) -> tuple[set[int], bool]:
     nodes = list(nodes_below(output))
     leaves = {id(node.variable) for node in nodes if hasattr(node, "variable")}
     return leaves, any(node.name() == "ToCopyBackward0" for node in nodes)
-
-
-Place = tuple[int, bool]  # the dimension that runs over the points, and whether it runs over positions too
-
-
-@dataclass
-class TensorLayout:
-    """How the shape of a tensor follows the number of points: found by recording at two numbers of them.
-
-    :param place: Where the points are, or None where the shape is always the same.
-    :param shape: The shape at `points` points.
-    """
-
-    place: Place | None
-    shape: torch.Size
-    points: int
-
-    @classmethod
-    def compare(cls, shape: torch.Size, other: torch.Size, n: int, m: int) -> TensorLayout:
-        changed = [dim for dim, (a, b) in enumerate(zip(shape, other, strict=True)) if a != b]
-        if len(changed) != 1:
-            return cls(None, shape, n)
-        dim = changed[0]
-        return cls((dim, shape[dim] != n), shape, n)
-
-    def shape_at(self, n: int) -> tuple[int, ...]:
-        if self.place is None:
-            return tuple(self.shape)
-        dim = self.place[0]
-        return (*self.shape[:dim], self.shape[dim] * n // self.points, *self.shape[dim + 1 :])
-
-    def take(self, tensor: Tensor, n: int, rows: Tensor) -> Tensor:
-        """The tensor, of n points, at some of them; as it is where it does not depend on them."""
-        return tensor if self.place is None else take_points(tensor, self.place, n, rows)
-
-    def first(self, tensor: Tensor, n: int) -> Tensor:
-        """The tensor with the points first, (n, …); as it is where it does not depend on them."""
-        return tensor if self.place is None else points_first(tensor, self.place, n)
-
-
-@dataclass
-class Layout:
-    """Where the points are in one use: in its result, and in each of its tensor arguments."""
-
-    result: TensorLayout
-    arguments: dict[str, TensorLayout]
-
-    @classmethod
-    def compare(cls, use: RecordedUse, other: RecordedUse, n: int, m: int) -> Layout:
-        """Of a use recorded at n points and at m."""
-        others = other.tensors()
-        arguments = {k: TensorLayout.compare(v.shape, others[k].shape, n, m) for k, v in use.tensors().items()}
-        return cls(TensorLayout.compare(use.shape, other.shape, n, m), arguments)
-
-    def check(self, use: RecordedUse, n: int) -> None:
-        """Raises UnsupportedUse where a use recorded at n points is not laid out like this."""
-        if self.result.place is None:
-            raise UnsupportedUse("the result does not depend on the points one by one")
-        shapes = [(self.result, use.shape), *((self.arguments[k], v.shape) for k, v in use.tensors().items())]
-        for layout, shape in shapes:
-            if tuple(shape) != layout.shape_at(n):
-                raise UnsupportedUse("shapes do not follow the number of points")
-
-
-def compare_layouts(first: Recording, second: Recording) -> list[Layout]:
-    """Of every use, from recordings at two numbers of points."""
-    n, m = first.output.shape[0], second.output.shape[0]
-    return [Layout.compare(use, other, n, m) for use, other in zip(first.uses, second.uses, strict=True)]
-
-
-def use_terms(use: RecordedUse, gradients: Tensor, n: int, layout: Layout, squared: bool = False) -> list[Term]:
-    """The terms of one use at n points, (1, n, …) each. Raises UnsupportedUse where there is no formula.
-
-    :param gradients: g at the use's result, (C, *shape).
-    :param squared: Of the squares of whatever the rule is given: sums of the squares of what is summed.
-    """
-    layout.check(use, n)
-    assert layout.result.place is not None
-    arguments = dict(use.arguments)
-    for name, value in use.tensors().items():
-        if use.rule.elementwise:
-            arguments[name] = points_first(value.expand(use.shape), layout.result.place, n)
-        else:
-            arguments[name] = layout.arguments[name].first(value, n)
-        if squared and value.is_floating_point():
-            arguments[name] = arguments[name].square()
-    dim, split = layout.result.place
-    g = points_first(gradients.square() if squared else gradients, (dim + 1, split), n)
-    g = g.movedim(1 + split, 1)  # (n, C, positions from the split, …)
-    try:
-        terms = list(use.rule.call(use.rule.rule, arguments, Use(g, dim, len(use.shape), split)))
-        for term in terms:
-            term.check(n, len(gradients))
-    except UnsupportedUse:
-        raise
-    except Exception as error:  # whatever goes wrong in a rule, there is another way
-        raise UnsupportedUse(f"{type(error).__name__}: {error}") from error
-    return terms
-
-
-def points_first(tensor: Tensor, place: Place, n: int) -> Tensor:
-    """A tensor at n points, (n, …)."""
-    dim, split = place
-    tensor = tensor.movedim(dim, 0)
-    return tensor.unflatten(0, (n, -1)) if split else tensor
-
-
-def take_points(tensor: Tensor, place: Place, n: int, rows: Tensor) -> Tensor:
-    """A tensor at some of its n points, laid out as it is: memory of its own."""
-    dim, split = place
-    if split:
-        positions = tensor.shape[dim] // n
-        rows = (rows.unsqueeze(1) * positions + torch.arange(positions, device=rows.device)).flatten()
-    return tensor.index_select(dim, rows)

@@ -1,0 +1,114 @@
+"""Results kept for the inputs seen last, found again by what is in the inputs, not by where they are in memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import memory
+
+
+class ContentsCache:
+    """Results keyed by the *contents* of tensors, the least recently used dropped first.
+
+    Keys are compared with copies, so a tensor changed in place, or new memory at an old address, never meets a stale
+    result. Safe to use from several threads: what one of them computes, the others wait for.
+    """
+
+    def __init__(self) -> None:
+        self._entries: list[_Entry] = []  # the least recently used first
+        self._lock = threading.Lock()  # never held while something is computed
+
+    @staticmethod
+    def capacity(device: torch.device) -> int:
+        """Bytes that may be kept."""
+        return memory.CACHES.bytes(device)
+
+    def get(
+        self, kind: str, state: Callable[[], Hashable], tensors: tuple[Tensor, ...], compute: Callable[..., Any]
+    ) -> Any:
+        """The kept result for these tensors, or `compute` of copies of them.
+
+        :param kind: Tells results of different kinds for the same tensors apart.
+        :param state: Gives what the result depends on beside the tensors.
+        :param compute: Its result must say in `nbytes` how many bytes it holds.
+        :raises TypeError: If it does not: what is kept could outgrow the memory budget without a word.
+        """
+        label = (kind, state())
+        while True:
+            with self._lock:
+                entry = next((known for known in reversed(self._entries) if known.is_for(label, tensors)), None)
+                mine = entry is None
+                if entry is None:
+                    entry = _Entry(label, tensors)
+                else:
+                    self._entries.remove(entry)
+                self._entries.append(entry)
+            if mine:
+                return self._fill(entry, compute)
+            entry.done.wait()
+            if not entry.failed:
+                return entry.value
+
+    def _fill(self, entry: _Entry, compute: Callable[..., Any]) -> Any:
+        try:
+            value = compute(*entry.keys)
+            entry.set(value)
+        except BaseException:
+            entry.failed = True  # whoever waits tries for itself
+            with self._lock:
+                self._entries.remove(entry)
+            raise
+        finally:
+            entry.done.set()
+        self._make_room(entry)
+        return value
+
+    def _make_room(self, newest: _Entry) -> None:
+        capacity = self.capacity(newest.keys[0].device)
+        with self._lock:
+            if newest in self._entries:  # what it was made from is less recent than itself
+                self._entries.remove(newest)
+                if newest.nbytes <= capacity:
+                    self._entries.append(newest)
+            while sum(entry.nbytes for entry in self._entries) > capacity:
+                self._entries.remove(next(entry for entry in self._entries if entry.done.is_set()))
+
+
+class _Entry:
+    """A result, or the promise of one, for tensors with these contents."""
+
+    value: Any = None
+    failed = False
+
+    def __init__(self, label: tuple[str, Hashable], tensors: tuple[Tensor, ...]):
+        self.label = label
+        self.keys = tuple(tensor.clone() for tensor in tensors)
+        self.done = threading.Event()
+
+    def is_for(self, label: Hashable, tensors: tuple[Tensor, ...]) -> bool:
+        return self.label == label and all(map(_same, self.keys, tensors))
+
+    def set(self, value: Any) -> None:
+        """Takes the result; whoever waits is told of it by `done`."""
+        if not hasattr(value, "nbytes"):
+            raise TypeError(
+                f"A {type(value).__name__}, kept as {self.label[0]!r}, does not say in `nbytes` how many bytes it "
+                "holds, and what is kept is counted against ntk_gp.settings.memory_budget. Give its class `nbytes`."
+            )
+        self.value = value
+
+    @property
+    def nbytes(self) -> int:
+        """Once it is done; some results, such as solvers, hold more as they are used."""
+        if not self.done.is_set():
+            return 0
+        return sum(key.nbytes for key in self.keys) + (0 if self.failed else self.value.nbytes)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and a.shape == b.shape and torch.equal(a, b)

@@ -1,0 +1,92 @@
+"""From recorded calls to blocks of the Jacobian: rules are given the calls' tensors and gradients, points first."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..rules import UnsupportedUse, Use
+from ..terms import Term
+from .layout import Layout, points_first, take_points
+from .record import RecordedUse, Recording
+
+
+def use_terms(use: RecordedUse, gradients: Tensor, n: int, layout: Layout, squared: bool = False) -> list[Term]:
+    """The terms of one use at n points, (1, n, …) each. Raises UnsupportedUse where there is no formula.
+
+    :param gradients: g at the use's result, (C, *shape).
+    :param squared: Of the squares of whatever the rule is given: sums of the squares of what is summed.
+    """
+    layout.check(use, n)
+    assert layout.result.place is not None
+    arguments = dict(use.arguments)
+    for name, value in use.tensors().items():
+        if use.rule.elementwise:
+            arguments[name] = points_first(value.expand(use.shape), layout.result.place, n)
+        else:
+            arguments[name] = layout.arguments[name].first(value, n)
+        if squared and value.is_floating_point():
+            arguments[name] = arguments[name].square()
+    dim, split = layout.result.place
+    g = points_first(gradients.square() if squared else gradients, (dim + 1, split), n)
+    g = g.movedim(1 + split, 1)  # (n, C, positions from the split, …)
+    try:
+        terms = list(use.rule.call(use.rule.rule, arguments, Use(g, dim, len(use.shape), split)))
+        for term in terms:
+            term.check(n, len(gradients))
+    except UnsupportedUse:
+        raise
+    except Exception as error:  # whatever goes wrong in a rule, there is another way
+        raise UnsupportedUse(f"{type(error).__name__}: {error}") from error
+    return terms
+
+
+@dataclass
+class RecordedPasses:
+    """What one forward pass and the backward passes of all outputs have recorded.
+
+    :param gradients: Of each use, g at its result, (C, *shape).
+    :param layouts: Of each use, where the points are in its tensors.
+    """
+
+    recording: Recording
+    gradients: list[Tensor]
+    layouts: list[Layout]
+
+    @property
+    def num_points(self) -> int:
+        return len(self.recording.output)
+
+    def uses(self) -> Iterator[tuple[RecordedUse, Tensor, Layout]]:
+        """Every use, with its gradients and its layout."""
+        yield from zip(self.recording.uses, self.gradients, self.layouts, strict=True)
+
+    def terms(self, names: Collection[str], squared: bool = False) -> Iterator[Term]:
+        """Those of all uses of some parameters; if `squared`, of squares, where that can be told."""
+        for use, g, layout in self.uses():
+            if not any(view.name in names for view in use.parameters):
+                continue
+            try:
+                yield from use_terms(use, g, self.num_points, layout, squared)
+            except UnsupportedUse:
+                if not squared:
+                    raise
+
+    def at(self, rows: Tensor) -> RecordedPasses:
+        """The same as if these points alone had been recorded, in memory of its own.
+
+        :param rows: The numbers of the points, (m,).
+        """
+        n, uses, gradients = self.num_points, [], []
+        for use, g, layout in self.uses():
+            tensors = {name: layout.arguments[name].take(value, n, rows) for name, value in use.tensors().items()}
+            shape = torch.Size(layout.result.shape_at(len(rows)))
+            uses.append(replace(use, arguments={**use.arguments, **tensors}, shape=shape, versions=[]))
+            assert layout.result.place is not None
+            dim, split = layout.result.place
+            gradients.append(take_points(g, (dim + 1, split), n, rows))
+        recording = replace(self.recording, uses=uses, output=self.recording.output[rows])
+        return RecordedPasses(recording, gradients, self.layouts)
