@@ -17,9 +17,9 @@ from linear_operator.test.linear_operator_test_case import LinearOperatorTestCas
 from torch import Tensor
 
 from ntk_gp import NTKLinearOperator
+from ntk_gp.bridge.exactly_solved import exactly_solved
 from ntk_gp.jacobian.linearization import Linearization
 from ntk_gp.network import FrozenNetwork
-from ntk_gp.operators.exactly_solved import exactly_solved
 from ntk_gp.operators.structured import (
     NTKBlockDiagLinearOperator,
     NTKBlockInterleavedLinearOperator,

@@ -43,11 +43,10 @@ from linear_operator.operators import (
 from torch import Tensor
 
 from .. import settings
-from ._densely_solved import DenselySolved
-from .ntk_added_diag_linear_operator import NTKAddedDiagLinearOperator
-from .ntk_linear_operator import NTKLinearOperator
-from .ntk_sum_linear_operator import NTKSumLinearOperator
-from .structured import (
+from ..operators import NTKLinearOperator
+from ..operators._densely_solved import DenselySolved
+from ..operators.ntk_sum_linear_operator import NTKSumLinearOperator
+from ..operators.structured import (
     NTKBlockDiagLinearOperator,
     NTKBlockInterleavedLinearOperator,
     NTKInterpolatedLinearOperator,
@@ -56,15 +55,8 @@ from .structured import (
     noise_factors,
     pays_to_interpolate,
 )
+from .recognised import SOLVED_OPERATORS
 
-# Solved exactly, with nothing in them to evaluate.
-_EVALUATED = (
-    NTKAddedDiagLinearOperator,
-    NTKBlockDiagLinearOperator,
-    NTKBlockInterleavedLinearOperator,
-    NTKInterpolatedLinearOperator,
-    NTKKroneckerLinearOperator,
-)
 _KEPT = (
     DenselySolved,
     LowRankRootAddedDiagLinearOperator,
@@ -75,16 +67,13 @@ _KEPT = (
     CholLinearOperator,
 )
 
-# A matrix that an NTK is a part of has one of these in it.
-NTK_OPERATORS = (NTKLinearOperator, DenselySolved, *_EVALUATED)
-
 
 def exactly_solved(matrix: LinearOperator) -> LinearOperator:
     """The same matrix, as lazy as it was, with exact solves, log-determinants and roots as long as they fit in memory.
 
     :param matrix: A square one that a neural tangent kernel is a part of, under any of linear_operator's operators.
     """
-    if isinstance(matrix, _EVALUATED):
+    if isinstance(matrix, SOLVED_OPERATORS):
         return matrix
     matrix = matrix.evaluate_kernel()
     if isinstance(matrix, _KEPT):
@@ -113,13 +102,6 @@ def without_constants(matrix: LinearOperator) -> LinearOperator:
     if repeated and matrix.base_linear_op.batch_shape.numel() == 1:
         return matrix.base_linear_op.expand(*matrix.shape)
     return matrix
-
-
-def networks_of(matrix: LinearOperator) -> set[int]:
-    """The states of the networks whose kernels are parts of this matrix, as numbers."""
-    if isinstance(matrix, NTKLinearOperator):
-        return {matrix.linearization.network.fingerprint()}
-    return set().union(*(networks_of(part) for part in matrix._args if isinstance(part, LinearOperator)))
 
 
 def _constant_multiple(matrix: LinearOperator) -> LinearOperator:

@@ -12,13 +12,14 @@ from linear_operator.operators import LinearOperator, MatmulLinearOperator, Zero
 from linear_operator.utils.memoize import cached
 from torch import Size, Tensor
 
-from .network import is_finite, normal_tensor
-from .operators import NTKAddedDiagLinearOperator, NTKLinearOperator
-from .operators._batches import FoldedColumns
-from .operators.exactly_solved import exactly_solved, networks_of, without_constants
-from .operators.ntk_posterior_linear_operator import NTKPosteriorLinearOperator
-from .operators.ntk_sum_linear_operator import NTKSumLinearOperator
-from .solvers import FastVariance, Solver, choose_fast_variance
+from ..network import is_finite, normal_tensor
+from ..operators import NTKAddedDiagLinearOperator, NTKLinearOperator
+from ..operators._batches import FoldedColumns
+from ..operators.ntk_posterior_linear_operator import NTKPosteriorLinearOperator
+from ..operators.ntk_sum_linear_operator import NTKSumLinearOperator
+from ..solvers import FastVariance, Solver, choose_fast_variance
+from .exactly_solved import exactly_solved, without_constants
+from .recognised import networks_of
 
 
 class NTKPredictionStrategy(DefaultPredictionStrategy):
