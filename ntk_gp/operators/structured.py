@@ -36,22 +36,15 @@ from linear_operator.utils.cholesky import psd_safe_cholesky
 from linear_operator.utils.errors import NotPSDError
 from torch import Tensor
 
-from ._checks import check_right_hand_side
+from ._solving_operators import Factorised, Solves
 from .ntk_sum_linear_operator import NTKSumLinearOperator
 
 
-class _SolvedByStructure(LinearOperator):
-    """What the classes below share; they say how to factorise, apply the inverse, and sum the log-determinant."""
+class _SolvedByStructure(Factorised):
+    """What the classes below share; they say how to factorise, apply the inverse, and sum the log-determinant.
 
-    _parts_memo: Any = None
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        self._memoize_cache: dict = {}  # made here, since threads that share this could each make their own later
-        super().__init__(*args, **kwargs)
-
-    @abstractmethod
-    def _factorise(self) -> Any:
-        """What the methods below take, in float64, with its graph."""
+    A factor is whatever these methods take, all of it in float64.
+    """
 
     @abstractmethod
     def _inverse(self, parts: Any, rhs: Tensor) -> Tensor:
@@ -65,16 +58,6 @@ class _SolvedByStructure(LinearOperator):
     def _log_determinant(self, parts: Any) -> Tensor:
         """log |A|, (*batch)."""
 
-    @property
-    def _parts(self) -> Any:
-        """Kept where nothing has a graph, whose derivatives may be asked for once."""
-        if torch.is_grad_enabled() and self.requires_grad:
-            return self._factorise()
-        if self._parts_memo is None:
-            with torch.inference_mode(False), torch.no_grad():  # derivatives of solutions may be asked for later
-                self._parts_memo = self._factorise()
-        return self._parts_memo
-
     def _solution(self, parts: Any, rhs: Tensor) -> Tensor:
         with torch.no_grad():
             solution = self._inverse(parts, rhs)
@@ -83,29 +66,19 @@ class _SolvedByStructure(LinearOperator):
     def _solve(self, rhs: Tensor, preconditioner: Any = None, num_tridiag: int | None = 0) -> Any:
         if num_tridiag:
             return super()._solve(rhs, preconditioner, num_tridiag)
-        return self._solution(self._parts, rhs.double()).to(rhs.dtype)
+        return self._solve_columns(rhs)
 
-    def solve(self, right_tensor: Tensor, left_tensor: Tensor | None = None) -> Tensor:
-        check_right_hand_side(right_tensor)
-        vector = right_tensor.dim() == 1
-        rhs = right_tensor.unsqueeze(-1) if vector else right_tensor
-        solution = self._solution(self._parts, rhs.double()).to(right_tensor.dtype)
-        solution = solution.squeeze(-1) if vector else solution
-        return solution if left_tensor is None else left_tensor @ solution
+    def _solve_columns(self, rhs: Tensor) -> Tensor:
+        return self._solution(self._factor, rhs.double()).to(rhs.dtype)
 
-    def inv_quad_logdet(
-        self, inv_quad_rhs: Tensor | None = None, logdet: bool | None = False, reduce_inv_quad: bool | None = True
-    ) -> tuple[Tensor | None, Tensor | None]:
-        parts = self._parts
-        inv_quad = log_determinant = torch.zeros(self.batch_shape, dtype=self.dtype, device=self.device)
-        if inv_quad_rhs is not None:
-            check_right_hand_side(inv_quad_rhs)
-            vector = inv_quad_rhs.dim() == 1
-            rhs = (inv_quad_rhs.unsqueeze(-1) if vector else inv_quad_rhs).double()
-            inv_quad = (rhs * self._solution(parts, rhs)).sum(-2).to(self.dtype)
-            inv_quad = inv_quad.sum(-1) if vector or reduce_inv_quad else inv_quad
+    def _inv_quad_and_logdet(self, rhs: Tensor | None, logdet: bool) -> tuple[Tensor, Tensor]:
+        parts = self._factor
+        inv_quad = log_determinant = self._zeros()
+        if rhs is not None:
+            rhs = rhs.double()
+            inv_quad = (rhs * self._solution(parts, rhs)).sum(-2)
         if logdet:
-            log_determinant = self._log_determinant(parts).to(self.dtype).expand(self.batch_shape)
+            log_determinant = self._log_determinant(parts).expand(self.batch_shape)
         return inv_quad, log_determinant
 
     def root_decomposition(self, method: str | None = None) -> LinearOperator:
@@ -165,7 +138,7 @@ class NTKKroneckerLinearOperator(_SolvedByStructure, SumLinearOperator):
         """(⊗ L Q)(1 + Λ)^{1/2}."""
         if method is not None:
             return super().root_decomposition(method)
-        parts = self._parts
+        parts = self._factor
         scales = (1 + self._values(parts)).sqrt().to(self.dtype)
         turned = KroneckerProductLinearOperator(*(part.root.to(self.dtype) for part in parts))
         return RootLinearOperator(MatmulLinearOperator(turned, DiagLinearOperator(scales)))
@@ -234,23 +207,19 @@ def _kronecker_matmul(factors: list[Tensor], rhs: Tensor) -> Tensor:
     return result
 
 
-class _Blockwise(BlockLinearOperator):
+class _Blockwise(Solves, BlockLinearOperator):
     """A block-diagonal matrix whose blocks, a batch, know how to solve."""
 
     _stock: type[BlockLinearOperator]
 
-    def solve(self, right_tensor: Tensor, left_tensor: Tensor | None = None) -> Tensor:
-        vector = right_tensor.dim() == 1
-        rhs = right_tensor.unsqueeze(-1) if vector else right_tensor
+    def _solve_columns(self, rhs: Tensor) -> Tensor:
         rhs = rhs.expand(*torch.broadcast_shapes(rhs.shape[:-2], self.batch_shape), *rhs.shape[-2:]).contiguous()
-        solution = self._remove_batch_dim(self.base_linear_op.solve(self._add_batch_dim(rhs)))
-        solution = solution.squeeze(-1) if vector else solution
-        return solution if left_tensor is None else left_tensor @ solution
+        return self._remove_batch_dim(self.base_linear_op.solve(self._add_batch_dim(rhs)))
 
     def _solve(self, rhs: Tensor, preconditioner: Any = None, num_tridiag: int | None = 0) -> Any:
         if num_tridiag:
             return super()._solve(rhs, preconditioner, num_tridiag)
-        return self.solve(rhs)
+        return self._solve_columns(rhs)
 
     def root_decomposition(self, method: str | None = None) -> LinearOperator:
         root = self.base_linear_op.root_decomposition(method).root.to_dense()
