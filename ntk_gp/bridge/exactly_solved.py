@@ -45,16 +45,10 @@ from torch import Tensor
 from .. import settings
 from ..operators import NTKLinearOperator
 from ..operators._densely_solved import DenselySolved
+from ..operators.ntk_block_linear_operators import NTKBlockDiagLinearOperator, NTKBlockInterleavedLinearOperator
+from ..operators.ntk_interpolated_linear_operator import NTKInterpolatedLinearOperator, pays_to_interpolate
+from ..operators.ntk_kronecker_linear_operator import NTKKroneckerLinearOperator, are_positive, noise_factors
 from ..operators.ntk_sum_linear_operator import NTKSumLinearOperator
-from ..operators.structured import (
-    NTKBlockDiagLinearOperator,
-    NTKBlockInterleavedLinearOperator,
-    NTKInterpolatedLinearOperator,
-    NTKKroneckerLinearOperator,
-    are_positive,
-    noise_factors,
-    pays_to_interpolate,
-)
 from .recognised import SOLVED_OPERATORS
 
 _KEPT = (

@@ -9,12 +9,9 @@ from torch import nn
 
 from ..operators import NTKAddedDiagLinearOperator, NTKLinearOperator
 from ..operators._densely_solved import DenselySolved
-from ..operators.structured import (
-    NTKBlockDiagLinearOperator,
-    NTKBlockInterleavedLinearOperator,
-    NTKInterpolatedLinearOperator,
-    NTKKroneckerLinearOperator,
-)
+from ..operators.ntk_block_linear_operators import NTKBlockDiagLinearOperator, NTKBlockInterleavedLinearOperator
+from ..operators.ntk_interpolated_linear_operator import NTKInterpolatedLinearOperator
+from ..operators.ntk_kronecker_linear_operator import NTKKroneckerLinearOperator
 
 # Solved by this package as they are.
 SOLVED_OPERATORS = (

@@ -19,6 +19,11 @@ class Solves(LinearOperator):
     def _solve_columns(self, rhs: Tensor) -> Tensor:
         """A⁻¹ rhs, (*batch, N, r), in the dtype of `rhs`; differentiable."""
 
+    def _solve(self, rhs: Tensor, preconditioner: Any = None, num_tridiag: int | None = 0) -> Any:
+        if num_tridiag:
+            return super()._solve(rhs, preconditioner, num_tridiag)
+        return self._solve_columns(rhs)
+
     def solve(self, right_tensor: Tensor, left_tensor: Tensor | None = None) -> Tensor:
         columns, is_vector = _columns(right_tensor)
         solution = self._solve_columns(columns)
