@@ -36,9 +36,11 @@ from ..solvers.iterative import IterativeSolver
 from ..stock import chosen_min_variance
 from .recognised import contains_ntk, parts_of
 
+# Whose diagonals are variances of this package.
 _OWN = (LazyEvaluatedKernelTensor, NTKLinearOperator, NTKPosteriorEntries, NTKPosteriorLinearOperator)
 # Whose diagonals are the parts', added, repeated, or multiplied by what is not negative.
 _COMBINED = (BatchRepeatLinearOperator, BlockDiagLinearOperator, CatLinearOperator, SumLinearOperator)
+# What may be added to them.
 _NOISE = (DiagLinearOperator, KroneckerProductLinearOperator, RootLinearOperator, ZeroLinearOperator)
 
 
@@ -52,6 +54,7 @@ def variance(default: Callable[..., Any], distribution: MultivariateNormal) -> T
 
 
 def _exact_variance(distribution: MultivariateNormal, covariance: LinearOperator) -> Tensor:
+    """The diagonal, in the shape of the distribution; entries that are zero are rounded up, with a warning."""
     event_shape = distribution._event_shape
     diagonal = covariance.diagonal(dim1=-1, dim2=-2)
     variance = diagonal.reshape(diagonal.shape[:-1] + event_shape).expand(distribution._batch_shape + event_shape)
@@ -79,6 +82,7 @@ def is_exact(matrix: Any) -> bool:
 
 
 def _is_not_negative(matrix: Any) -> bool:
+    """Whether no entry of the diagonal is a difference that rounding may have made negative."""
     if isinstance(matrix, NTKPosteriorLinearOperator):
         return not isinstance(matrix.source, IterativeSolver)
     if isinstance(matrix, (NTKLinearOperator, NTKPosteriorEntries, *_NOISE)):
@@ -93,4 +97,5 @@ def _is_not_negative(matrix: Any) -> bool:
 
 
 def _holds_ntk(matrix: Any) -> bool:
+    """Whether some of the diagonal is this package's, not all of it noise."""
     return isinstance(matrix, _OWN) or any(_holds_ntk(part) for part in parts_of(matrix))

@@ -1,4 +1,4 @@
-"""Models: which prediction strategy they take, and what becomes of a matrix that `forward` put together densely."""
+"""Models: which prediction strategy they take, and how dense matrices that `forward` returns are marked."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from .recognised import networks_of
 
 
 class NTKPredictionStrategy(DefaultPredictionStrategy):
-    r"""Prediction from weight space, whichever way the solve went.
+    r"""Prediction from a vector of weights, whichever solver found them.
 
     The cache is :math:`\hat w = \Sigma J^\top (K + D)^{-1} (y - m)`, P numbers: the posterior mean at any input is
     :math:`f(x) + J(x) \hat w`, one Jacobian-vector product, however many points were learned from. Variances come from
@@ -123,6 +123,8 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
         return residual.double().masked_fill(self._missing, 0.0)
 
     def _covers(self, test_test_covar: LinearOperator | Tensor) -> bool:
+        """Whether this posterior is J(x) ŵ: the kernel is a neural tangent kernel alone, the same as in training, and
+        derivatives by hyperparameters are not asked for."""
         return (
             isinstance(test_test_covar, NTKLinearOperator)
             and isinstance(self._train_matrix, NTKAddedDiagLinearOperator)
@@ -146,6 +148,7 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
         return mean, NTKPosteriorLinearOperator(x, x, source=source, batch_shape=batch_shape)
 
     def _check_networks(self, test_test_covar: LinearOperator) -> None:
+        """Raises where the network is not the one that the training data were prepared with."""
         self._train_matrix  # noqa: B018 -- prepared now, if it was not
         if self._networks and not networks_of(test_test_covar) <= self._networks:
             raise RuntimeError(

@@ -29,7 +29,7 @@ from .ntk_sum_linear_operator import NTKSumLinearOperator
 class SolvedByStructure(Factorised):
     """What such matrices share; each says how to factorise, apply the inverse, and find the log-determinant.
 
-    A factor is whatever these methods take, all of it in float64.
+    What they factorise into is handed to the other methods as `parts`, all of it in float64.
     """
 
     @abstractmethod

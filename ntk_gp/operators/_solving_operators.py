@@ -7,13 +7,17 @@ from typing import Any
 
 import torch
 from linear_operator.operators import LinearOperator
+from linear_operator.utils.memoize import clear_cache_hook
 from torch import Tensor
 
 from ._checks import check_right_hand_side
 
 
 class Solves(LinearOperator):
-    """A square matrix A, (*batch, N, N), that says how to solve for columns."""
+    """A square matrix A, (*batch, N, N), whose subclass says how to solve for columns: A⁻¹ B, or L A⁻¹ B.
+
+    A right-hand side without rows, or with entries that are NaN or infinite, is refused with a `ValueError`.
+    """
 
     @abstractmethod
     def _solve_columns(self, rhs: Tensor) -> Tensor:
@@ -61,12 +65,12 @@ class SolvesWithLogdet(Solves):
 
 
 class Factorised(SolvesWithLogdet):
-    """Such a matrix with a factor, computed once and kept where it has no graph."""
+    """Such a matrix with a factor, such as a Cholesky factor: computed once, and kept unless it has a graph."""
 
     _factor_memo: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self._memoize_cache: dict = {}  # made here, since threads that share this could each make their own later
+        clear_cache_hook(self)  # made here, since threads that share this could each make their own later
         super().__init__(*args, **kwargs)
 
     @abstractmethod
@@ -75,7 +79,7 @@ class Factorised(SolvesWithLogdet):
 
     @property
     def _factor(self) -> Any:
-        """Not kept where it has a graph: derivatives may be taken through that only once."""
+        """A factor with a graph is not kept: derivatives can be taken through it only once."""
         if torch.is_grad_enabled() and self.requires_grad:
             return self._factorise()
         if self._factor_memo is None:
