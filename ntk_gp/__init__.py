@@ -1,6 +1,6 @@
 """Trained PyTorch networks as Gaussian processes, adapted to a new domain in closed form; an extension of GPyTorch."""
 
-from . import hooks, settings
+from . import bridge, settings
 from .jacobian.rules import register_rule
 from .kernels import NTKKernel
 from .means import NetworkMean
@@ -9,7 +9,7 @@ from .sampling import LinearizedFunctions, LinearizedNetwork, adapted_network, d
 
 __version__ = "0.1.0"
 
-hooks.install()
+bridge.install()
 
 __all__ = [
     "JacobianLinearOperator",

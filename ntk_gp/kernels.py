@@ -13,14 +13,15 @@ from gpytorch.kernels import Kernel
 from gpytorch.priors import Prior
 from torch import Size, Tensor, nn
 
+from .bridge.prediction_strategies import NTKPredictionStrategy
+from .bridge.recognised import NeuralTangentKernel
 from .jacobian.linearization import Linearization
 from .network import FrozenNetwork, ParameterSelection, check_finite, check_tensor
 from .operators import JacobianLinearOperator, NTKLinearOperator
-from .prediction import NTKPredictionStrategy
 from .stock import mark_botorchs
 
 
-class NTKKernel(Kernel):
+class NTKKernel(NeuralTangentKernel):
     r"""The empirical neural tangent kernel of a trained network.
 
     .. math::
@@ -256,11 +257,6 @@ class NTKKernel(Kernel):
         if "raw_variance" in self._parameters:
             new.raw_variance = nn.Parameter(transform(self.raw_variance.detach()).clone())
         return new
-
-
-def contains_ntk(kernel: nn.Module) -> bool:
-    """Whether a kernel is one of these, or is made of some."""
-    return any(isinstance(module, NTKKernel) for module in kernel.modules())
 
 
 # What the base class takes for kernels with a lengthscale, and would drop without a word here.

@@ -16,11 +16,11 @@ from gpytorch.kernels import Kernel, ScaleKernel
 from gpytorch.models import ExactGP
 from torch import Tensor, nn
 
+from .bridge.prediction_strategies import NTKPredictionStrategy
 from .kernels import NTKKernel
 from .linearized import LinearizedModule, owned
 from .means import NetworkMean
 from .network import FrozenNetwork, ParameterSelection
-from .prediction import NTKPredictionStrategy
 
 
 class LinearizedFunctions(LinearizedModule):

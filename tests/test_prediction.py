@@ -14,7 +14,7 @@ from torch import Size, Tensor
 
 import ntk_gp.solvers.choice
 from ntk_gp import NTKKernel, settings
-from ntk_gp.prediction import NTKPredictionStrategy
+from ntk_gp.bridge.prediction_strategies import NTKPredictionStrategy
 from ntk_gp.solvers import System
 from ntk_gp.solvers.function_space import FunctionSpaceSolver
 from ntk_gp.solvers.iterative import IterativeSolver

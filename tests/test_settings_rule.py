@@ -12,7 +12,7 @@ from gpytorch.kernels import MaternKernel, ScaleKernel
 from gpytorch.mlls import ExactMarginalLogLikelihood
 
 from ntk_gp import NTKKernel, settings
-from ntk_gp.operators.exactly_solved import exactly_solved
+from ntk_gp.bridge.exactly_solved import exactly_solved
 from ntk_gp.solvers.iterative import IterativeSolver, tolerance
 from tests.adapted import LARGE, AdaptedGP, assert_close, closed_form, data, network
 

@@ -18,23 +18,17 @@ from torch import Tensor
 from .. import memory
 from ..solvers.iterative import tolerance
 from ..stock import STOCK_CHOLESKY_SIZES, chosen_cholesky_size
-from ._checks import check_right_hand_side
 from ._roots import square_root, warn_of_low_rank
 from ._solve import Solve
+from ._solving_operators import Factorised
 
 _Preconditioner = Callable[[Tensor], Tensor] | None
 
 
-class DenselySolved(LinearOperator):
+class DenselySolved(Factorised):
     """Solves, log-determinants and roots by one dense factor in float64 as long as that fits in
     :class:`ntk_gp.settings.memory_budget`; beyond, by linear_operator's conjugate gradients at this package's
     tolerance. No setting of GPyTorch is changed for that: other threads would meet it."""
-
-    _factor_memo: Tensor | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        self._memoize_cache: dict = {}  # made here, since threads that share this could each make their own later
-        super().__init__(*args, **kwargs)
 
     @property
     def _is_dense(self) -> bool:
@@ -45,44 +39,25 @@ class DenselySolved(LinearOperator):
         elements = 3 * self.shape.numel()
         return 8 * elements <= memory.SYSTEM.bytes(self._place)
 
-    @property
-    def _place(self) -> torch.device:
-        """The device, which an operator made of several may not know itself."""
-        return self.representation()[0].device if self.device is None else self.device
-
-    def _factor(self) -> Tensor:
-        """The Cholesky factor, (*batch, N, N); kept where it has no graph, whose derivatives may be asked for once."""
-        if torch.is_grad_enabled() and self.requires_grad:
-            return self._factorised()
-        if self._factor_memo is None:
-            with torch.inference_mode(False), torch.no_grad():  # derivatives of what it solves may be asked for later
-                self._factor_memo = self._factorised()
-        return self._factor_memo
-
     def _double(self) -> Tensor:
         """The matrix in float64."""
         return self.to_dense().double()
 
-    def _factorised(self) -> Tensor:
+    def _factorise(self) -> Tensor:
+        """The Cholesky factor, (*batch, N, N)."""
         matrix = self._double()
         factor = psd_safe_cholesky(matrix, jitter=gpytorch_settings.cholesky_jitter.value(self.dtype))
         _warn_of_lost_digits(matrix, factor, self.dtype)
         return factor
 
-    def solve(self, right_tensor: Tensor, left_tensor: Tensor | None = None) -> Tensor:
-        check_right_hand_side(right_tensor)
-        vector = right_tensor.dim() == 1
-        rhs = right_tensor.unsqueeze(-1) if vector else right_tensor
+    def _solve_columns(self, rhs: Tensor) -> Tensor:
         if self._is_dense:
-            solution = torch.cholesky_solve(rhs.double(), self._factor()).to(right_tensor.dtype)
-        else:
-            solution = Solve.apply(self, rhs, *self.representation())
-        solution = solution.squeeze(-1) if vector else solution
-        return solution if left_tensor is None else left_tensor @ solution
+            return torch.cholesky_solve(rhs.double(), self._factor).to(rhs.dtype)
+        return Solve.apply(self, rhs, *self.representation())
 
     def _solve(self, rhs: Tensor, preconditioner: _Preconditioner = None, num_tridiag: int | None = 0) -> Any:
         if not num_tridiag and self._is_dense:
-            return torch.cholesky_solve(rhs.double(), self._factor()).to(rhs.dtype)
+            return torch.cholesky_solve(rhs.double(), self._factor).to(rhs.dtype)
         if preconditioner is None:
             preconditioner = self._solve_preconditioner()
         return linear_cg(
@@ -95,32 +70,23 @@ class DenselySolved(LinearOperator):
             preconditioner=preconditioner,
         )
 
-    def inv_quad_logdet(
-        self, inv_quad_rhs: Tensor | None = None, logdet: bool | None = False, reduce_inv_quad: bool | None = True
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if inv_quad_rhs is not None:
-            check_right_hand_side(inv_quad_rhs)
-            reduce_inv_quad = reduce_inv_quad or inv_quad_rhs.dim() == 1
-            inv_quad_rhs = inv_quad_rhs.unsqueeze(-1) if inv_quad_rhs.dim() == 1 else inv_quad_rhs
-        terms = self._exact_terms if self._is_dense else self._estimated_terms
-        inv_quad, log_determinant = terms(inv_quad_rhs, bool(logdet))
-        return inv_quad.sum(-1) if inv_quad_rhs is not None and reduce_inv_quad else inv_quad, log_determinant
+    def _inv_quad_and_logdet(self, rhs: Tensor | None, logdet: bool) -> tuple[Tensor, Tensor]:
+        return self._exact_terms(rhs, logdet) if self._is_dense else self._estimated_terms(rhs, logdet)
 
     def _exact_terms(self, rhs: Tensor | None, logdet: bool) -> tuple[Tensor, Tensor]:
         """rhsᵀ A⁻¹ rhs for each column, (*batch, r), and log |A|, (*batch)."""
-        factor = self._factor()
-        inv_quad = log_determinant = torch.zeros(self.batch_shape, dtype=self.dtype, device=self._place)
+        factor = self._factor
+        inv_quad = log_determinant = self._zeros()
         if rhs is not None:
-            inv_quad = torch.linalg.solve_triangular(factor, rhs.double(), upper=False).square().sum(-2).to(self.dtype)
+            inv_quad = torch.linalg.solve_triangular(factor, rhs.double(), upper=False).square().sum(-2)
         if logdet:
-            log_determinant = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1).to(self.dtype)
+            log_determinant = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return inv_quad, log_determinant
 
     def _estimated_terms(self, rhs: Tensor | None, logdet: bool) -> tuple[Tensor, Tensor]:
         """The same, the log-determinant by Lanczos quadrature."""
-        empty = torch.zeros(self.batch_shape, dtype=self.dtype, device=self._place)
         if not logdet:
-            return empty if rhs is None else (rhs * self.solve(rhs)).sum(-2), empty
+            return self._zeros() if rhs is None else (rhs * self._solve_columns(rhs)).sum(-2), self._zeros()
         preconditioner, preconditioning, preconditioning_logdet = self._preconditioner()
         if preconditioning is None:
             preconditioning_logdet = 0.0

@@ -17,8 +17,8 @@ from torch import Size, Tensor
 from ..solvers import Solver, Spectrum, System, choose_solver, solver_class
 from ..solvers.iterative import IterativeSolver
 from ._batches import FoldedColumns, flatten_batch
-from ._checks import check_right_hand_side
 from ._solve import Solve
+from ._solving_operators import SolvesWithLogdet
 from .ntk_sum_linear_operator import NTKSumLinearOperator, entry_by_entry
 
 # Up to this size one eigendecomposition takes seconds, and the first step of fitting may as well do it.
@@ -26,7 +26,7 @@ _ALWAYS_DECOMPOSED = 4000
 _STEPS_BEFORE_DECOMPOSING = 10
 
 
-class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
+class NTKAddedDiagLinearOperator(SolvesWithLogdet, AddedDiagLinearOperator):
     r""":math:`\boldsymbol K + \boldsymbol D`: a neural tangent kernel matrix and a diagonal of noise.
 
     Solves and log-determinants are exact, in float64 and by the cheapest way that fits in the memory budget (see
@@ -80,15 +80,8 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
             self._solver_memo = self._kept(f"solver {solver_class(system).__name__}", system, choose_solver)
         return self._solver_memo
 
-    def solve(self, right_tensor: Tensor, left_tensor: Tensor | None = None) -> Tensor:
-        check_right_hand_side(right_tensor)
-        if not self._is_positive:
-            return self._as_sum.solve(right_tensor, left_tensor)
-        vector = right_tensor.dim() == 1
-        rhs = right_tensor.unsqueeze(-1) if vector else right_tensor
-        solution = Solve.apply(self, rhs, *self.representation())
-        solution = solution.squeeze(-1) if vector else solution
-        return solution if left_tensor is None else left_tensor @ solution
+    def _solve_columns(self, rhs: Tensor) -> Tensor:
+        return Solve.apply(self, rhs, *self.representation()) if self._is_positive else self._as_sum._solve_columns(rhs)
 
     def _solve(self, rhs: Tensor, preconditioner: Any = None, num_tridiag: int | None = 0) -> Any:
         if num_tridiag or not self._is_positive:
@@ -105,30 +98,17 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
         return bool((self._diag_tensor._diag > 0).all() and (self._linear_op.variances >= 0).all())
 
     @property
-    def _as_sum(self) -> LinearOperator:
+    def _as_sum(self) -> SolvesWithLogdet:
         """The same matrix, solved densely, with jitter where it needs that: for noise that is not positive."""
         return NTKSumLinearOperator(self._linear_op) + self._diag_tensor
 
-    def inv_quad_logdet(
-        self, inv_quad_rhs: Tensor | None = None, logdet: bool | None = False, reduce_inv_quad: bool | None = True
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if inv_quad_rhs is not None:
-            check_right_hand_side(inv_quad_rhs)
-        rhs = inv_quad_rhs
-        if rhs is None:
-            rhs = torch.zeros(*self.shape[:-1], 1, dtype=self.dtype, device=self.device)
-        rhs = rhs.unsqueeze(-1) if rhs.dim() == 1 else rhs
-        terms = self._marginal_terms(rhs)
+    def _inv_quad_and_logdet(self, rhs: Tensor | None, logdet: bool) -> tuple[Tensor, Tensor]:
+        columns = torch.zeros(*self.shape[:-1], 1, dtype=self.dtype, device=self.device) if rhs is None else rhs
+        terms = self._marginal_terms(columns)
         if terms is None:
-            return self._as_sum.inv_quad_logdet(inv_quad_rhs, logdet, reduce_inv_quad)
+            return self._as_sum._inv_quad_and_logdet(rhs, logdet)
         inv_quad, log_determinant = terms
-        empty = torch.zeros(self.batch_shape, dtype=self.dtype, device=self.device)
-        if reduce_inv_quad or (inv_quad_rhs is not None and inv_quad_rhs.dim() == 1):
-            inv_quad = inv_quad.sum(-1)
-        return (
-            empty if inv_quad_rhs is None else inv_quad.to(self.dtype),
-            log_determinant.to(self.dtype) if logdet else empty,
-        )
+        return self._zeros() if rhs is None else inv_quad, log_determinant if logdet else self._zeros()
 
     def _marginal_terms(self, rhs: Tensor) -> tuple[Tensor, Tensor] | None:
         """rhsᵀ (K + D)⁻¹ rhs for each column, (*batch, r), and log |K + D|, (*batch); None if not K + D > 0."""

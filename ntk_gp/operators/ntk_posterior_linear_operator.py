@@ -36,7 +36,7 @@ class _FactorisedInDouble(DenselySolved):
     def _double(self) -> Tensor:
         return self._covariance()
 
-    def _factorised(self) -> Tensor:
+    def _factorise(self) -> Tensor:
         """Lower triangular; with jitter, in units of the mean variance, where the matrix is singular."""
         matrix = self._covariance()
         size = matrix.detach().diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]

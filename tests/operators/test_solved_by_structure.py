@@ -17,15 +17,12 @@ from linear_operator.test.linear_operator_test_case import LinearOperatorTestCas
 from torch import Tensor
 
 from ntk_gp import NTKLinearOperator
+from ntk_gp.bridge.exactly_solved import exactly_solved
 from ntk_gp.jacobian.linearization import Linearization
 from ntk_gp.network import FrozenNetwork
-from ntk_gp.operators.exactly_solved import exactly_solved
-from ntk_gp.operators.structured import (
-    NTKBlockDiagLinearOperator,
-    NTKBlockInterleavedLinearOperator,
-    NTKInterpolatedLinearOperator,
-    NTKKroneckerLinearOperator,
-)
+from ntk_gp.operators.ntk_block_linear_operators import NTKBlockDiagLinearOperator, NTKBlockInterleavedLinearOperator
+from ntk_gp.operators.ntk_interpolated_linear_operator import NTKInterpolatedLinearOperator
+from ntk_gp.operators.ntk_kronecker_linear_operator import NTKKroneckerLinearOperator
 from tests import references
 from tests.adapted import network
 

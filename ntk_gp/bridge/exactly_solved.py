@@ -1,4 +1,4 @@
-"""From a matrix as GPyTorch puts it together to one with this package's solves.
+"""How a matrix with a neural tangent kernel in it is solved: the same matrix, as an operator that solves exactly.
 
 What is done with each of linear_operator's operators, once evaluated, where a neural tangent kernel K is a part:
 
@@ -43,28 +43,15 @@ from linear_operator.operators import (
 from torch import Tensor
 
 from .. import memory
-from ._densely_solved import DenselySolved
-from .ntk_added_diag_linear_operator import NTKAddedDiagLinearOperator
-from .ntk_linear_operator import NTKLinearOperator
-from .ntk_sum_linear_operator import NTKSumLinearOperator
-from .structured import (
-    NTKBlockDiagLinearOperator,
-    NTKBlockInterleavedLinearOperator,
-    NTKInterpolatedLinearOperator,
-    NTKKroneckerLinearOperator,
-    are_positive,
-    noise_factors,
-    pays_to_interpolate,
-)
+from ..operators import NTKLinearOperator
+from ..operators._densely_solved import DenselySolved
+from ..operators.ntk_block_linear_operators import NTKBlockDiagLinearOperator, NTKBlockInterleavedLinearOperator
+from ..operators.ntk_interpolated_linear_operator import NTKInterpolatedLinearOperator, pays_to_interpolate
+from ..operators.ntk_kronecker_linear_operator import NTKKroneckerLinearOperator, are_positive, noise_factors
+from ..operators.ntk_sum_linear_operator import NTKSumLinearOperator
+from .recognised import SOLVED_OPERATORS
 
-# Solved exactly, with nothing in them to evaluate.
-_EVALUATED = (
-    NTKAddedDiagLinearOperator,
-    NTKBlockDiagLinearOperator,
-    NTKBlockInterleavedLinearOperator,
-    NTKInterpolatedLinearOperator,
-    NTKKroneckerLinearOperator,
-)
+# Exact by themselves, as this package or GPyTorch solves them.
 _KEPT = (
     DenselySolved,
     LowRankRootAddedDiagLinearOperator,
@@ -75,16 +62,13 @@ _KEPT = (
     CholLinearOperator,
 )
 
-# A matrix that an NTK is a part of has one of these in it.
-NTK_OPERATORS = (NTKLinearOperator, DenselySolved, *_EVALUATED)
-
 
 def exactly_solved(matrix: LinearOperator) -> LinearOperator:
     """The same matrix, as lazy as it was, with exact solves, log-determinants and roots as long as they fit in memory.
 
     :param matrix: A square one that a neural tangent kernel is a part of, under any of linear_operator's operators.
     """
-    if isinstance(matrix, _EVALUATED):
+    if isinstance(matrix, SOLVED_OPERATORS):
         return matrix
     matrix = matrix.evaluate_kernel()
     if isinstance(matrix, _KEPT):
@@ -96,7 +80,7 @@ def exactly_solved(matrix: LinearOperator) -> LinearOperator:
 
 
 def without_constants(matrix: LinearOperator) -> LinearOperator:
-    """The same matrix, evaluated, its constant factors absorbed by what knows how to."""
+    """The same matrix, evaluated; a constant in front of it is multiplied into its parts where that is possible."""
     if isinstance(matrix, NTKLinearOperator):
         return matrix
     matrix = matrix.evaluate_kernel()
@@ -115,19 +99,14 @@ def without_constants(matrix: LinearOperator) -> LinearOperator:
     return matrix
 
 
-def networks_of(matrix: LinearOperator) -> set[int]:
-    """The states of the networks whose kernels are parts of this matrix, as numbers."""
-    if isinstance(matrix, NTKLinearOperator):
-        return {matrix.linearization.network.fingerprint()}
-    return set().union(*(networks_of(part) for part in matrix._args if isinstance(part, LinearOperator)))
-
-
 def _constant_multiple(matrix: LinearOperator) -> LinearOperator:
+    """c K, solved as K is where K takes the constant."""
     simple = without_constants(matrix)
     return NTKSumLinearOperator(simple) if simple is matrix else exactly_solved(simple)
 
 
 def _repeated(matrix: BatchRepeatLinearOperator) -> LinearOperator:
+    """One matrix for several batches: factorised once."""
     base = exactly_solved(matrix.base_linear_op)
     if base.batch_shape.numel() == 1:
         return base.expand(*matrix.shape)
@@ -135,6 +114,7 @@ def _repeated(matrix: BatchRepeatLinearOperator) -> LinearOperator:
 
 
 def _masked(matrix: MaskedLinearOperator) -> LinearOperator:
+    """The rows and columns of K + D where targets were observed: K of the observed points, and their noise."""
     base = matrix.base.evaluate_kernel()
     if not matrix.row_eq_col_mask or not isinstance(base, AddedDiagLinearOperator):
         return NTKSumLinearOperator(matrix)
@@ -157,6 +137,7 @@ def _observed_noise(noise: DiagLinearOperator, rows: Tensor) -> DiagLinearOperat
 
 
 def _blocks(matrix: BlockDiagLinearOperator | BlockInterleavedLinearOperator) -> LinearOperator:
+    """The same blocks, each solved as the table says."""
     base = exactly_solved(matrix.base_linear_op)
     if isinstance(matrix, BlockDiagLinearOperator):
         return NTKBlockDiagLinearOperator(base)
@@ -177,6 +158,7 @@ def _sum_of_kronecker(matrix: SumKroneckerLinearOperator) -> LinearOperator:
 
 
 def _noisy_kronecker(kernel: KroneckerProductLinearOperator, noise: LinearOperator) -> LinearOperator:
+    """By its factors' eigenvalues where the noise has factors of the same sizes, is positive, and memory allows."""
     square = all(factor.is_square for factor in kernel.linear_ops)
     factors = noise_factors(noise, [factor.shape[-1] for factor in kernel.linear_ops]) if square else None
     held = 4 * 8 * sum(f.shape[-1] ** 2 * f.batch_shape.numel() for f in kernel.linear_ops)
@@ -186,6 +168,7 @@ def _noisy_kronecker(kernel: KroneckerProductLinearOperator, noise: LinearOperat
 
 
 def _noisy(matrix: AddedDiagLinearOperator) -> LinearOperator:
+    """A matrix plus diagonal noise: the structure of the matrix decides."""
     kernel, noise = without_constants(matrix._linear_op), matrix._diag_tensor
     if isinstance(kernel, BlockDiagLinearOperator | BlockInterleavedLinearOperator):
         return _blocks(type(kernel)(kernel.base_linear_op + _noise_of_blocks(kernel, noise)))

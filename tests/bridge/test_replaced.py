@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import importlib
+import pathlib
 import subprocess
 import sys
 import textwrap
 import threading
 from collections.abc import Iterator
 
+import gpytorch
+import linear_operator
 import pytest
 import torch
 from gpytorch.distributions import MultivariateNormal
 from gpytorch.kernels import Kernel, MaternKernel, ProductKernel, RBFKernel, ScaleKernel
+from gpytorch.lazy import LazyEvaluatedKernelTensor
 from gpytorch.models import GP, exact_gp, exact_prediction_strategies
 from gpytorch.settings import _feature_flag, _value_context
 from linear_operator.operators import LinearOperator
 
-from ntk_gp import NTKKernel, hooks, settings
-from ntk_gp.prediction import NTKPredictionStrategy
+from ntk_gp import NTKKernel, bridge, settings
+from ntk_gp.bridge import distributions, exact_variances, kernel_matrices, models, replaced
+from ntk_gp.bridge.prediction_strategies import NTKPredictionStrategy
 from tests.adapted import AdaptedGP, assert_close, data, network
 
 # Models without an NTK, and the bytes of what they compute.
@@ -96,38 +101,65 @@ PLACES = (
     (exact_gp, "prediction_strategy"),
     (exact_prediction_strategies, "prediction_strategy"),
     (GP, "__call__"),
+    (Kernel, "dtype"),
+    (Kernel, "device"),
+    (LazyEvaluatedKernelTensor, "dtype"),
+    (LazyEvaluatedKernelTensor, "evaluate_kernel"),
     (LinearOperator, "_mul_matrix"),
     (LinearOperator, "_prod_batch"),
     (MultivariateNormal, "log_prob"),
     (MultivariateNormal, "rsample"),
+    (MultivariateNormal, "variance"),
 )
 
 
 @pytest.fixture
 def restored() -> Iterator[None]:
     yield
-    hooks.install()
+    bridge.install()
 
 
-def depth(function) -> int:
+def function_of(attribute):
+    return attribute.fget if isinstance(attribute, property) else attribute
+
+
+def found() -> list:
+    return [getattr(*place) for place in PLACES]
+
+
+def depth(attribute) -> int:
     """How many functions of this package are around GPyTorch's."""
     count = 0
-    while hasattr(function, "_ntk_gp_replaces"):
-        function, count = function._ntk_gp_replaces[0], count + 1
+    while hasattr(function_of(attribute), "_ntk_gp_replaces"):
+        attribute, count = function_of(attribute)._ntk_gp_replaces.default, count + 1
     return count
 
 
-class TestInstalling:
-    def test_twice_is_once(self, restored):
-        hooks.install()
-        hooks.install()
-        assert [depth(getattr(*place)) for place in PLACES] == [1] * len(PLACES)
+def once_everywhere() -> bool:
+    return [depth(attribute) for attribute in found()] == [1] * len(PLACES)
 
-    def test_reloaded(self, restored):
-        importlib.reload(hooks)
-        hooks.install()
-        importlib.reload(hooks).install()
-        assert [depth(getattr(*place)) for place in PLACES] == [1] * len(PLACES)
+
+class TestInstalling:
+    def test_these_places_are_all(self):
+        assert [(owner, name) for owner, name, _ in replaced.REPLACED] == list(PLACES)
+
+    def test_twice_is_once(self, restored):
+        before = found()
+        bridge.install()
+        bridge.install()
+        assert all(one is other for one, other in zip(before, found(), strict=True))
+        assert once_everywhere()
+
+    @pytest.mark.parametrize(
+        "module", [replaced, models, kernel_matrices, distributions, exact_variances], ids=lambda m: m.__name__
+    )
+    def test_reloaded(self, restored, module):
+        for _ in range(2):
+            importlib.reload(module)
+            importlib.reload(replaced).install()
+            assert once_everywhere()
+        table = [place[2] for place in replaced.REPLACED]
+        assert [function_of(attribute)._ntk_gp_replaces.replacement for attribute in found()] == table
         normal = MultivariateNormal(torch.zeros(3), torch.eye(3))
         assert_close(normal.log_prob(torch.zeros(3)), torch.tensor(-2.7568156719), 1e-7)
         net, (x, y) = network(), data(12)
@@ -136,16 +168,20 @@ class TestInstalling:
         assert isinstance(model.prediction_strategy, NTKPredictionStrategy)
 
     def test_uninstalled_gpytorch_is_its_own(self, restored):
-        hooks.uninstall()
-        hooks.uninstall()
-        for owner, name in PLACES:
-            function = getattr(owner, name)
+        bridge.uninstall()
+        bridge.uninstall()
+        for attribute in found():
+            function = function_of(attribute)
             assert not hasattr(function, "_ntk_gp_replaces")
             assert function.__module__.startswith(("gpytorch", "linear_operator"))
-            assert function.__code__.co_filename.endswith(
-                f"{function.__module__.replace('.', '/')}.py"
-            )  # not one that only says so
+            file = pathlib.Path(function.__code__.co_filename)  # its own, where another's only says so
+            assert any(pathlib.Path(package.__file__).parent in file.parents for package in (gpytorch, linear_operator))
         assert "__call__" not in vars(GP)
+
+    def test_taken_out_and_put_in_again(self, restored):
+        bridge.uninstall()
+        bridge.install()
+        assert once_everywhere()
 
     def test_nothing_else_is_changed(self):
         assert Kernel.prediction_strategy.__code__.co_filename.endswith("gpytorch/kernels/kernel.py")
@@ -158,13 +194,13 @@ class TestInstalling:
             with torch.no_grad():
                 expected = model(test_x)
                 expected = expected.mean, expected.variance
-                hooks.uninstall()
+                bridge.uninstall()
                 model = AdaptedGP(x, y, net, kernel).eval()
                 actual = model(test_x)
                 assert isinstance(model.prediction_strategy, NTKPredictionStrategy)
                 assert_close(actual.mean, expected[0], 1e-12)
                 assert_close(actual.variance, expected[1], 1e-12)
-                hooks.install()
+                bridge.install()
 
 
 @pytest.mark.parametrize("budget", [None, 8 * 850**2])

@@ -1,13 +1,12 @@
 """Kernels made of neural tangent kernels: dtype, device and gradients of their matrices."""
 
-import gpytorch
 import pytest
 import torch
 from gpytorch.distributions import MultivariateNormal
 from gpytorch.kernels import AdditiveKernel, Kernel, MaternKernel, ProductKernel, RBFKernel, ScaleKernel
 from torch import nn
 
-from ntk_gp import NTKKernel, composites, variances
+from ntk_gp import NTKKernel
 from tests import references
 from tests.adapted import assert_close
 
@@ -93,22 +92,3 @@ def test_kernels_without_one_are_gpytorchs(dtype):
     assert kernel(x).dtype == kernel.dtype == torch.float32
     assert AdditiveKernel().dtype == torch.get_default_dtype()
     assert AdditiveKernel().device is None
-
-
-def test_installed_once_and_taken_back():
-    before = {name: vars(owner)[name] for owner, name in composites._PROPERTIES}
-    variance = MultivariateNormal.variance
-    composites.install()
-    variances.install()
-    assert before == {name: vars(owner)[name] for owner, name in composites._PROPERTIES}
-    assert MultivariateNormal.variance is variance
-    try:
-        composites.uninstall()
-        variances.uninstall()
-        assert gpytorch.kernels.Kernel.dtype.fget.__module__ == "gpytorch.kernels.kernel"
-        assert not hasattr(gpytorch.kernels.Kernel.dtype.fget, "default")
-        assert not hasattr(MultivariateNormal.variance.fget, "default")
-        composites.uninstall()
-    finally:
-        composites.install()
-        variances.install()

@@ -7,8 +7,8 @@ a small one is an answer. They are rounded only by a `min_variance` that the use
 
 from __future__ import annotations
 
-import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from gpytorch import settings as gpytorch_settings
@@ -30,45 +30,31 @@ from linear_operator.operators import (
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
-from .kernels import contains_ntk
-from .operators import NTKLinearOperator
-from .operators.ntk_posterior_linear_operator import NTKPosteriorEntries, NTKPosteriorLinearOperator
-from .solvers.iterative import IterativeSolver
-from .stock import chosen_min_variance
+from ..operators import NTKLinearOperator
+from ..operators.ntk_posterior_linear_operator import NTKPosteriorEntries, NTKPosteriorLinearOperator
+from ..solvers.iterative import IterativeSolver
+from ..stock import chosen_min_variance
+from .recognised import contains_ntk, parts_of
 
+# Whose diagonals are variances of this package.
 _OWN = (LazyEvaluatedKernelTensor, NTKLinearOperator, NTKPosteriorEntries, NTKPosteriorLinearOperator)
 # Whose diagonals are the parts', added, repeated, or multiplied by what is not negative.
 _COMBINED = (BatchRepeatLinearOperator, BlockDiagLinearOperator, CatLinearOperator, SumLinearOperator)
+# What may be added to them.
 _NOISE = (DiagLinearOperator, KroneckerProductLinearOperator, RootLinearOperator, ZeroLinearOperator)
 
 
-def install() -> None:
-    """Puts the property below in the place of GPyTorch's; once."""
-    if not hasattr(MultivariateNormal.variance.fget, "default"):
-        MultivariateNormal.variance = _unrounded(MultivariateNormal.variance)
-
-
-def uninstall() -> None:
-    """Puts GPyTorch's own back."""
-    MultivariateNormal.variance = getattr(MultivariateNormal.variance.fget, "default", MultivariateNormal.variance)
-
-
-def _unrounded(default: property) -> property:
-    assert default.fget is not None
-
-    @functools.wraps(default.fget)
-    def variance(distribution: MultivariateNormal) -> Tensor:
-        covariance = distribution.lazy_covariance_matrix if distribution.islazy else None
-        chosen = covariance is None or chosen_min_variance(covariance.dtype) is not None
-        if covariance is None or chosen or not is_exact(covariance):
-            return default.__get__(distribution)
-        return _exact_variance(distribution, covariance)
-
-    variance.default = default  # type: ignore[attr-defined]
-    return property(variance)
+def variance(default: Callable[..., Any], distribution: MultivariateNormal) -> Tensor:
+    """Unrounded where it is exact and the user has set no `min_variance`."""
+    covariance = distribution.lazy_covariance_matrix if distribution.islazy else None
+    chosen = covariance is None or chosen_min_variance(covariance.dtype) is not None
+    if covariance is None or chosen or not is_exact(covariance):
+        return default(distribution)
+    return _exact_variance(distribution, covariance)
 
 
 def _exact_variance(distribution: MultivariateNormal, covariance: LinearOperator) -> Tensor:
+    """The diagonal, in the shape of the distribution; entries that are zero are rounded up, with a warning."""
     event_shape = distribution._event_shape
     diagonal = covariance.diagonal(dim1=-1, dim2=-2)
     variance = diagonal.reshape(diagonal.shape[:-1] + event_shape).expand(distribution._batch_shape + event_shape)
@@ -81,7 +67,7 @@ def _exact_variance(distribution: MultivariateNormal, covariance: LinearOperator
         "network's Jacobian vanishes there, or the data leave nothing of it. They are rounded up to "
         f"gpytorch.settings.min_variance, {least}.",
         NumericalWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
     return variance.where(positive, least)
 
@@ -96,22 +82,20 @@ def is_exact(matrix: Any) -> bool:
 
 
 def _is_not_negative(matrix: Any) -> bool:
+    """Whether no entry of the diagonal is a difference that rounding may have made negative."""
     if isinstance(matrix, NTKPosteriorLinearOperator):
         return not isinstance(matrix.source, IterativeSolver)
     if isinstance(matrix, (NTKLinearOperator, NTKPosteriorEntries, *_NOISE)):
         return True
     if isinstance(matrix, LazyEvaluatedKernelTensor):
-        return contains_ntk(matrix.kernel)
+        return contains_ntk(matrix)
     if isinstance(matrix, ConstantMulLinearOperator):
         return bool((matrix._constant >= 0).all()) and _is_not_negative(matrix.base_linear_op)
     if isinstance(matrix, InterpolatedLinearOperator):  # rows and columns of noise, where both were chosen by a tensor
         return isinstance(matrix.base_linear_op, DiagLinearOperator) and bool((matrix.left_interp_values >= 0).all())
-    return isinstance(matrix, _COMBINED) and all(_is_not_negative(part) for part in _parts(matrix))
+    return isinstance(matrix, _COMBINED) and all(_is_not_negative(part) for part in parts_of(matrix))
 
 
 def _holds_ntk(matrix: Any) -> bool:
-    return isinstance(matrix, _OWN) or any(_holds_ntk(part) for part in _parts(matrix))
-
-
-def _parts(matrix: LinearOperator) -> list[LinearOperator]:
-    return [part for part in matrix._args if isinstance(part, LinearOperator)]
+    """Whether some of the diagonal is this package's, not all of it noise."""
+    return isinstance(matrix, _OWN) or any(_holds_ntk(part) for part in parts_of(matrix))

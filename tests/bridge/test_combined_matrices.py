@@ -25,7 +25,7 @@ from linear_operator.utils.warnings import NumericalWarning
 from torch import Size, Tensor, nn
 
 from ntk_gp import NetworkMean, NTKKernel, NTKLinearOperator, settings
-from ntk_gp.prediction import NTKPredictionStrategy
+from ntk_gp.bridge.prediction_strategies import NTKPredictionStrategy
 from tests import references
 from tests.adapted import assert_close, data, network
 

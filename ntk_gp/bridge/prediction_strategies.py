@@ -12,17 +12,18 @@ from linear_operator.operators import LinearOperator, MatmulLinearOperator, Zero
 from linear_operator.utils.memoize import cached
 from torch import Size, Tensor
 
-from .network import is_finite, normal_tensor
-from .operators import NTKAddedDiagLinearOperator, NTKLinearOperator
-from .operators._batches import FoldedColumns
-from .operators.exactly_solved import exactly_solved, networks_of, without_constants
-from .operators.ntk_posterior_linear_operator import NTKPosteriorLinearOperator
-from .operators.ntk_sum_linear_operator import NTKSumLinearOperator
-from .solvers import FastVariance, Solver, choose_fast_variance
+from ..network import is_finite, normal_tensor
+from ..operators import NTKAddedDiagLinearOperator, NTKLinearOperator
+from ..operators._batches import FoldedColumns
+from ..operators.ntk_posterior_linear_operator import NTKPosteriorLinearOperator
+from ..operators.ntk_sum_linear_operator import NTKSumLinearOperator
+from ..solvers import FastVariance, Solver, choose_fast_variance
+from .exactly_solved import exactly_solved, without_constants
+from .recognised import networks_of
 
 
 class NTKPredictionStrategy(DefaultPredictionStrategy):
-    r"""Prediction from weight space, whichever way the solve went.
+    r"""Prediction from a vector of weights, whichever solver found them.
 
     The cache is :math:`\hat w = \Sigma J^\top (K + D)^{-1} (y - m)`, P numbers: the posterior mean at any input is
     :math:`f(x) + J(x) \hat w`, one Jacobian-vector product, however many points were learned from. Variances come from
@@ -122,6 +123,8 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
         return residual.double().masked_fill(self._missing, 0.0)
 
     def _covers(self, test_test_covar: LinearOperator | Tensor) -> bool:
+        """Whether this posterior is J(x) ŵ: the kernel is a neural tangent kernel alone, the same as in training, and
+        derivatives by hyperparameters are not asked for."""
         return (
             isinstance(test_test_covar, NTKLinearOperator)
             and isinstance(self._train_matrix, NTKAddedDiagLinearOperator)
@@ -145,6 +148,7 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
         return mean, NTKPosteriorLinearOperator(x, x, source=source, batch_shape=batch_shape)
 
     def _check_networks(self, test_test_covar: LinearOperator) -> None:
+        """Raises where the network is not the one that the training data were prepared with."""
         self._train_matrix  # noqa: B018 -- prepared now, if it was not
         if self._networks and not networks_of(test_test_covar) <= self._networks:
             raise RuntimeError(

@@ -1,0 +1,82 @@
+"""Kernels and their matrices: how they are evaluated and multiplied entry by entry, and their dtype and device.
+
+GPyTorch reads the dtype and device off a kernel's parameters, and a kernel made of neural tangent kernels may have
+none. A kernel matrix of such a kernel has the dtype of the inputs, as the matrix itself does once it is evaluated; a
+sum or a product of kernels has the dtype and device of its neural tangent kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from gpytorch import settings as gpytorch_settings
+from gpytorch.kernels import Kernel
+from gpytorch.lazy import LazyEvaluatedKernelTensor
+from gpytorch.lazy.lazy_evaluated_kernel_tensor import recall_grad_state
+from linear_operator import to_linear_operator
+from linear_operator.operators import LinearOperator, SumLinearOperator
+from linear_operator.utils.memoize import cached
+from torch import Tensor
+
+from ..operators.ntk_sum_linear_operator import entry_by_entry, product_over_batch
+from .exactly_solved import without_constants
+from .recognised import NeuralTangentKernel, contains_ntk
+
+
+def dtype_of_matrix(default: Callable[..., Any], matrix: LazyEvaluatedKernelTensor) -> Any:
+    """That of the inputs."""
+    return matrix.x1.dtype if contains_ntk(matrix) else default(matrix)
+
+
+def dtype_of_kernel(default: Callable[..., Any], kernel: Kernel) -> Any:
+    """That of the neural tangent kernel in it, where no parameter has one."""
+    ntk = _ntk_without_parameters(kernel)
+    return default(kernel) if ntk is None else ntk.dtype
+
+
+def device_of_kernel(default: Callable[..., Any], kernel: Kernel) -> Any:
+    """That of the neural tangent kernel in it, where no parameter has one."""
+    ntk = _ntk_without_parameters(kernel)
+    return default(kernel) if ntk is None else ntk.device
+
+
+def _ntk_without_parameters(kernel: Kernel) -> NeuralTangentKernel | None:
+    """The first one in a kernel that has no parameters at all, if any."""
+    if next(kernel.parameters(), None) is not None:
+        return None
+    return next((module for module in kernel.modules() if isinstance(module, NeuralTangentKernel)), None)
+
+
+def evaluate_kernel(default: Callable[..., Any], matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
+    """As GPyTorch does, but without what other threads would meet meanwhile: lazy evaluation switched off for the whole
+    process, and a kernel whose `active_dims` are gone."""
+    return _evaluated(matrix) if contains_ntk(matrix) else default(matrix)
+
+
+@cached(name="kernel_eval")
+@recall_grad_state
+def _evaluated(matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
+    kernel = object.__new__(type(matrix.kernel))  # GPyTorch's own copies share their attributes
+    buffers = {**matrix.kernel._buffers, "active_dims": None}  # x₁ and x₂ are those columns already
+    kernel.__dict__.update(matrix.kernel.__dict__, _buffers=buffers)
+    evaluate = super(Kernel, kernel).__call__
+    result = evaluate(matrix.x1, matrix.x2, last_dim_is_batch=matrix.last_dim_is_batch, **matrix.params)
+    result = to_linear_operator(result).evaluate_kernel()
+    if type(result) is SumLinearOperator:  # its parts were lazy when they were multiplied by constants
+        result = SumLinearOperator(*map(without_constants, result.linear_ops))
+    if gpytorch_settings.debug.on() and result.shape != matrix.shape:
+        raise RuntimeError(f"Expected a kernel matrix of shape {tuple(matrix.shape)}, got {tuple(result.shape)}.")
+    return result
+
+
+def mul_matrix(default: Callable[..., Any], matrix: LinearOperator, other: Tensor | LinearOperator) -> LinearOperator:
+    """Entry by entry; GPyTorch's would take roots of rank 100 of two lazy matrices."""
+    if contains_ntk(matrix) or (isinstance(other, LinearOperator) and contains_ntk(other)):
+        return entry_by_entry(matrix, other)
+    return default(matrix, other)
+
+
+def prod_batch(default: Callable[..., Any], matrix: LinearOperator, dim: int) -> LinearOperator:
+    """The product of the matrices of a batch, entry by entry, likewise."""
+    return product_over_batch(matrix, dim) if contains_ntk(matrix) else default(matrix, dim)

@@ -1,0 +1,51 @@
+"""Whether a neural tangent kernel is in a kernel, a model or a matrix: that decides whether GPyTorch's way is taken."""
+
+from __future__ import annotations
+
+from gpytorch.kernels import Kernel
+from gpytorch.lazy import LazyEvaluatedKernelTensor
+from linear_operator.operators import LinearOperator
+from torch import nn
+
+from ..operators import NTKAddedDiagLinearOperator, NTKLinearOperator
+from ..operators._densely_solved import DenselySolved
+from ..operators.ntk_block_linear_operators import NTKBlockDiagLinearOperator, NTKBlockInterleavedLinearOperator
+from ..operators.ntk_interpolated_linear_operator import NTKInterpolatedLinearOperator
+from ..operators.ntk_kronecker_linear_operator import NTKKroneckerLinearOperator
+
+# Solved by this package as they are.
+SOLVED_OPERATORS = (
+    NTKAddedDiagLinearOperator,
+    NTKBlockDiagLinearOperator,
+    NTKBlockInterleavedLinearOperator,
+    NTKInterpolatedLinearOperator,
+    NTKKroneckerLinearOperator,
+)
+
+# An evaluated matrix that an NTK is a part of has one of these in it.
+_NTK_OPERATORS = (NTKLinearOperator, DenselySolved, *SOLVED_OPERATORS)
+
+
+class NeuralTangentKernel(Kernel):
+    """What a neural tangent kernel is recognised by: it is of this class."""
+
+
+def contains_ntk(whole: nn.Module | LinearOperator) -> bool:
+    """Whether a neural tangent kernel is this kernel or a part of it, or of a model or a matrix, evaluated or not."""
+    if isinstance(whole, nn.Module):
+        return any(isinstance(module, NeuralTangentKernel) for module in whole.modules())
+    if isinstance(whole, LazyEvaluatedKernelTensor):
+        return contains_ntk(whole.kernel)
+    return isinstance(whole, _NTK_OPERATORS) or any(contains_ntk(part) for part in parts_of(whole))
+
+
+def networks_of(matrix: LinearOperator) -> set[int]:
+    """The states of the networks whose kernels are parts of this matrix, as numbers."""
+    if isinstance(matrix, NTKLinearOperator):
+        return {matrix.linearization.network.fingerprint()}
+    return set().union(*(networks_of(part) for part in parts_of(matrix)))
+
+
+def parts_of(matrix: LinearOperator) -> list[LinearOperator]:
+    """The matrices that this one is put together from; none for one of numbers."""
+    return [part for part in (*matrix._args, *matrix._kwargs.values()) if isinstance(part, LinearOperator)]
