@@ -91,12 +91,14 @@ class Linearization:
 
     def jacobian(self, x: Tensor, keep: bool = True) -> Jacobian:
         """J(x) at x (B, n, d): differentiable where x requires a gradient, otherwise kept for the next time."""
+        function = self.network.at(x)
         if torch.is_grad_enabled() and x.requires_grad:
-            return self.autodiff.linearize(x)
+            return self.autodiff.linearize(x, function)
         x = normal_tensor(x.detach())
         if not keep:
-            return self.engine.linearize(x)
-        return self._cache.get("jacobian", self._state, (x,), self.engine.linearize)
+            return self.engine.linearize(x, function)
+        state = functools.partial(self._state, function.state)
+        return self._cache.get("jacobian", state, (x,), lambda copied: self.engine.linearize(copied, function))
 
     @_in_full_precision
     def gram(self, jacobian1: Jacobian, jacobian2: Jacobian, variances: Tensor, keep: bool = True) -> Tensor:
@@ -189,12 +191,14 @@ class Linearization:
         pair = self._pair(jacobian1, jacobian2)
         gram = None if pair.gram is None else pair.gram()
         if gram is None:
-            gram = self._cache.get("gram", self._state, (jacobian1.x, jacobian2.x), compute)
+            state = functools.partial(self._state, jacobian1.function.state)
+            gram = self._cache.get("gram", state, (jacobian1.x, jacobian2.x), compute)
             pair.gram = weakref.ref(gram)
         return gram
 
-    def _state(self) -> Hashable:
-        return (self.network.fingerprint(), type(self.engine), rules.version())
+    def _state(self, network: int | None = None) -> Hashable:
+        """What results belong to: the state of the network (the present one by default), the engine and its rules."""
+        return (self.network.fingerprint() if network is None else network, type(self.engine), rules.version())
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_cache": None, "_pairs": None, "_solvers": None, "_lock": None}

@@ -8,7 +8,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -42,6 +42,7 @@ logger = logging.getLogger("ntk_gp")
 _FEW = 16
 # The precisions in which one is tried that does not compute in that of its inputs.
 _PRECISIONS = (torch.float32, torch.float64)
+_NO_MODE = nullcontext()
 _random_state = threading.RLock()
 
 
@@ -112,7 +113,7 @@ class FrozenNetwork(nn.Module):
         self._renormalised = _renormalised_embeddings(network, canonical)
         # In a list, so that its mode and dtype are never changed from outside.
         self._skeleton = [make_skeleton(network)]
-        self._functions: dict = {}
+        self._functions: dict[tuple, NetworkFunction] = {}
         self._checked: set = set()
         self._places: _Places | None = None
         self._fingerprint = Fingerprint()
@@ -149,20 +150,27 @@ class FrozenNetwork(nn.Module):
         tensors = [tensor for place in places.dictionaries for tensor in place.values() if tensor is not None]
         return self._fingerprint.number(tensors, thorough)
 
-    def function(self, dtype: torch.dtype, device: torch.device) -> NetworkFunction:
-        """The network as a pure function of its parameters in this dtype and on this device, made once and kept."""
-        fingerprint = self.fingerprint()
+    def function(self, dtype: torch.dtype, device: torch.device, state: int | None = None) -> NetworkFunction:
+        """The network as a pure function of its parameters in this dtype and on this device, made once and kept.
+
+        :param state: The present fingerprint, where the caller has just asked for it.
+        """
+        state = self.fingerprint() if state is None else state
         key = (dtype, device)
         known = self._functions.get(key)
-        if known is None or known[0] != fingerprint:
+        if known is None or known.state != state:
             with self._lock:
                 known = self._functions.get(key)
-                if known is None or known[0] != fingerprint:
-                    known = self._functions[key] = (fingerprint, self._convert(dtype, device))
-        return known[1]
+                if known is None or known.state != state:
+                    known = self._functions[key] = self._convert(dtype, device, state=state)
+        return known
 
     def _convert(
-        self, dtype: torch.dtype, device: torch.device, inner_dtype: torch.dtype | None = None
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        inner_dtype: torch.dtype | None = None,
+        state: int | None = None,
     ) -> NetworkFunction:
         """The same, made anew; where the network computes in a precision of its own, say in which."""
         with torch.inference_mode(False), torch.no_grad():
@@ -173,18 +181,20 @@ class FrozenNetwork(nn.Module):
             for name in tensors.keys() - set(self.parameter_names):
                 tensors[name] = tensors[name].clone()
             skeleton = convert_skeleton(self._skeleton[0], inner_dtype or dtype, device)
-        return NetworkFunction(self, Skeletons(skeleton, self._aliases), tensors, inner_dtype)
+        return NetworkFunction(self, Skeletons(skeleton, self._aliases), tensors, inner_dtype, state)
 
     def forward(self, x: Tensor) -> Tensor:
         """f(x) at the frozen weights: (*batch, n, d) to (*batch, n), or (*batch, n, C) with `output="all"`."""
-        self.fingerprint(thorough=True)
-        return self.values(x)
+        return self.values(x, self.fingerprint(thorough=True))
 
-    def values(self, x: Tensor) -> Tensor:
-        """The same, for callers that have looked for edits of the snapshot themselves."""
+    def values(self, x: Tensor, state: int, mode: AbstractContextManager = _NO_MODE) -> Tensor:
+        """The same, for callers that have looked for edits of the snapshot themselves.
+
+        :param state: What they found: the present fingerprint.
+        :param mode: A context for the passes through the network, and for nothing else.
+        """
         check_finite(x)
-        self._check_few(x)
-        function = self.function(x.dtype, x.device)
+        function = self._tried(x, state)
         function.check_input_gradients(x)
         flat = x.reshape(-1, x.shape[-1])
         if flat.shape[0] == 0:
@@ -193,7 +203,8 @@ class FrozenNetwork(nn.Module):
             with function.tracing():
                 chunks = normal_tensor(flat).split(function.points_per_pass())
                 steps = settings.progress(chunks, "Network")
-                pieces = [function(function.parameters, chunk) for chunk in steps]
+                with mode:
+                    pieces = [function(function.parameters, chunk) for chunk in steps]
                 function.check_values(chunks[0], pieces[0], len(flat))
             out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         shape = x.shape[:-1] if self.output != ALL_OUTPUTS else (*x.shape[:-1], function.num_outputs)
@@ -211,57 +222,85 @@ class FrozenNetwork(nn.Module):
 
     def num_outputs(self, x: Tensor) -> int:
         """C, the number of outputs that take part, at inputs of this width, dtype and device."""
-        if self.output != ALL_OUTPUTS:
-            return 1
-        self.check(x)
-        return self.function(x.dtype, x.device).num_outputs
+        return self.at(x).num_outputs if self.output == ALL_OUTPUTS else 1
+
+    def num_outputs_per_row(self, x: Tensor) -> int:
+        """The same, asked before anything else is: rows of another width than the network takes are refused."""
+        self.check_width(x)
+        return self.num_outputs(x)
 
     def check(self, x: Tensor) -> None:
-        """Raises where the network cannot be linearised at inputs like `x`.
+        """Raises where the network cannot be linearised at inputs like `x`, see :meth:`at`."""
+        self.at(x)
+
+    def bind(self, x: Tensor, *others: Tensor) -> NetworkFunction:
+        """What serves inputs that a user has just given: they are looked at, and the snapshot for any edit of it.
+
+        It travels on with them: whoever has it need not ask again what it says (dtype, device, C, the state of the
+        network).
+
+        :raises TypeError: If they are no tensors, or no floating-point numbers.
+        :raises ValueError: If some are NaN or infinite, and where :meth:`at` does.
+        """
+        for given in (x, *others):
+            check_tensor(given)
+        state = self.fingerprint(thorough=True)
+        for given in (x, *others):
+            check_finite(given)
+            function = self.at(given, state)
+        return function
+
+    def at(self, x: Tensor, state: int | None = None) -> NetworkFunction:
+        """The network as a function for inputs like `x`, tried there; raises where it cannot be linearised.
 
         The width, dtype and outputs are looked at once per width, dtype and device. That no row's output depends on the
         other rows is tried with up to 16 different rows, again with more where there were fewer before, and by one pass
         through the network once for each larger number of rows.
+
+        :param state: The present fingerprint, where the caller has just asked for it.
         """
-        self._check_few(x)
-        function = self.function(x.dtype, x.device)
+        function = self._tried(x, self.fingerprint() if state is None else state)
         rows = x.shape[:-1].numel()
         if rows > _FEW and not function.has_checked(rows):
             flat = normal_tensor(x.detach()).reshape(rows, -1)[: function.points_per_pass()]
             with function.tracing(), torch.no_grad(), preserved_random_state(x.device):
                 function.check_values(flat, function(function.parameters, flat), rows)
+        return function
 
-    def _check_few(self, x: Tensor) -> None:
-        count = x.shape[:-1].numel()
-        key = (x.shape[-1], x.dtype, x.device, min(count, _FEW).bit_length(), self.fingerprint())
-        if key in self._checked:
-            return
+    def _tried(self, x: Tensor, state: int) -> NetworkFunction:
+        """The function in this state, tried at a few rows."""
+        key = (x.shape[-1], x.dtype, x.device, min(x.shape[:-1].numel(), _FEW).bit_length(), state)
+        if key not in self._checked:
+            self._try(x, key, state)
+        return self.function(x.dtype, x.device, state)
+
+    def _try(self, x: Tensor, key: tuple, state: int) -> None:
         self.check_width(x)
         check_finite(x)
+        count = x.shape[:-1].numel()
         with self._lock, torch.inference_mode(False), preserved_random_state(x.device):
             if key in self._checked:  # by another thread, meanwhile
                 return
             flat = normal_tensor(x.detach()).reshape(-1, x.shape[-1])
-            function = self._probed(flat[:_FEW] if count else x.new_zeros(1, x.shape[-1]))
+            function = self._probed(flat[:_FEW] if count else x.new_zeros(1, x.shape[-1]), state)
             if count:
                 with function.tracing(), torch.no_grad():
                     rows = some_rows(flat, _FEW, partial(function, function.parameters))
                 check_rows_are_independent(self._most_exact(function, rows), rows)
             self._checked.add(key)
 
-    def _probed(self, rows: Tensor) -> NetworkFunction:
+    def _probed(self, rows: Tensor, state: int) -> NetworkFunction:
         """The function, after it was tried; in a precision of its own where the network computes in no other."""
-        function = self.function(rows.dtype, rows.device)
+        function = self.function(rows.dtype, rows.device, state)
         try:
             function.probe(rows)
         except (ValueError, TypeError) as error:
-            own = None if function.inner_dtype is not None else self._in_its_own_precision(rows)
+            own = None if function.inner_dtype is not None else self._in_its_own_precision(rows, state)
             if own is None or own.inner_dtype is None:
                 raise
             if torch.promote_types(own.inner_dtype, rows.dtype) != own.inner_dtype:
                 warnings.warn(_less_precise(own.inner_dtype, rows.dtype, error), NumericalWarning, stacklevel=2)
-            self._functions[rows.dtype, rows.device] = (self.fingerprint(), own)
-            function = own
+            self._functions[rows.dtype, rows.device] = function = own
         if function.unreached and self._kept:
             warnings.warn(
                 f"The network's output does not depend on its parameters {', '.join(sorted(function.unreached))}, and "
@@ -272,10 +311,10 @@ class FrozenNetwork(nn.Module):
             )
         return function
 
-    def _in_its_own_precision(self, rows: Tensor) -> NetworkFunction | None:
+    def _in_its_own_precision(self, rows: Tensor, state: int) -> NetworkFunction | None:
         for inner_dtype in _PRECISIONS:
             if inner_dtype != rows.dtype:
-                function = self._convert(rows.dtype, rows.device, inner_dtype)
+                function = self._convert(rows.dtype, rows.device, inner_dtype, state)
                 try:
                     function.probe(rows)
                 except (ValueError, TypeError):

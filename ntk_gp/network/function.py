@@ -46,6 +46,7 @@ class NetworkFunction:
         raises, and is never silently stale.
     :param tensors: Every tensor of the snapshot by its canonical name.
     :param inner_dtype: The precision that the network itself computes in, where it is not that of its tensors here.
+    :param state: The snapshot's fingerprint when it was taken, for what is computed with it and kept.
     """
 
     def __init__(
@@ -54,16 +55,17 @@ class NetworkFunction:
         skeletons: Skeletons,
         tensors: dict[str, Tensor],
         inner_dtype: torch.dtype | None = None,
+        state: int | None = None,
     ):
         self.skeletons = skeletons
         self.inner_dtype = inner_dtype
+        self.state = state
         self.parameters: dict[str, Tensor] = {name: tensors[name] for name in network.parameter_names}
         self.constants = {name: tensor for name, tensor in tensors.items() if name not in self.parameters}
         self.num_groups = network.num_groups
         self.group_indices = network.group_indices
         self.input_shape = network.input_shape
         self.output = network.output
-        self.num_network_outputs: int | None = None
         self.bytes_per_point = 0
         self._recurrent = network._is_recurrent
         self.unreached: frozenset[str] = frozenset()  # parameters without influence on the output, where it was tried
@@ -115,7 +117,7 @@ class NetworkFunction:
         """The parameters as tensors to differentiate with respect to, which share their memory."""
         return {name: tensor.detach().requires_grad_() for name, tensor in self.parameters.items()}
 
-    @property
+    @cached_property
     def num_parameters(self) -> int:
         """P."""
         return sum(self.sizes)
@@ -125,18 +127,16 @@ class NetworkFunction:
         """The number of elements of every selected parameter."""
         return tuple(tensor.numel() for tensor in self.parameters.values())
 
-    @property
+    @cached_property
     def num_outputs(self) -> int:
         """C, the number of outputs that take part; known once :meth:`probe` has run."""
-        if self.num_network_outputs is None:
-            raise RuntimeError("The network has not been evaluated yet: call FrozenNetwork.check(x) first.")
-        return self.num_network_outputs if self.output == ALL_OUTPUTS else 1
+        raise RuntimeError("The network has not been evaluated yet: call FrozenNetwork.check(x) first.")
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         return next(iter(self.parameters.values())).dtype
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         return next(iter(self.parameters.values())).device
 
@@ -152,7 +152,8 @@ class NetworkFunction:
         restricted.parameters = {name: tensor for name, tensor in self.parameters.items() if name in names}
         restricted.constants = {**self.constants, **self.parameters}
         restricted.group_indices = tuple(groups[name] for name in restricted.parameters)
-        restricted.__dict__.pop("sizes", None)
+        for name in ("sizes", "num_parameters"):
+            restricted.__dict__.pop(name, None)
         return restricted
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
@@ -239,7 +240,7 @@ class NetworkFunction:
                 "The network's output is NaN or infinite at finite inputs. Check its weights, and the scale of the "
                 "inputs."
             )
-        self.num_network_outputs = size
+        self.num_outputs = size if self.output == ALL_OUTPUTS else 1
 
     def _measured_call(
         self, tensors: Mapping[str, Tensor], parameters: Iterable[Tensor], rows: Tensor

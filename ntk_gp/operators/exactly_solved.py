@@ -118,7 +118,7 @@ def without_constants(matrix: LinearOperator) -> LinearOperator:
 def networks_of(matrix: LinearOperator) -> set[int]:
     """The states of the networks whose kernels are parts of this matrix, as numbers."""
     if isinstance(matrix, NTKLinearOperator):
-        return {matrix.linearization.network.fingerprint()}
+        return {matrix.network_state}
     return set().union(*(networks_of(part) for part in matrix._args if isinstance(part, LinearOperator)))
 
 
