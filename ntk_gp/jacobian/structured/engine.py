@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import settings
-from ...network import FrozenNetwork, NetworkFunction, normal_tensor, preserved_random_state, some_rows
+from ...network import FrozenNetwork, NetworkFunction, normal_tensor, some_rows
 from .. import rules
 from ..autodiff import AutodiffEngine
 from ..base import Jacobian, JacobianEngine
@@ -251,10 +251,7 @@ class StructuredEngine(JacobianEngine):
             refuted = dict.fromkeys(function.parameters, "backward passes run parts of the network again")
         names = tuple(name for name in function.parameters if name not in refuted)
         try:  # in float64, where a missing term stands out from rounding
-            exact = self.network._convert(torch.float64, rows.device)
-            with preserved_random_state(rows.device):
-                exact.probe(rows[:2].double())
-            plan = self._try_plan(exact, rows.double(), names)
+            plan = self._try_plan(self.network.exact(rows[:2]), rows.double(), names)
             plan.bytes_per_point = plan.bytes_per_point * rows.element_size() // 8
         except Exception:  # a dtype fixed inside the network, or a device without float64
             try:
