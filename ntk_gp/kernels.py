@@ -16,7 +16,7 @@ from torch import Size, Tensor, nn
 from .bridge.prediction_strategies import NTKPredictionStrategy
 from .bridge.recognised import NeuralTangentKernel
 from .jacobian.linearization import Linearization
-from .network import FrozenNetwork, ParameterSelection, check_finite, check_tensor
+from .network import FrozenNetwork, NetworkFunction, ParameterSelection
 from .operators import JacobianLinearOperator, NTKLinearOperator
 from .stock import mark_botorchs
 
@@ -169,7 +169,7 @@ class NTKKernel(NeuralTangentKernel):
         """J(x) as a lazy matrix, (*batch, n·C, P), without the prior variances; columns in the order of
         `kernel.network.parameter_names`, each parameter flattened."""
         x = self.network.flattened(x)
-        self._check_inputs(x)
+        self.network.bind(x)
         return JacobianLinearOperator(x, linearization=self._linearization)
 
     def engine_report(self, x: Tensor) -> list[dict[str, object]]:
@@ -181,7 +181,7 @@ class NTKKernel(NeuralTangentKernel):
             (`gram_flops`).
         """
         x = self.network.flattened(x)
-        self._check_inputs(x)
+        self.network.bind(x)
         jacobian = self._linearization.jacobian(x.detach().reshape(1, -1, x.shape[-1]))
         return jacobian.report()
 
@@ -204,8 +204,8 @@ class NTKKernel(NeuralTangentKernel):
         if last_dim_is_batch:
             x1, x2 = (x.transpose(-1, -2).unsqueeze(-1) for x in (x1, x2))
             variance = variance.unsqueeze(-3)
-        self._check_inputs(x1, x2)
-        kernel_matrix = NTKLinearOperator(x1, x2, variance, linearization=self._linearization)
+        function = self._bind(x1, x2)
+        kernel_matrix = NTKLinearOperator(x1, x2, variance, linearization=self._linearization, function=function)
         return kernel_matrix._diagonal() if diag else kernel_matrix
 
     def prediction_strategy(self, train_inputs, train_prior_dist, train_labels, likelihood) -> NTKPredictionStrategy:
@@ -216,24 +216,21 @@ class NTKKernel(NeuralTangentKernel):
         """None; GPyTorch would look for some among the modules of the network, whenever it needs the batch shape."""
         return iter(())
 
-    def _check_inputs(self, x1: Tensor, x2: Tensor | None = None) -> None:
-        x2 = x1 if x2 is None else x2
-        check_tensor(x1)
-        check_tensor(x2)
+    def _bind(self, x1: Tensor, x2: Tensor) -> NetworkFunction:
+        """What serves both sets of inputs, which are looked at here, and once."""
+        if x2 is x1:
+            return self.network.bind(x1)
         if (x1.dtype, x1.device) != (x2.dtype, x2.device):
             raise ValueError(
                 f"The two sets of inputs differ: {x1.dtype} on {x1.device}, and {x2.dtype} on {x2.device}. "
                 "Convert one with .to() to the dtype and device of the other."
             )
-        self.network.fingerprint(thorough=True)
-        for x in (x1,) if x2 is x1 else (x1, x2):
-            check_finite(x)
-            self.network.check(x)
+        return self.network.bind(x1, x2)
 
     def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
         """C with `output="all"`, else 1."""
         if self.active_dims is None:  # asked for before anything else, also by the kernels this one is in
-            self.network.check_width(x1)
+            return self.network.num_outputs_per_row(x1)
         return self.network.num_outputs(x1)
 
     def expand_batch(self, *sizes: Size | tuple[int, ...] | int) -> NTKKernel:

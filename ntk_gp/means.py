@@ -60,8 +60,7 @@ class NetworkMean(Mean):
         state = self.network.fingerprint(thorough=True)
         prefix = self._prefix  # other threads may put another in its place
         known = 0 if prefix is None else prefix.length_in(x, state)
-        with FullRateLayers():
-            values = self.network.values(x[..., known:, :])
+        values = self.network.values(x[..., known:, :], state, FullRateLayers())
         if prefix is not None and known:
             begin = prefix.values[:known]
             values = torch.cat([begin.expand(*x.shape[:-2], *begin.shape), values], dim=x.dim() - 2)

@@ -42,7 +42,7 @@ def contains_ntk(whole: nn.Module | LinearOperator) -> bool:
 def networks_of(matrix: LinearOperator) -> set[int]:
     """The states of the networks whose kernels are parts of this matrix, as numbers."""
     if isinstance(matrix, NTKLinearOperator):
-        return {matrix.linearization.network.fingerprint()}
+        return {matrix.network_state}
     return set().union(*(networks_of(part) for part in parts_of(matrix)))
 
 

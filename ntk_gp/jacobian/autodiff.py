@@ -51,10 +51,8 @@ class AutodiffEngine(JacobianEngine):
         self._modes: dict[tuple, Modes] = {}
         self._lock = threading.RLock()  # held while a network is tried
 
-    def linearize(self, x: Tensor) -> AutodiffJacobian:
-        self.network.check(x)
-        function = self.network.function(x.dtype, x.device)
-        return self.linearize_function(function, x)
+    def linearize(self, x: Tensor, function: NetworkFunction | None = None) -> AutodiffJacobian:
+        return self.linearize_function(self.network.at(x) if function is None else function, x)
 
     def linearize_function(self, function: NetworkFunction, x: Tensor) -> AutodiffJacobian:
         """The same for a function that was restricted to some of the parameters."""

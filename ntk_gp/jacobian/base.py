@@ -139,5 +139,8 @@ class JacobianEngine(ABC):
         self.network = network
 
     @abstractmethod
-    def linearize(self, x: Tensor) -> Jacobian:
-        """The Jacobian at `x` (B, n, d), differentiable with respect to `x` where `x` requires a gradient."""
+    def linearize(self, x: Tensor, function: NetworkFunction | None = None) -> Jacobian:
+        """The Jacobian at `x` (B, n, d), differentiable with respect to `x` where `x` requires a gradient.
+
+        :param function: The network as it was tried at `x`, where the caller has it.
+        """

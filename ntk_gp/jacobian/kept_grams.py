@@ -76,7 +76,7 @@ class KeptGrams:
         pair = self._pair(jacobian1, jacobian2)
         gram = None if pair.gram is None else pair.gram()
         if gram is None:
-            gram = keep("gram", (jacobian1.x, jacobian2.x), compute)
+            gram = keep("gram", (jacobian1.x, jacobian2.x), compute, jacobian1.function.state)
             pair.gram = weakref.ref(gram)
         return gram
 

@@ -75,24 +75,28 @@ class Linearization:
         """The solvers in use."""
         return self._solvers.all()
 
-    def keep(self, kind: str, tensors: tuple[Tensor, ...], compute: Callable[..., Any]) -> Any:
+    def keep(
+        self, kind: str, tensors: tuple[Tensor, ...], compute: Callable[..., Any], network_state: int | None = None
+    ) -> Any:
         """The result of `compute` for tensors with these contents, from the last time or computed now.
 
         :param kind: Tells results of different kinds for the same tensors apart.
         :param tensors: What the result depends on, beside the network.
         :param compute: Called with copies of the tensors; its result says in `nbytes` what it holds.
+        :param network_state: Of the network that it is computed with, where the caller knows it.
         :raises TypeError: If it does not say.
         """
-        return self._cache.get(kind, self._state, tensors, compute)
+        return self._cache.get(kind, functools.partial(self._state, network_state), tensors, compute)
 
     def jacobian(self, x: Tensor, keep: bool = True) -> Jacobian:
         """J(x) at x (B, n, d): differentiable where x requires a gradient, otherwise kept for the next time."""
+        function = self.network.at(x)
         if torch.is_grad_enabled() and x.requires_grad:
-            return self.autodiff.linearize(x)
+            return self.autodiff.linearize(x, function)
         x = normal_tensor(x.detach())
         if not keep:
-            return self.engine.linearize(x)
-        return self.keep("jacobian", (x,), self.engine.linearize)
+            return self.engine.linearize(x, function)
+        return self.keep("jacobian", (x,), lambda copied: self.engine.linearize(copied, function), function.state)
 
     @_in_full_precision
     def gram(self, jacobian1: Jacobian, jacobian2: Jacobian, variances: Tensor, keep: bool = True) -> Tensor:
@@ -128,8 +132,9 @@ class Linearization:
             return self.gram(jacobian1, jacobian2, variances) @ rhs
         return jacobian1.kernel_matmul(jacobian2, rhs, variances)
 
-    def _state(self) -> Hashable:
-        return (self.network.fingerprint(), type(self.engine), rules.version())
+    def _state(self, network: int | None = None) -> Hashable:
+        """What results belong to: the state of the network (the present one by default), the engine and its rules."""
+        return (self.network.fingerprint() if network is None else network, type(self.engine), rules.version())
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_cache": None, "_grams": None, "_solvers": None}

@@ -1,11 +1,14 @@
 """The network to be linearised: a frozen copy of the user's module, its parameters chosen, grouped and flattened."""
 
+from .checks import check_finite, check_tensor, is_finite
 from .frozen import FrozenNetwork, preserved_random_state
-from .function import ALL_OUTPUTS, NetworkFunction, check_finite, check_tensor, full_precision, is_finite, normal_tensor
+from .function import NetworkFunction
 from .graph import nodes_below
 from .rows import some_rows
 from .snapshot import ParameterSelection
+from .specification import ALL_OUTPUTS
 from .switches import Switch
+from .tensors import full_precision, normal_tensor
 
 __all__ = [
     "ALL_OUTPUTS",

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import threading
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
-from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor, nn
 
 from .. import settings
+from .checks import check_finite, check_tensor
 from .fingerprint import Fingerprint
-from .function import ALL_OUTPUTS, NetworkFunction, check_finite, check_tensor, convert, normal_tensor
-from .rows import check_rows_are_independent, some_rows
-from .sharing import share_snapshot
+from .function import Findings, NetworkFunction
+from .probe import probe
+from .rows import check_values
+from .sharing import has_same_tensors, is_same_module, others_of, share_snapshot
 from .skeleton import Skeletons
 from .snapshot import (
     ParameterSelection,
     buffer_tree,
     canonical_names,
     check_parameter,
+    check_same_parameters,
     convert_skeleton,
     copy_in_eval_mode,
     make_skeleton,
@@ -35,13 +36,11 @@ from .snapshot import (
     unregistered_tensors,
     unwrap,
 )
+from .specification import ALL_OUTPUTS, check_output_argument, specify
+from .tensors import convert, normal_tensor
+from .trial import FEW, Trial
 
-logger = logging.getLogger("ntk_gp")
-
-# Rows that a network is tried with.
-_FEW = 16
-# The precisions in which one is tried that does not compute in that of its inputs.
-_PRECISIONS = (torch.float32, torch.float64)
+_NO_MODE = nullcontext()
 _random_state = threading.RLock()
 
 
@@ -82,9 +81,7 @@ class FrozenNetwork(nn.Module):
             "output": output,
             "group_by": group_by,
         }
-        _check_output_argument(output)
-        self.input_shape = None if input_shape is None else tuple(int(size) for size in input_shape)
-        self.output = output
+        check_output_argument(output)
         network = source = unwrap(network)
         named: dict[str, nn.Parameter] = dict(named_tensors(network.named_parameters(remove_duplicate=False)))
         if not named:
@@ -95,28 +92,32 @@ class FrozenNetwork(nn.Module):
         for name, parameter in named.items():
             check_parameter(name, parameter)
         selected = select(named, parameters)
-        kept, left_out = unregistered_tensors(network)
+        attributes = unregistered_tensors(network)
         network = copy_in_eval_mode(network)
         canonical = canonical_names(network)
-        _check_same_parameters(named, canonical)
-        self.parameter_names = tuple(dict.fromkeys(canonical[name] for name in named if name in selected))
-        labels = [group_by(name) if group_by is not None else "all" for name in self.parameter_names]
-        self.group_names = tuple(dict.fromkeys(labels))
-        self.group_indices = tuple(self.group_names.index(label) for label in labels)
+        check_same_parameters(named, canonical)
+        self.specification = specify(
+            network,
+            canonical,
+            [name for name in named if name in selected],
+            input_shape=input_shape,
+            output=output,
+            group_by=group_by,
+            attributes=attributes,
+        )
+        self.parameter_names, self.group_names = self.specification.parameter_names, self.specification.group_names
+        self.input_shape, self.output = self.specification.input_shape, self.specification.output
         self.tensors = buffer_tree(network, set(canonical.values()))
-        share_snapshot(source, self.tensors)
         self._aliases = canonical
-        # Attributes that are tensors and neither parameters nor buffers: constants, or so it seems; and those left out.
-        self._kept, self._left_out = kept, left_out
-        self._is_recurrent = any(isinstance(module, nn.RNNBase) for module in network.modules())
-        self._renormalised = _renormalised_embeddings(network, canonical)
         # In a list, so that its mode and dtype are never changed from outside.
         self._skeleton = [make_skeleton(network)]
-        self._functions: dict = {}
-        self._checked: set = set()
+        self._functions: dict[tuple, NetworkFunction] = {}
+        self._checked: set[tuple] = set()
+        self._findings: dict[tuple, Findings] = {}
         self._places: _Places | None = None
         self._fingerprint = Fingerprint()
         self._lock = threading.RLock()  # held while functions are made and tried
+        self._family: WeakSet | None = share_snapshot(source, self)
 
     def renewed(self, network: nn.Module) -> FrozenNetwork:
         """A snapshot of another network, or of this one's new weights, with the same options."""
@@ -149,20 +150,27 @@ class FrozenNetwork(nn.Module):
         tensors = [tensor for place in places.dictionaries for tensor in place.values() if tensor is not None]
         return self._fingerprint.number(tensors, thorough)
 
-    def function(self, dtype: torch.dtype, device: torch.device) -> NetworkFunction:
-        """The network as a pure function of its parameters in this dtype and on this device, made once and kept."""
-        fingerprint = self.fingerprint()
+    def function(self, dtype: torch.dtype, device: torch.device, state: int | None = None) -> NetworkFunction:
+        """The network as a pure function of its parameters in this dtype and on this device, made once and kept.
+
+        :param state: The present fingerprint, where the caller has just asked for it.
+        """
+        state = self.fingerprint() if state is None else state
         key = (dtype, device)
         known = self._functions.get(key)
-        if known is None or known[0] != fingerprint:
+        if known is None or known.state != state:
             with self._lock:
                 known = self._functions.get(key)
-                if known is None or known[0] != fingerprint:
-                    known = self._functions[key] = (fingerprint, self._convert(dtype, device))
-        return known[1]
+                if known is None or known.state != state:
+                    known = self._functions[key] = self._convert(dtype, device, state=state)
+        return known
 
     def _convert(
-        self, dtype: torch.dtype, device: torch.device, inner_dtype: torch.dtype | None = None
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        inner_dtype: torch.dtype | None = None,
+        state: int | None = None,
     ) -> NetworkFunction:
         """The same, made anew; where the network computes in a precision of its own, say in which."""
         with torch.inference_mode(False), torch.no_grad():
@@ -173,18 +181,20 @@ class FrozenNetwork(nn.Module):
             for name in tensors.keys() - set(self.parameter_names):
                 tensors[name] = tensors[name].clone()
             skeleton = convert_skeleton(self._skeleton[0], inner_dtype or dtype, device)
-        return NetworkFunction(self, Skeletons(skeleton, self._aliases), tensors, inner_dtype)
+        return NetworkFunction(self.specification, Skeletons(skeleton, self._aliases), tensors, inner_dtype, state)
 
     def forward(self, x: Tensor) -> Tensor:
         """f(x) at the frozen weights: (*batch, n, d) to (*batch, n), or (*batch, n, C) with `output="all"`."""
-        self.fingerprint(thorough=True)
-        return self.values(x)
+        return self.values(x, self.fingerprint(thorough=True))
 
-    def values(self, x: Tensor) -> Tensor:
-        """The same, for callers that have looked for edits of the snapshot themselves."""
+    def values(self, x: Tensor, state: int, mode: AbstractContextManager = _NO_MODE) -> Tensor:
+        """The same, for callers that have looked for edits of the snapshot themselves.
+
+        :param state: What they found: the present fingerprint.
+        :param mode: A context for the passes through the network, and for nothing else.
+        """
         check_finite(x)
-        self._check_few(x)
-        function = self.function(x.dtype, x.device)
+        function = self._tried(x, state)
         function.check_input_gradients(x)
         flat = x.reshape(-1, x.shape[-1])
         if flat.shape[0] == 0:
@@ -193,8 +203,9 @@ class FrozenNetwork(nn.Module):
             with function.tracing():
                 chunks = normal_tensor(flat).split(function.points_per_pass())
                 steps = settings.progress(chunks, "Network")
-                pieces = [function(function.parameters, chunk) for chunk in steps]
-                function.check_values(chunks[0], pieces[0], len(flat))
+                with mode:
+                    pieces = [function(function.parameters, chunk) for chunk in steps]
+                check_values(function, chunks[0], pieces[0], len(flat))
             out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         shape = x.shape[:-1] if self.output != ALL_OUTPUTS else (*x.shape[:-1], function.num_outputs)
         return out.reshape(shape)
@@ -211,106 +222,132 @@ class FrozenNetwork(nn.Module):
 
     def num_outputs(self, x: Tensor) -> int:
         """C, the number of outputs that take part, at inputs of this width, dtype and device."""
-        if self.output != ALL_OUTPUTS:
-            return 1
-        self.check(x)
-        return self.function(x.dtype, x.device).num_outputs
+        return self.at(x).num_outputs if self.output == ALL_OUTPUTS else 1
+
+    def num_outputs_per_row(self, x: Tensor) -> int:
+        """The same, asked before anything else is: rows of another width than the network takes are refused."""
+        self.check_width(x)
+        return self.num_outputs(x)
 
     def check(self, x: Tensor) -> None:
-        """Raises where the network cannot be linearised at inputs like `x`.
+        """Raises where the network cannot be linearised at inputs like `x`, see :meth:`at`."""
+        self.at(x)
+
+    def bind(self, x: Tensor, *others: Tensor) -> NetworkFunction:
+        """What serves inputs that a user has just given: they are looked at, and the snapshot for any edit of it.
+
+        It travels on with them: whoever has it need not ask again what it says (dtype, device, C, the state of the
+        network).
+
+        :raises TypeError: If they are no tensors, or no floating-point numbers.
+        :raises ValueError: If some are NaN or infinite, and where :meth:`at` does.
+        """
+        for given in (x, *others):
+            check_tensor(given)
+        state = self.fingerprint(thorough=True)
+        for given in (x, *others):
+            check_finite(given)
+            function = self.at(given, state)
+        return function
+
+    def at(self, x: Tensor, state: int | None = None) -> NetworkFunction:
+        """The network as a function for inputs like `x`, tried there; raises where it cannot be linearised.
 
         The width, dtype and outputs are looked at once per width, dtype and device. That no row's output depends on the
         other rows is tried with up to 16 different rows, again with more where there were fewer before, and by one pass
         through the network once for each larger number of rows.
+
+        :param state: The present fingerprint, where the caller has just asked for it.
         """
-        self._check_few(x)
-        function = self.function(x.dtype, x.device)
+        function = self._tried(x, self.fingerprint() if state is None else state)
         rows = x.shape[:-1].numel()
-        if rows > _FEW and not function.has_checked(rows):
+        if rows > FEW and not function.has_checked(rows):
             flat = normal_tensor(x.detach()).reshape(rows, -1)[: function.points_per_pass()]
             with function.tracing(), torch.no_grad(), preserved_random_state(x.device):
-                function.check_values(flat, function(function.parameters, flat), rows)
+                check_values(function, flat, function(function.parameters, flat), rows)
+        return function
 
-    def _check_few(self, x: Tensor) -> None:
-        count = x.shape[:-1].numel()
-        key = (x.shape[-1], x.dtype, x.device, min(count, _FEW).bit_length(), self.fingerprint())
-        if key in self._checked:
-            return
+    def exact(self, rows: Tensor) -> NetworkFunction:
+        """The function in float64, tried at these rows (m, d); not kept if it has not been wanted by inputs of float64.
+
+        :raises Exception: Where network or device have no such precision, or the network cannot be linearised in it.
+        """
+        state = self.fingerprint()
+        known = self._functions.get((torch.float64, rows.device))
+        if known is not None and known.state == state and known.inner_dtype is None and known.is_tried:
+            return known
+        function = self._convert(torch.float64, rows.device, state=state)
+        findings = self._findings.get(_kind(rows.double()[:0], state))
+        if findings is not None:
+            function.learn(findings)
+            return function
+        with self._lock, preserved_random_state(rows.device):
+            probe(function, rows.double())
+        return function
+
+    def _tried(self, x: Tensor, state: int) -> NetworkFunction:
+        """The function in this state, tried at a few rows."""
+        kind = _kind(x, state)
+        if kind not in self._checked:
+            self._try(x, kind, state)
+        return self.function(x.dtype, x.device, state)
+
+    def _try(self, x: Tensor, kind: tuple, state: int) -> None:
         self.check_width(x)
         check_finite(x)
         with self._lock, torch.inference_mode(False), preserved_random_state(x.device):
-            if key in self._checked:  # by another thread, meanwhile
+            if kind in self._checked:  # by another thread, meanwhile
                 return
-            flat = normal_tensor(x.detach()).reshape(-1, x.shape[-1])
-            function = self._probed(flat[:_FEW] if count else x.new_zeros(1, x.shape[-1]))
-            if count:
-                with function.tracing(), torch.no_grad():
-                    rows = some_rows(flat, _FEW, partial(function, function.parameters))
-                check_rows_are_independent(self._most_exact(function, rows), rows)
-            self._checked.add(key)
+            function = self.function(x.dtype, x.device, state)
+            findings = self._findings.get(kind) or self._found_by_others(kind)
+            if findings is not None:
+                function.learn(findings)
+            else:
+                rows = normal_tensor(x.detach()).reshape(x.shape[:-1].numel(), x.shape[-1])
+                self._put_down(Trial(function, rows, partial(self._converted, x.device, state)), rows, state)
+            self._checked.add(kind)
 
-    def _probed(self, rows: Tensor) -> NetworkFunction:
-        """The function, after it was tried; in a precision of its own where the network computes in no other."""
-        function = self.function(rows.dtype, rows.device)
-        try:
-            function.probe(rows)
-        except (ValueError, TypeError) as error:
-            own = None if function.inner_dtype is not None else self._in_its_own_precision(rows)
-            if own is None or own.inner_dtype is None:
-                raise
-            if torch.promote_types(own.inner_dtype, rows.dtype) != own.inner_dtype:
-                warnings.warn(_less_precise(own.inner_dtype, rows.dtype, error), NumericalWarning, stacklevel=2)
-            self._functions[rows.dtype, rows.device] = (self.fingerprint(), own)
-            function = own
-        if function.unreached and self._kept:
-            warnings.warn(
-                f"The network's output does not depend on its parameters {', '.join(sorted(function.unreached))}, and "
-                f"it holds tensors that are neither parameters nor buffers: {', '.join(self._kept)}. If these were "
-                "computed from the parameters, delete them before making a kernel or mean of the network.",
-                UserWarning,
-                stacklevel=2,
-            )
-        return function
+    def _found_by_others(self, kind: tuple) -> Findings | None:
+        """What was found where another snapshot that is as this one, such as a mean's, was tried in the same way.
 
-    def _in_its_own_precision(self, rows: Tensor) -> NetworkFunction | None:
-        for inner_dtype in _PRECISIONS:
-            if inner_dtype != rows.dtype:
-                function = self._convert(rows.dtype, rows.device, inner_dtype)
-                try:
-                    function.probe(rows)
-                except (ValueError, TypeError):
-                    continue
-                return function
+        What would have been warned of there is found out, and warned of, here as well.
+        """
+        *what, state = kind
+        for other in () if self._family is None else others_of(self._family, self):
+            if not other._findings or not self.specification.is_tried_as(other.specification):
+                continue
+            if self._aliases != other._aliases or not has_same_tensors(self.tensors, other.tensors):
+                continue
+            theirs = other.fingerprint(thorough=True)  # the state that it was tried in, or others' findings are none
+            found = other._findings.get((*what, theirs))
+            if found is None or (found.unreached and self.specification.kept):
+                continue
+            if is_same_module(self._skeleton[0], other._skeleton[0]):
+                known = list(other._findings.items())
+                self._findings.update({(*key[:-1], state): value for key, value in known if key[-1] == theirs})
+                return found
         return None
 
-    def _most_exact(self, function: NetworkFunction, rows: Tensor) -> NetworkFunction:
-        """The function in float64, where a dependence stands out from rounding, if network and device have it."""
-        if function.inner_dtype is not None:
-            return function
-        exact = self._convert(torch.float64, rows.device)
-        try:
-            exact.probe(rows.double())
-        except (RuntimeError, TypeError, ValueError):
-            return function
-        return exact
+    def _converted(
+        self, device: torch.device, state: int, dtype: torch.dtype, inner_dtype: torch.dtype | None = None
+    ) -> NetworkFunction:
+        return self._convert(dtype, device, inner_dtype, state)
+
+    def _put_down(self, trial: Trial, rows: Tensor, state: int) -> None:
+        """Keeps what was found, for other inputs of this kind, and for others of none."""
+        self._functions[rows.dtype, rows.device] = trial.function
+        for dtype, findings in trial.findings.items():
+            for some in (rows, rows[:0]):
+                self._findings[_kind(some, state, dtype)] = findings
 
     def check_width(self, x: Tensor) -> None:
         """Raises where inputs are no rows of floating-point numbers of the width that `input_shape` needs."""
-        if not x.is_floating_point():
-            raise TypeError(
-                f"Expected inputs of a floating-point dtype, got {x.dtype}. Cast them, e.g. with x.float(); a network "
-                "that wants integers can cast them back in its forward."
-            )
-        if self.input_shape is not None and x.shape[-1] != math.prod(self.input_shape):
-            raise ValueError(
-                f"Got inputs of width {x.shape[-1]} (shape {tuple(x.shape)}), but input_shape={self.input_shape} needs "
-                f"{math.prod(self.input_shape)} features. Flatten each input to one row, e.g. x.flatten(1) for the "
-                "whole model (GPyTorch takes all but the last two dimensions for batches), or change input_shape."
-            )
+        self.specification.check_width(x)
 
     def __getstate__(self) -> dict:
-        made_again: dict[str, Any] = {"_functions": {}, "_checked": set(), "_places": None, "_lock": None}
-        return {**self.__dict__, **made_again, "_fingerprint": Fingerprint()}
+        made_again: dict[str, Any] = {"_functions": {}, "_checked": set(), "_findings": {}}
+        nothing = dict.fromkeys(("_places", "_lock", "_family"))
+        return {**self.__dict__, **made_again, **nothing, "_fingerprint": Fingerprint()}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -324,7 +361,11 @@ class FrozenNetwork(nn.Module):
         new = copy.copy(self)
         memo[id(self)] = new
         with self._lock:
-            known = {"_functions": dict(self._functions), "_checked": set(self._checked)}
+            known = {
+                "_functions": dict(self._functions),
+                "_checked": set(self._checked),
+                "_findings": dict(self._findings),
+            }
         new.__dict__.update(
             known,
             _modules=dict(self._modules),
@@ -343,37 +384,10 @@ class _Places:
         self.dictionaries = dictionaries
 
 
-def _check_same_parameters(named: dict[str, nn.Parameter], canonical: dict[str, str]) -> None:
-    gone = [name for name in named if name not in canonical]
-    if gone:
-        raise ValueError(
-            f"The network's eval() replaces its parameters {', '.join(gone)}. Call network.eval() first, and choose "
-            "among the parameters that it has then."
-        )
-
-
-def _renormalised_embeddings(network: nn.Module, canonical: dict[str, str]) -> frozenset[str]:
-    """The weights that lookups write to: rows longer than `max_norm` are shortened in place."""
-    return frozenset(
-        canonical[f"{name}.weight".lstrip(".")]
-        for name, module in network.named_modules()
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
-    )
-
-
-def _less_precise(inner: torch.dtype, asked: torch.dtype, error: Exception) -> str:
-    return (
-        f"The network computes in {inner} whatever it is given: at {asked}, {error} Its Jacobian then has the rounding "
-        f"errors of {inner}, about {10 * torch.finfo(inner).eps:.0e} of itself, and posteriors lose digits where the "
-        "noise is that small a part of the kernel. To have it exact, create tensors in forward with dtype=x.dtype and "
-        "device=x.device."
-    )
-
-
-def _check_output_argument(output: int | str | None) -> None:
-    if output is None or output == ALL_OUTPUTS or (isinstance(output, int) and not isinstance(output, bool)):
-        return
-    raise TypeError(f"output must be an index, '{ALL_OUTPUTS}' or None, got {output!r}.")
+def _kind(x: Tensor, state: int, dtype: torch.dtype | None = None) -> tuple:
+    """What a network need be tried at only once: inputs of one width, dtype and device, about as many of them."""
+    count = min(x.shape[:-1].numel(), FEW)
+    return x.shape[-1], x.dtype if dtype is None else dtype, x.device, count.bit_length(), state
 
 
 @contextmanager

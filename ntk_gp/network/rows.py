@@ -7,8 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .function import MIXES_ROWS, NetworkFunction
+from .function import NetworkFunction
 
+_MIXES_ROWS = (
+    "A row's output changes with the other rows of the batch, so the network is not a function of one input. Expected "
+    "a network that treats rows independently in eval mode: give batch normalisation running statistics "
+    "(track_running_stats=True), or freeze whatever mixes rows."
+)
 # Candidates among which distinct ones are looked for.
 _CANDIDATES = 64
 # Fewer than these distinct inputs say too little about which is which.
@@ -59,7 +64,7 @@ def check_rows_are_independent(function: NetworkFunction, rows: Tensor) -> None:
                 apart[part] = function(function.parameters, rows[part])
             alone = torch.cat([function(function.parameters, rows[i : i + 1]) for i in (0, len(rows) - 1)])
         except Exception as error:
-            raise ValueError(f"{MIXES_ROWS} (Some rows by themselves raised: {error})") from error
+            raise ValueError(f"{_MIXES_ROWS} (Some rows by themselves raised: {error})") from error
     tolerance = 1e-5 * max(float(together.abs().max()), 1e-30)
     if not torch.allclose(together, again, rtol=0.0, atol=tolerance):
         raise ValueError(
@@ -69,4 +74,23 @@ def check_rows_are_independent(function: NetworkFunction, rows: Tensor) -> None:
         )
     same_alone = torch.allclose(together[[0, -1]], alone, rtol=0.0, atol=tolerance)
     if not same_alone or not torch.allclose(together, apart, rtol=0.0, atol=tolerance):
-        raise ValueError(MIXES_ROWS)
+        raise ValueError(_MIXES_ROWS)
+
+
+def check_values(function: NetworkFunction, x: Tensor, values: Tensor, rows: int) -> None:
+    """Raises where two rows have other values by themselves than among all of x (n, d), `values` (n, C).
+
+    What was tried with few rows need not hold for many; asked once for each number of rows.
+
+    :param rows: The size of the batch, of which x is as much as goes through the network at once.
+    """
+    if function.has_checked(rows):
+        return
+    places = [len(x) // 3, len(x) - 1]
+    values = values.detach()
+    with torch.no_grad():
+        alone = function(function.parameters, x.detach()[places])
+    tolerance = torch.finfo(function.inner_dtype or x.dtype).eps ** 0.5 * float(values.abs().max())
+    if not torch.allclose(values[places], alone, rtol=0.0, atol=tolerance):
+        raise ValueError(_MIXES_ROWS)
+    function.add_checked(rows)

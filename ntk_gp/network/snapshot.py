@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .function import convert, normal_tensor
 from .graph import leaves_below
 from .sharing import share_successor
 from .skeleton import copy_module, held_by, held_tensors
+from .tensors import convert, normal_tensor
 
 ParameterSelection = str | Iterable[str] | Callable[[str, nn.Parameter], bool] | None
 
@@ -120,6 +120,16 @@ def select(named: Mapping[str, nn.Parameter], selection: ParameterSelection) -> 
         way_out = ' All of them are frozen: pass parameters="*" to linearise in all of them.' if frozen else ""
         raise ValueError(f"No parameter of the network was selected by {wanted}. It has: {', '.join(named)}.{way_out}")
     return chosen
+
+
+def check_same_parameters(named: Mapping[str, nn.Parameter], canonical: Mapping[str, str]) -> None:
+    """Raises where `eval()` has left a network other parameters than it had."""
+    gone = [name for name in named if name not in canonical]
+    if gone:
+        raise ValueError(
+            f"The network's eval() replaces its parameters {', '.join(gone)}. Call network.eval() first, and choose "
+            "among the parameters that it has then."
+        )
 
 
 def buffer_tree(network: nn.Module, names: set[str]) -> TensorTree:

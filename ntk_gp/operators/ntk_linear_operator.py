@@ -15,6 +15,7 @@ from torch import Size, Tensor
 from .. import memory
 from ..jacobian.base import Jacobian
 from ..jacobian.linearization import Linearization
+from ..network import NetworkFunction
 from ._batches import FoldedColumns, expand, flatten_batch, select
 from .ntk_added_diag_linear_operator import NTKAddedDiagLinearOperator
 from .ntk_sum_linear_operator import NTKSumLinearOperator, entry_by_entry, product_over_batch
@@ -32,14 +33,24 @@ class NTKLinearOperator(LinearOperator):
     :param variances: (*batch, 1, G): the prior variance of each group of parameters,
         :math:`\boldsymbol\Sigma = \mathrm{blockdiag}(s_1 I, \dots, s_G I)`.
     :param linearization: The frozen network with its engines.
+    :param function: The network as it was bound to the inputs, where the caller has it; else it is asked for when it is
+        wanted.
     """
 
-    def __init__(self, x1: Tensor, x2: Tensor, variances: Tensor, *, linearization: Linearization):
-        batch_shape = _common_batch_shape(x1, x2, variances)
-        expanded = expand(x1, batch_shape)
-        x1, x2 = expanded, expanded if x2 is x1 else expand(x2, batch_shape)
-        variances = expand(variances.to(x1.dtype), batch_shape)
+    def __init__(
+        self,
+        x1: Tensor,
+        x2: Tensor,
+        variances: Tensor,
+        *,
+        linearization: Linearization,
+        function: NetworkFunction | None = None,
+    ):
+        variances = variances.to(x1.dtype)
+        if not x1.shape[:-2] == x2.shape[:-2] == variances.shape[:-2]:
+            x1, x2, variances = _in_common_batches(x1, x2, variances)
         super().__init__(x1, x2, variances, linearization=linearization)
+        self._function = function
         self.x1 = x1
         self.x2 = x2
         self.variances = variances
@@ -73,19 +84,29 @@ class NTKLinearOperator(LinearOperator):
 
     @property
     def _outputs(self) -> int:
-        return self.linearization.network.num_outputs(self.x1)
+        """C."""
+        return self.linearization.network.num_outputs(self.x1) if self._function is None else self._function.num_outputs
+
+    @property
+    def network_state(self) -> int:
+        """The state of the network that this is the kernel of: the one it was bound in."""
+        bound = None if self._function is None else self._function.state
+        return self.linearization.network.fingerprint() if bound is None else bound
 
     def _size(self) -> Size:
-        return Size([*self.x1.shape[:-2], self.x1.shape[-2] * self._outputs, self.x2.shape[-2] * self._outputs])
+        outputs = self._outputs
+        return Size([*self.x1.shape[:-2], self.x1.shape[-2] * outputs, self.x2.shape[-2] * outputs])
 
     def _like(self, x1: Tensor, x2: Tensor, variances: Tensor) -> NTKLinearOperator:
-        return self.__class__(x1, x2, variances, linearization=self.linearization)
+        return self.__class__(x1, x2, variances, linearization=self.linearization, function=self._function)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_function": None, "_jacobians_memo": None}  # states are those of one process
 
     def is_of_one_kernel_with(self, other: NTKLinearOperator) -> bool:
         """Whether both are of one state of one network, with the same prior variances."""
-        states = (operator.linearization.network.fingerprint() for operator in (self, other))
         ours, theirs = self.variances.detach(), other.variances.detach()
-        return next(states) == next(states) and bool((ours == theirs.to(ours)).all())
+        return self.network_state == other.network_state and bool((ours == theirs.to(ours)).all())
 
     def points_of(self, rows: Tensor) -> Tensor | None:
         """A mask of points, (n,), from one of rows, (n·C,); None if that has some but not all of a point's C."""
@@ -262,14 +283,17 @@ class NTKLinearOperator(LinearOperator):
         return NTKSumLinearOperator(*added.linear_ops) if type(added) is SumLinearOperator else added
 
 
-def _common_batch_shape(x1: Tensor, x2: Tensor, variances: Tensor) -> Size:
+def _in_common_batches(x1: Tensor, x2: Tensor, variances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All three in the same batches; one set of inputs stays one."""
     try:
-        return torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2], variances.shape[:-2])
+        batch_shape = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2], variances.shape[:-2])
     except RuntimeError:
         raise RuntimeError(
             f"The batches of the inputs, {tuple(x1.shape)} and {tuple(x2.shape)}, and of the kernel's scale, "
             f"{tuple(variances.shape[:-2])}, do not broadcast."
         ) from None
+    expanded = expand(x1, batch_shape)
+    return expanded, expanded if x2 is x1 else expand(x2, batch_shape), expand(variances, batch_shape)
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

@@ -59,10 +59,9 @@ class StructuredEngine(JacobianEngine):
         self.__dict__.update(state)
         self._clear()
 
-    def linearize(self, x: Tensor) -> StructuredJacobian | ChunkedJacobian:
+    def linearize(self, x: Tensor, function: NetworkFunction | None = None) -> StructuredJacobian | ChunkedJacobian:
         """The Jacobian at `x` (B, n, d). It is not differentiable with respect to `x`."""
-        self.network.check(x)
-        function = self.network.function(x.dtype, x.device)
+        function = self.network.at(x) if function is None else function
         x = normal_tensor(x.detach())
         if x.shape[0] * x.shape[1] == 0:
             return StructuredJacobian(function, x, [], self.residual.linearize_function(function, x), {})

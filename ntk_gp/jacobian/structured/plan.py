@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...network import FrozenNetwork, NetworkFunction, preserved_random_state
+from ...network import FrozenNetwork, NetworkFunction
 from .. import rules
 from ..rules import UnsupportedUse
 from ..terms import Term, merge_terms
@@ -110,10 +110,7 @@ def _add_residual_costs(plan: Plan, function: NetworkFunction) -> None:
 def _try_in_float64(network: FrozenNetwork, function: NetworkFunction, rows: Tensor, names: tuple[str, ...]) -> Plan:
     """In float64, where a missing term stands out from rounding; in the function's own dtype where that fails."""
     try:
-        exact = network._convert(torch.float64, rows.device)
-        with preserved_random_state(rows.device):
-            exact.probe(rows[:2].double())
-        plan = _drop_failing(exact, rows.double(), names)
+        plan = _drop_failing(network.exact(rows[:2]), rows.double(), names)
         plan.bytes_per_point = plan.bytes_per_point * rows.element_size() // 8
         return plan
     except Exception:  # a dtype fixed inside the network, or a device without float64

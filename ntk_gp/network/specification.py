@@ -1,0 +1,110 @@
+"""What was chosen of a network, and what is known of it by looking at its module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+ALL_OUTPUTS = "all"
+
+
+@dataclass(frozen=True)
+class Specification:
+    """Which function a network is taken for: its parameters, its inputs and its outputs.
+
+    :param parameter_names: The selected parameters by their canonical names, in the network's order.
+    :param group_labels: For each of these, the group it belongs to.
+    :param input_shape: The shape of one input as the network wants it, or None for the rows as they come.
+    :param output: The index of the one output to take, `"all"`, or None where the network has just one.
+    :param is_recurrent: Whether some layers are recurrent ones, which have switches of their own.
+    :param written: The tensors that calls are known to write to.
+    :param kept: Attributes that are tensors and neither parameters nor buffers: constants, or so it seems.
+    :param left_out: Those that were computed from the parameters, and are not in the snapshot.
+    """
+
+    parameter_names: tuple[str, ...]
+    group_labels: tuple[str, ...]
+    input_shape: tuple[int, ...] | None = None
+    output: int | str | None = None
+    is_recurrent: bool = False
+    written: frozenset[str] = frozenset()
+    kept: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """The groups of parameters, in the order in which they appear."""
+        return tuple(dict.fromkeys(self.group_labels))
+
+    @property
+    def group_indices(self) -> tuple[int, ...]:
+        """For each parameter, the number of its group."""
+        names = self.group_names
+        return tuple(names.index(label) for label in self.group_labels)
+
+    def is_tried_as(self, other: Specification) -> bool:
+        """Whether trying a network finds out the same for both: groups have no part in that."""
+        mine, theirs = ((s.parameter_names, s.input_shape, s.output, s.left_out) for s in (self, other))
+        return mine == theirs
+
+    def check_width(self, x: Tensor) -> None:
+        """Raises where inputs are no rows of floating-point numbers of the width that `input_shape` needs."""
+        if not x.is_floating_point():
+            raise TypeError(
+                f"Expected inputs of a floating-point dtype, got {x.dtype}. Cast them, e.g. with x.float(); a network "
+                "that wants integers can cast them back in its forward."
+            )
+        if self.input_shape is not None and x.shape[-1] != math.prod(self.input_shape):
+            raise ValueError(
+                f"Got inputs of width {x.shape[-1]} (shape {tuple(x.shape)}), but input_shape={self.input_shape} needs "
+                f"{math.prod(self.input_shape)} features. Flatten each input to one row, e.g. x.flatten(1) for the "
+                "whole model (GPyTorch takes all but the last two dimensions for batches), or change input_shape."
+            )
+
+
+def specify(
+    network: nn.Module,
+    aliases: Mapping[str, str],
+    names: Iterable[str],
+    *,
+    input_shape: Iterable[int] | None,
+    output: int | str | None,
+    group_by: Callable[[str], str] | None,
+    attributes: tuple[list[str], list[str]],
+) -> Specification:
+    """The specification of a module.
+
+    :param aliases: Every name of each of its tensors, and the canonical one.
+    :param names: The selected parameters, by any of their names.
+    :param attributes: Those that are kept, and those that are left out.
+    """
+    parameter_names = tuple(dict.fromkeys(aliases[name] for name in names))
+    return Specification(
+        parameter_names=parameter_names,
+        group_labels=tuple("all" if group_by is None else group_by(name) for name in parameter_names),
+        input_shape=None if input_shape is None else tuple(int(size) for size in input_shape),
+        output=output,
+        is_recurrent=any(isinstance(module, nn.RNNBase) for module in network.modules()),
+        written=_renormalised_embeddings(network, aliases),
+        kept=tuple(attributes[0]),
+        left_out=tuple(attributes[1]),
+    )
+
+
+def check_output_argument(output: object) -> None:
+    """Raises where an option `output` is none that there is."""
+    if output is None or output == ALL_OUTPUTS or (isinstance(output, int) and not isinstance(output, bool)):
+        return
+    raise TypeError(f"output must be an index, '{ALL_OUTPUTS}' or None, got {output!r}.")
+
+
+def _renormalised_embeddings(network: nn.Module, aliases: Mapping[str, str]) -> frozenset[str]:
+    """The weights that lookups write to: rows longer than `max_norm` are shortened in place."""
+    return frozenset(
+        aliases[f"{name}.weight".lstrip(".")]
+        for name, module in network.named_modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
+    )
