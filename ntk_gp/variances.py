@@ -33,7 +33,6 @@ from torch import Tensor
 from .kernels import contains_ntk
 from .operators import NTKLinearOperator
 from .operators.ntk_posterior_linear_operator import NTKPosteriorEntries, NTKPosteriorLinearOperator
-from .solvers.iterative import IterativeSolver
 from .stock import chosen_min_variance
 
 _OWN = (LazyEvaluatedKernelTensor, NTKLinearOperator, NTKPosteriorEntries, NTKPosteriorLinearOperator)
@@ -97,7 +96,7 @@ def is_exact(matrix: Any) -> bool:
 
 def _is_not_negative(matrix: Any) -> bool:
     if isinstance(matrix, NTKPosteriorLinearOperator):
-        return not isinstance(matrix.source, IterativeSolver)
+        return matrix.source.keeps_small_variances
     if isinstance(matrix, (NTKLinearOperator, NTKPosteriorEntries, *_NOISE)):
         return True
     if isinstance(matrix, LazyEvaluatedKernelTensor):

@@ -15,7 +15,6 @@ from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Size, Tensor
 
 from ..solvers import Solver, Spectrum, System, choose_solver, solver_class
-from ..solvers.iterative import IterativeSolver
 from ._batches import FoldedColumns, flatten_batch
 from ._checks import check_right_hand_side
 from ._solve import Solve
@@ -222,7 +221,7 @@ class _MarginalTerms(torch.autograd.Function):
 
 def _spectrum_fits(system: System) -> bool:
     """Whether to factorise at all, and the memory for it."""
-    return solver_class(system) is not IterativeSolver and system.fits(
+    return solver_class(system).is_exact and system.fits(
         3.0 * system.x.shape[0] * min(system.num_rows, system.num_parameters) ** 2
     )
 

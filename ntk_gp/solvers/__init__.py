@@ -1,15 +1,18 @@
 """Ways to solve with K + D, and the choice between them."""
 
-from .base import Solver
+from .base import PosteriorCovariance, Solver
 from .choice import choose_solver, solver_class
 from .love import FastVariance, LanczosVariance, LandmarkVariance, VarianceReport, choose_fast_variance
 from .spectrum import Spectrum
 from .system import System
+from .table import SOLVERS
 
 __all__ = [
+    "SOLVERS",
     "FastVariance",
     "LanczosVariance",
     "LandmarkVariance",
+    "PosteriorCovariance",
     "Solver",
     "Spectrum",
     "System",

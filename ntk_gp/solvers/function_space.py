@@ -8,8 +8,10 @@ from torch import Tensor
 from .. import settings
 from ..jacobian.base import Jacobian
 from ..jacobian.products import TransposedJacobianProduct
-from .base import (
-    Solver,
+from .base import Solver
+from .cholesky import cholesky, cholesky_solve, numbers_held, positive_factor
+from .orthogonal import FunctionSpaceBasis
+from .rounding import (
     accuracy,
     digits_lost,
     needs_orthogonalisation,
@@ -17,8 +19,6 @@ from .base import (
     rounding_error,
     warn_of_rounding,
 )
-from .cholesky import cholesky, cholesky_solve, numbers_held, positive_factor
-from .orthogonal import FunctionSpaceBasis
 from .system import System
 
 # What factorising partly in single precision may change of a posterior variance, by the dtype of the inputs: less than
@@ -44,6 +44,19 @@ class FunctionSpaceSolver(Solver):
     :param factor: L, where it is known already.
     """
 
+    name = "function_space"
+
+    @classmethod
+    def cost(cls, system: System) -> float:
+        """The Gram matrix and its factor."""
+        jacobian = system.jacobian
+        return jacobian.gram_cost(jacobian) + system.batch * system.num_rows**3 / 3
+
+    @classmethod
+    def nbytes_needed(cls, system: System) -> float:
+        """K + D and its factor."""
+        return 8 * system.batch * numbers_held(system.num_rows, system.x.device)
+
     def __init__(self, system: System, factor: Tensor | None = None):
         super().__init__(system)
         known = _factorised(system) if factor is None else factor
@@ -63,11 +76,6 @@ class FunctionSpaceSolver(Solver):
             raise not_positive_definite(self.system)
         warn_of_rounding(factor)
         return factor
-
-    @staticmethod
-    def fits(system: System) -> bool:
-        """Whether the memory budget has room for K + D and its factor."""
-        return system.fits(system.batch * numbers_held(system.num_rows, system.x.device))
 
     def extended(self, system: System) -> FunctionSpaceSolver | None:
         """Adds m rows to the factor: N² m flops in place of N³/3."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ from .. import settings
 from ..jacobian.base import Jacobian
 from ..jacobian.products import JacobianProduct
 from ..stock import is_stock
+from .base import PosteriorCovariance
 from .function_space import FunctionSpaceSolver
 from .landmarks import PivotedCholesky
 from .system import System
@@ -52,7 +52,7 @@ class VarianceReport:
         return self.error <= self.tolerance
 
 
-class FastVariance(ABC):
+class FastVariance(PosteriorCovariance):
     """What serves variances where `gpytorch.settings.fast_pred_var` is on; everything in float64.
 
     Variances are meant to be no smaller than the exact ones, and fall to them with the rank.
@@ -69,30 +69,10 @@ class FastVariance(ABC):
     def __init__(self, system: System):
         if system.batch > 1:
             raise ValueError(f"fast_pred_var serves a model without batches; this one has {system.batch}.")
-        self.system = system
-
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """Bytes held."""
+        super().__init__(system)
 
     def whitened_size(self) -> int:
-        """t, what a test point needs in memory."""
         return self.rank
-
-    def points_per_block(self, outputs: int) -> int:
-        """How many test points may be served at once: an eighth of the memory budget."""
-        return max(
-            1, settings.memory_budget.bytes(self.system.x.device) // (64 * outputs * max(1, self.whitened_size()))
-        )
-
-    @abstractmethod
-    def covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
-        """The posterior covariance, (B, M₁, M₂)."""
-
-    @abstractmethod
-    def variance(self, jacobian: Jacobian) -> Tensor:
-        """The posterior variance, (B, M). Never negative."""
 
 
 def choose_fast_variance(system: System) -> FastVariance:

@@ -9,7 +9,7 @@ import torch
 from ntk_gp import settings
 from ntk_gp.jacobian.linearization import Linearization
 from ntk_gp.network import FrozenNetwork
-from ntk_gp.solvers import System, solver_class
+from ntk_gp.solvers import SOLVERS, System, solver_class
 from ntk_gp.solvers.function_space import FunctionSpaceSolver
 from ntk_gp.solvers.iterative import IterativeSolver
 from ntk_gp.solvers.weight_space import WeightSpaceSolver
@@ -61,3 +61,33 @@ def test_the_rule(width, outputs, batch, dtype, noise):
             taken.add(wanted)
     last = MemoryError if batch > 1 else IterativeSolver
     assert taken == {FunctionSpaceSolver, WeightSpaceSolver, last}
+
+
+class TestTable:
+    def test_a_solver_with_a_line_in_the_table_is_considered(self, monkeypatch):
+        """The choice knows of solvers what they say of themselves, and nothing else."""
+
+        class Free(FunctionSpaceSolver):
+            name = "free"
+            cost = classmethod(lambda cls, system: 0.0)
+            nbytes_needed = classmethod(lambda cls, system: 2000.0)
+
+        monkeypatch.setattr("ntk_gp.solvers.choice.SOLVERS", (*SOLVERS, Free))
+        system = system_of(12, 8, 1, 1, torch.float64, 0.1)
+        assert solver_class(system) is Free
+        with settings.memory_budget(1999):
+            assert solver_class(system) is IterativeSolver
+
+    def test_what_is_needed_is_what_is_held(self):
+        """Of memory: the factors, twice while they are made; of the preconditioner, one of its matrices."""
+        system = system_of(130, 8, 1, 1, torch.float64, 0.1)
+        for kind in SOLVERS:
+            copies = 2 if kind.is_exact else 8
+            assert kind.nbytes_needed(system) == copies * kind(system).nbytes, kind
+
+    def test_costs_are_those_of_the_work(self):
+        """Twice the rows: eight times the flops of a factor in function space, twice those in weight space."""
+        small, large = (system_of(n, 8, 1, 1, torch.float64, 0.1) for n in (2000, 4000))
+        assert 4 < FunctionSpaceSolver.cost(large) / FunctionSpaceSolver.cost(small) < 8
+        assert 1.9 < WeightSpaceSolver.cost(large) / WeightSpaceSolver.cost(small) < 2
+        assert 1.9 < IterativeSolver.cost(large) / IterativeSolver.cost(small) < 2.2
