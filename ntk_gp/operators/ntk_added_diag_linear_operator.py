@@ -14,6 +14,7 @@ from linear_operator.operators import (
 from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Size, Tensor
 
+from .. import settings
 from ..solvers import Solver, Spectrum, System, choose_solver, solver_class
 from ._batches import FoldedColumns, flatten_batch
 from ._checks import check_right_hand_side
@@ -220,10 +221,10 @@ class _MarginalTerms(torch.autograd.Function):
 
 
 def _spectrum_fits(system: System) -> bool:
-    """Whether to factorise at all, and the memory for it."""
-    return solver_class(system).is_exact and system.fits(
-        3.0 * system.x.shape[0] * min(system.num_rows, system.num_parameters) ** 2
-    )
+    """Whether to factorise at all, in a way that nobody has set, and the memory for it."""
+    if settings.solver.value() is not None or not solver_class(system).is_exact:
+        return False
+    return system.fits(3.0 * system.x.shape[0] * min(system.num_rows, system.num_parameters) ** 2)
 
 
 def _distinct_rows(rows: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .. import settings
 from ..stock import chosen_cholesky_size
 from .base import Solver
 from .system import System
@@ -31,10 +32,15 @@ def solver_class(system: System) -> type[Solver]:
     """The kind of solver for a system, by what each in :mod:`ntk_gp.solvers.table` says of itself.
 
     Of those that can serve, exact ones come first, and of these the one with the least flops. A
-    `gpytorch.settings.max_cholesky_size` that the user has set decides between factorisation and iteration.
+    `gpytorch.settings.max_cholesky_size` that the user has set decides between factorisation and iteration, and
+    :class:`ntk_gp.settings.solver` before all else.
 
-    :raises MemoryError: If none can serve.
+    :raises MemoryError: If none can serve, or the one that is set has too little memory.
+    :raises ValueError: If the one that is set cannot serve this system.
     """
+    name = settings.solver.value()
+    if name is not None:
+        return _forced(system, name)
     able = [kind for kind in SOLVERS if kind.obstacle(system) is None]
     exact = [kind for kind in able if kind.is_exact]
     iterating = [kind for kind in able if not kind.is_exact]
@@ -45,6 +51,19 @@ def solver_class(system: System) -> type[Solver]:
             "ntk_gp.settings.memory_budget; raise it, or use smaller batches."
         )
     return min(candidates, key=lambda kind: kind.cost(system))
+
+
+def _forced(system: System, name: str) -> type[Solver]:
+    (kind,) = (kind for kind in SOLVERS if kind.name == name)
+    obstacle = kind.obstacle(system)
+    if obstacle is None:
+        return kind
+    error = ValueError if kind.fits(system) else MemoryError
+    raise error(
+        f"ntk_gp.settings.solver is {name!r}, which cannot solve a system of {system.num_rows} rows and "
+        f"{system.num_parameters} parameters: it {obstacle}. Raise what is too low, or set another solver, or None for "
+        "the cheapest one that can."
+    )
 
 
 def is_too_large_to_factorise(system: System) -> bool:

@@ -11,6 +11,7 @@ name               factorises                     flops                         
 
 from __future__ import annotations
 
+from .. import settings
 from .base import Solver
 from .function_space import FunctionSpaceSolver
 from .iterative import IterativeSolver
@@ -18,3 +19,5 @@ from .weight_space import WeightSpaceSolver
 
 # Of two that cost the same, the first is taken.
 SOLVERS: tuple[type[Solver], ...] = (FunctionSpaceSolver, WeightSpaceSolver, IterativeSolver)
+
+settings.solver.names = tuple(kind.name for kind in SOLVERS)
