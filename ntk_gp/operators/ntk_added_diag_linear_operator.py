@@ -15,7 +15,7 @@ from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Size, Tensor
 
 from .. import settings
-from ..solvers import Solver, Spectrum, System, choose_solver, solver_class
+from ..solvers import Solver, SolverReport, Spectrum, System, choose_solver, report_on, solver_class
 from ._batches import FoldedColumns, flatten_batch
 from ._checks import check_right_hand_side
 from ._solve import Solve
@@ -59,7 +59,8 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
         return system.linearization.keep(f"{kind} {system.dtype}", (system.x, system.variances, system.noise), compute)
 
     @property
-    def _system(self) -> System:
+    def system(self) -> System:
+        """K + D as the solvers take it, in float64 and without a graph."""
         kernel_matrix = self._linear_op
         return System(
             kernel_matrix.linearization,
@@ -76,9 +77,13 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
     def solver(self) -> Solver:
         """The solver for this matrix, from the cache or newly built."""
         if self._solver_memo is None:
-            system = self._system  # settings may ask for another kind than the one that is kept
+            system = self.system  # settings may ask for another kind than the one that is kept
             self._solver_memo = self._kept(f"solver {solver_class(system).__name__}", system, choose_solver)
         return self._solver_memo
+
+    def solver_report(self) -> SolverReport:
+        """Which solver this matrix has, or would have, and why; nothing is built for that."""
+        return report_on(self.system, self._solver_memo)
 
     def solve(self, right_tensor: Tensor, left_tensor: Tensor | None = None) -> Tensor:
         check_right_hand_side(right_tensor)
@@ -137,7 +142,7 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
         kernel_matrix = self._linear_op
         if torch.is_grad_enabled() and (kernel_matrix.x1.requires_grad or kernel_matrix.x2.requires_grad):
             return self._dense_marginal_terms(rhs)
-        system = self._system
+        system = self.system
         out_shape, rhs, variances, noise = self._flat_arguments(rhs)
         fitted = torch.is_grad_enabled() and (variances.requires_grad or noise.requires_grad)
         constant = isinstance(self._diag_tensor, ConstantDiagLinearOperator)

@@ -3,6 +3,7 @@
 from .base import PosteriorCovariance, Solver
 from .choice import choose_solver, solver_class
 from .love import FastVariance, LanczosVariance, LandmarkVariance, VarianceReport, choose_fast_variance
+from .report import SolverCandidate, SolverReport, report_on
 from .spectrum import Spectrum
 from .system import System
 from .table import SOLVERS
@@ -14,10 +15,13 @@ __all__ = [
     "LandmarkVariance",
     "PosteriorCovariance",
     "Solver",
+    "SolverCandidate",
+    "SolverReport",
     "Spectrum",
     "System",
     "VarianceReport",
     "choose_fast_variance",
     "choose_solver",
+    "report_on",
     "solver_class",
 ]

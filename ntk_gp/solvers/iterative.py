@@ -74,7 +74,8 @@ class IterativeSolver(Solver):
     def nbytes_needed(cls, system: System) -> float:
         """The preconditioner, of as many landmarks as are useful and the memory budget has room for."""
         useful = 8.0 * _COPIES * system.num_rows * min(_LANDMARKS, max(1, system.num_rows // 2))
-        return min(useful, settings.memory_budget.bytes(system.x.device))
+        least = 8.0 * _COPIES * system.num_rows
+        return max(least, min(useful, settings.memory_budget.bytes(system.x.device)))
 
     @classmethod
     def obstacle(cls, system: System) -> str | None:
