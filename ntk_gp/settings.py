@@ -101,8 +101,8 @@ class solver(_value_context):
     where none does: :func:`ntk_gp.solver_report` says which that is for a model, and why. A solver that is set here
     serves marginal likelihoods, predictions and samples alike, whatever it costs and whatever
     `gpytorch.settings.max_cholesky_size` is. So fitting does without the one eigendecomposition that otherwise serves
-    all its steps. A model that has predicted keeps the solver it has, until `model.train()`. Where iteration does not
-    reach its tolerance, and memory allows, it still ends in a factorisation.
+    all its steps, and without second derivatives. A model that has predicted keeps the solver it has, until
+    `model.train()`. Where iteration does not reach its tolerance, and memory allows, it still ends in a factorisation.
 
     Sums and products of kernels, and what GPyTorch solves by structure, are solved as ever.
 

@@ -155,7 +155,8 @@ class NTKAddedDiagLinearOperator(AddedDiagLinearOperator):
         return inv_quad.reshape(*out_shape, -1), logdet.reshape(out_shape)
 
     def _spectrum_pays(self, system: System) -> bool:
-        """Whether to decompose K now: that costs as much as some ten steps without, so a large K waits for them."""
+        """Whether to compute the eigenvalues of K now: they cost as much as some ten steps of fitting without them, so
+        that a large K waits until it has been asked for that often."""
         if min(system.num_rows, system.num_parameters) <= _ALWAYS_DECOMPOSED:
             return True
         counter = system.linearization.keep("fitting steps", (system.x,), lambda _: _Counter())
@@ -197,7 +198,10 @@ class _Counter:
 
 
 class _MarginalTerms(torch.autograd.Function):
-    """rhsᵀ A⁻¹ rhs and log |A| with their exact derivatives, ½tr(A⁻¹ ∂A) and αᵀ ∂A α, not through the factorisation."""
+    """rhsᵀ A⁻¹ rhs and log |A| with their exact derivatives: −αᵀ ∂A α with α = A⁻¹ rhs, and tr(A⁻¹ ∂A).
+
+    Both are written out, so that autograd does not go through the factorisation.
+    """
 
     @staticmethod
     def forward(ctx, variances: Tensor, noise: Tensor, rhs: Tensor, solver: Solver) -> tuple[Tensor, Tensor]:
@@ -210,8 +214,9 @@ class _MarginalTerms(torch.autograd.Function):
     def backward(ctx, grad_inv_quad: Tensor, grad_logdet: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         if torch.is_grad_enabled():  # autograd would take these for constants
             raise RuntimeError(
-                "The marginal likelihood has no second derivatives (create_graph=True) with several prior variances or "
-                "a learned noise for each point. Take differences of its gradients instead."
+                "The marginal likelihood has no second derivatives (create_graph=True) with several prior variances, "
+                "with a learned noise for each point, or with ntk_gp.settings.solver set. Take differences of its "
+                "gradients instead."
             )
         alpha, variances = ctx.saved_tensors
         solver, function = ctx.solver, ctx.solver.system.jacobian.function
@@ -226,7 +231,7 @@ class _MarginalTerms(torch.autograd.Function):
 
 
 def _spectrum_fits(system: System) -> bool:
-    """Whether to factorise at all, in a way that nobody has set, and the memory for it."""
+    """Whether eigenvalues may serve: no solver is set, the one that is chosen is exact, and they fit in memory."""
     if settings.solver.value() is not None or not solver_class(system).is_exact:
         return False
     return system.fits(3.0 * system.x.shape[0] * min(system.num_rows, system.num_parameters) ** 2)

@@ -25,10 +25,16 @@ from .system import System
 
 logger = logging.getLogger("ntk_gp")
 
+# Training rows at which upper and lower bounds of variances are compared; Lanczos starts from as many points.
 _PROBES = 64
-_CAUTION = 4.0  # ε in mean eigenvalues
-_LARGEST_LOSS = 0.5  # δ
-_SMALL_RESIDUAL = 0.01  # of which the best δ is known
+# δ and ε are those of LandmarkVariance. ε, meant to be above the eigenvalues that the landmarks leave, is this many
+# times their mean.
+_CAUTION = 4.0
+# The largest δ: the part of the prior precision of r² that the bound gives up, so that r² is divided by 1 − δ.
+_LARGEST_LOSS = 0.5
+# Up to this ε, a formula gives nearly the best δ; above, smaller ones are tried as long as they make variances smaller.
+_SMALL_RESIDUAL = 0.01
+# Rows of F D⁻¹ Fᵀ, which is symmetric, that are multiplied at once, each block as far as the diagonal only.
 _TRIANGLE_ROWS = 1024
 
 
@@ -55,11 +61,12 @@ class VarianceReport:
 class FastVariance(PosteriorCovariance):
     """What serves variances where `gpytorch.settings.fast_pred_var` is on; everything in float64.
 
-    Variances are meant to be no smaller than the exact ones, and fall to them with the rank.
+    It keeps a summary of the training data, of a limited rank, in place of a factor of K + D. Variances are meant to be
+    no smaller than the exact ones, and fall to them as the rank grows.
 
     :param system: K + D, without batches.
 
-    :ivar int rank: t.
+    :ivar int rank: t, how many landmarks or Lanczos vectors the summary is made of.
     :ivar VarianceReport report: How far variances may be from the exact ones, where a tolerance decided.
     """
 
@@ -253,7 +260,7 @@ def _add_landmarks(cholesky: PivotedCholesky) -> None:
 
 
 def _expected_error(cholesky: PivotedCholesky) -> float:
-    """About how far apart :func:`_bounded` will find the bounds."""
+    """About how far apart :func:`_bounded` will find the bounds, as a part of a variance, without making them."""
     residual = _CAUTION * cholesky.residual()
     rest = float((cholesky.left_if_new(cholesky.checked[:_PROBES]) / cholesky.checked_variances[:_PROBES]).mean())
     lost, gained = _splits(residual, rest)
@@ -261,7 +268,14 @@ def _expected_error(cholesky: PivotedCholesky) -> float:
 
 
 def _splits(residual: float, rest: float) -> tuple[float, float]:
-    """Good values for δ in the upper bound, and for its counterpart η in the lower one, from ε and r² / var."""
+    """Good values for δ in the upper bound of a variance, and for its counterpart η in the lower one.
+
+    Either bound has a term that grows with its parameter and one that falls; where these are equal, the sum is about
+    smallest.
+
+    :param residual: ε, what the landmarks leave of the kernel matrix, in units of the noise.
+    :param rest: r² / var, what they leave of a point's prior variance, as a part of its posterior one.
+    """
     residual, rest = max(residual, 1e-300), max(rest, 1e-300)
     return min(_LARGEST_LOSS, (residual / rest) ** 0.5), min(1.0, (residual * rest) ** 0.5)
 

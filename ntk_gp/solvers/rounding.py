@@ -21,16 +21,23 @@ MENDABLE = {torch.float64: 1e-5, torch.float32: 1e-2}
 
 
 def rounding_error(cholesky: Tensor) -> float:
-    """About the relative error of a factorised matrix's inverse: its condition number, estimated, times eps."""
+    """About the relative error of a factorised matrix's inverse: eps times its condition number, which is estimated
+    from the diagonal of the factor.
+
+    :param cholesky: L, (B, N, N).
+    """
     diagonal = cholesky.diagonal(dim1=-2, dim2=-1)
     condition = (diagonal.amax(-1) / diagonal.amin(-1)).square()
     return torch.finfo(cholesky.dtype).eps * float(condition.amax())
 
 
 def digits_lost(cholesky: Tensor) -> float:
-    """A bound, as far as one diagonal can tell, on the relative error of a solution: trace times eps over the smallest.
+    """A bound on the relative error of a solution: eps times the trace of L Lᵀ over its smallest eigenvalue.
 
-    :func:`rounding_error` is about its usual size.
+    That is as far as the factor's diagonal tells: its smallest square stands for the eigenvalue. The error is usually
+    no larger than :func:`rounding_error`.
+
+    :param cholesky: L, (B, N, N).
     """
     smallest = cholesky.diagonal(dim1=-2, dim2=-1).amin(-1).square()
     trace = cholesky.square().sum((-2, -1))
@@ -38,7 +45,10 @@ def digits_lost(cholesky: Tensor) -> float:
 
 
 def needs_orthogonalisation(system: System, factor: Tensor | None) -> bool:
-    """Whether a Cholesky factor does not exist in float64, or has lost more than refinement, of second order, mends."""
+    """Whether there is no Cholesky factor in float64, or it has lost more digits than a step of refinement restores.
+
+    :param factor: L, (B, N, N), if the factorisation has found one.
+    """
     return factor is None or not digits_lost(factor) <= MENDABLE.get(system.dtype, MENDABLE[torch.float32])
 
 
@@ -54,12 +64,12 @@ def not_positive_definite(system: System) -> NotPSDError:
 
 
 def accuracy(system: System) -> float:
-    """How large a rounding error may be."""
+    """How large the rounding error of a system's factor may be before it is refined."""
     return ACCURATE.get(system.dtype, ACCURATE[torch.float32])
 
 
 def warn_of_rounding(cholesky: Tensor) -> None:
-    """Says that digits are lost."""
+    """Says that a posterior made with this factor, (B, N, N), has lost digits."""
     warnings.warn(
         f"With so little noise, rounding leaves a relative error of up to about {10 * rounding_error(cholesky):.0e} in "
         "the posterior, and there is no memory for a more exact factorisation. Give ntk_gp.settings.memory_budget "

@@ -137,3 +137,10 @@ class TestSetting:
     def test_batches_by_iteration(self):
         with settings.solver("iterative"), pytest.raises(ValueError, match=r"solves no batches of systems, .* are 3"):
             solver_class(Problem(LARGE, (3, 1, 1)).system)
+
+    def test_second_derivatives(self):
+        model, _ = model_of(LARGE)
+        mll = ExactMarginalLogLikelihood(model.likelihood, model.train())
+        with settings.solver("weight_space"), pytest.raises(RuntimeError, match=r"with ntk_gp.settings.solver set"):
+            value = mll(model(*model.train_inputs), model.train_targets)
+            torch.autograd.grad(value, list(model.parameters()), create_graph=True)
