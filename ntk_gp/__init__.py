@@ -1,6 +1,7 @@
 """Trained PyTorch networks as Gaussian processes, adapted to a new domain in closed form; an extension of GPyTorch."""
 
 from . import bridge, settings
+from .explain import solver_report
 from .jacobian.rules import register_rule
 from .kernels import NTKKernel
 from .means import NetworkMean
@@ -22,4 +23,5 @@ __all__ = [
     "draw_functions",
     "register_rule",
     "settings",
+    "solver_report",
 ]

@@ -94,6 +94,43 @@ class love_tolerance(_value_context):
         super().__init__(_positive(value, "love_tolerance"))
 
 
+class solver(_value_context):
+    """The one way to solve with K + D: `"function_space"`, `"weight_space"` or `"iterative"`; None for the cheapest.
+
+    By default the one with the least flops of those that are exact and fit in the memory budget is taken, and iteration
+    where none does: :func:`ntk_gp.solver_report` says which that is for a model, and why. A solver that is set here
+    serves marginal likelihoods, predictions and samples alike, whatever it costs and whatever
+    `gpytorch.settings.max_cholesky_size` is. So fitting does without the one eigendecomposition that otherwise serves
+    all its steps, and without second derivatives. A model that has predicted keeps the solver it has, until
+    `model.train()`. Where iteration does not reach its tolerance, and memory allows, it still ends in a factorisation.
+
+    Sums and products of kernels, and what GPyTorch solves by structure, are solved as ever.
+
+    (Default: None.)
+
+    :param value: A solver's name, or None.
+    :raises ValueError: If there is no such solver; and where something is to be solved that this one cannot serve, such
+        as batches by iteration.
+    :raises MemoryError: Where something is to be solved for which this one needs more than the memory budget.
+    """
+
+    _global_value: str | None = None
+    names: tuple[str, ...] = ()  # as :mod:`ntk_gp.solvers.table` has them, which no import leads to from here
+
+    def __init__(self, value: str | None):
+        super().__init__(self._known(value))
+
+    @classmethod
+    def _set_value(cls, value: str | None) -> None:
+        super()._set_value(cls._known(value))
+
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        if value is None or value in cls.names:
+            return value
+        raise ValueError(f"There is no solver {value!r}: it is one of {', '.join(map(repr, cls.names))}, or None.")
+
+
 def progress(steps: Sequence[T], description: str) -> Iterable[T]:
     """The steps, behind a progress bar where one was asked for and there is more than one step."""
     return steps if progress_bar.off() or len(steps) < 2 else _tqdm()(steps, desc=description)

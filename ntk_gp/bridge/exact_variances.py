@@ -32,7 +32,6 @@ from torch import Tensor
 
 from ..operators import NTKLinearOperator
 from ..operators.ntk_posterior_linear_operator import NTKPosteriorEntries, NTKPosteriorLinearOperator
-from ..solvers.iterative import IterativeSolver
 from ..stock import chosen_min_variance
 from .recognised import contains_ntk, parts_of
 
@@ -84,7 +83,7 @@ def is_exact(matrix: Any) -> bool:
 def _is_not_negative(matrix: Any) -> bool:
     """Whether no entry of the diagonal is a difference that rounding may have made negative."""
     if isinstance(matrix, NTKPosteriorLinearOperator):
-        return not isinstance(matrix.source, IterativeSolver)
+        return matrix.source.keeps_small_variances
     if isinstance(matrix, (NTKLinearOperator, NTKPosteriorEntries, *_NOISE)):
         return True
     if isinstance(matrix, LazyEvaluatedKernelTensor):

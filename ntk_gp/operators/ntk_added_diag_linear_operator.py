@@ -14,8 +14,8 @@ from linear_operator.operators import (
 from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Size, Tensor
 
-from ..solvers import Solver, Spectrum, System, choose_solver, solver_class
-from ..solvers.iterative import IterativeSolver
+from .. import settings
+from ..solvers import Solver, SolverReport, Spectrum, System, choose_solver, report_on, solver_class
 from ._batches import FoldedColumns, flatten_batch
 from ._solve import Solve
 from ._solving_operators import SolvesWithLogdet
@@ -59,7 +59,8 @@ class NTKAddedDiagLinearOperator(SolvesWithLogdet, AddedDiagLinearOperator):
         return system.linearization.keep(f"{kind} {system.dtype}", (system.x, system.variances, system.noise), compute)
 
     @property
-    def _system(self) -> System:
+    def system(self) -> System:
+        """K + D as the solvers take it, in float64 and without a graph."""
         kernel_matrix = self._linear_op
         return System(
             kernel_matrix.linearization,
@@ -76,9 +77,13 @@ class NTKAddedDiagLinearOperator(SolvesWithLogdet, AddedDiagLinearOperator):
     def solver(self) -> Solver:
         """The solver for this matrix, from the cache or newly built."""
         if self._solver_memo is None:
-            system = self._system  # settings may ask for another kind than the one that is kept
+            system = self.system  # settings may ask for another kind than the one that is kept
             self._solver_memo = self._kept(f"solver {solver_class(system).__name__}", system, choose_solver)
         return self._solver_memo
+
+    def solver_report(self) -> SolverReport:
+        """Which solver this matrix has, or would have, and why; nothing is built for that."""
+        return report_on(self.system, self._solver_memo)
 
     def _solve_columns(self, rhs: Tensor) -> Tensor:
         return Solve.apply(self, rhs, *self.representation()) if self._is_positive else self._as_sum._solve_columns(rhs)
@@ -117,7 +122,7 @@ class NTKAddedDiagLinearOperator(SolvesWithLogdet, AddedDiagLinearOperator):
         kernel_matrix = self._linear_op
         if torch.is_grad_enabled() and (kernel_matrix.x1.requires_grad or kernel_matrix.x2.requires_grad):
             return self._dense_marginal_terms(rhs)
-        system = self._system
+        system = self.system
         out_shape, rhs, variances, noise = self._flat_arguments(rhs)
         fitted = torch.is_grad_enabled() and (variances.requires_grad or noise.requires_grad)
         constant = isinstance(self._diag_tensor, ConstantDiagLinearOperator)
@@ -130,7 +135,8 @@ class NTKAddedDiagLinearOperator(SolvesWithLogdet, AddedDiagLinearOperator):
         return inv_quad.reshape(*out_shape, -1), logdet.reshape(out_shape)
 
     def _spectrum_pays(self, system: System) -> bool:
-        """Whether to decompose K now: that costs as much as some ten steps without, so a large K waits for them."""
+        """Whether to compute the eigenvalues of K now: they cost as much as some ten steps of fitting without them, so
+        that a large K waits until it has been asked for that often."""
         if min(system.num_rows, system.num_parameters) <= _ALWAYS_DECOMPOSED:
             return True
         counter = system.linearization.keep("fitting steps", (system.x,), lambda _: _Counter())
@@ -173,7 +179,10 @@ class _Counter:
 
 
 class _MarginalTerms(torch.autograd.Function):
-    """rhsᵀ A⁻¹ rhs and log |A| with their exact derivatives, ½tr(A⁻¹ ∂A) and αᵀ ∂A α, not through the factorisation."""
+    """rhsᵀ A⁻¹ rhs and log |A| with their exact derivatives: −αᵀ ∂A α with α = A⁻¹ rhs, and tr(A⁻¹ ∂A).
+
+    Both are written out, so that autograd does not go through the factorisation.
+    """
 
     @staticmethod
     def forward(ctx, variances: Tensor, noise: Tensor, rhs: Tensor, solver: Solver) -> tuple[Tensor, Tensor]:
@@ -186,8 +195,9 @@ class _MarginalTerms(torch.autograd.Function):
     def backward(ctx, grad_inv_quad: Tensor, grad_logdet: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         if torch.is_grad_enabled():  # autograd would take these for constants
             raise RuntimeError(
-                "The marginal likelihood has no second derivatives (create_graph=True) with several prior variances or "
-                "a learned noise for each point. Take differences of its gradients instead."
+                "The marginal likelihood has no second derivatives (create_graph=True) with several prior variances, "
+                "with a learned noise for each point, or with ntk_gp.settings.solver set. Take differences of its "
+                "gradients instead."
             )
         alpha, variances = ctx.saved_tensors
         solver, function = ctx.solver, ctx.solver.system.jacobian.function
@@ -202,10 +212,10 @@ class _MarginalTerms(torch.autograd.Function):
 
 
 def _spectrum_fits(system: System) -> bool:
-    """Whether to factorise at all, and the memory for it."""
-    return solver_class(system) is not IterativeSolver and system.fits(
-        3.0 * system.x.shape[0] * min(system.num_rows, system.num_parameters) ** 2
-    )
+    """Whether eigenvalues may serve: no solver is set, the one that is chosen is exact, and they fit in memory."""
+    if settings.solver.value() is not None or not solver_class(system).is_exact:
+        return False
+    return system.fits(3.0 * system.x.shape[0] * min(system.num_rows, system.num_parameters) ** 2)
 
 
 def _distinct_rows(rows: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from linear_operator.utils.memoize import cached
 from torch import Size, Tensor
 
 from .. import settings
-from ..solvers import FastVariance, Solver
+from ..solvers import PosteriorCovariance
 from ._batches import expand, select
 from ._densely_solved import DenselySolved
 
@@ -56,7 +56,7 @@ class NTKPosteriorLinearOperator(_FactorisedInDouble):
     :param batch_shape: The batch shape of the training data, where the solver has batches of its own.
     """
 
-    def __init__(self, x1: Tensor, x2: Tensor, *, source: Solver | FastVariance, batch_shape: Size = _NO_BATCH):
+    def __init__(self, x1: Tensor, x2: Tensor, *, source: PosteriorCovariance, batch_shape: Size = _NO_BATCH):
         shape = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2])
         same = x1 is x2
         x1 = expand(x1, shape)

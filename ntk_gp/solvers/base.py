@@ -1,39 +1,97 @@
-"""What every way to solve offers."""
+"""What every way to solve offers, and what it says of itself so that one can be chosen."""
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
-import torch
-from linear_operator.utils.errors import NotPSDError
-from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
 from .. import memory
 from ..jacobian.base import Jacobian
 from .system import System
 
-# What a factorisation may lose before more is done, by the dtype of the inputs. Means and variances lose up to ten
-# times as much; they are promised to 1e-8 and 5e-3.
-ACCURATE = {torch.float64: 3e-10, torch.float32: 1e-5}
 
-# What it may lose, before features are orthogonalised in its place.
-MENDABLE = {torch.float64: 1e-5, torch.float32: 1e-2}
+class PosteriorCovariance(ABC):
+    """The posterior covariance at any test points, from what was computed once from the training data; in float64.
 
-
-class Solver(ABC):
-    """One way to solve with a :class:`System`; everything in float64, batches first.
+    Whatever serves variances is one of these: a :class:`Solver`, or a :class:`~ntk_gp.solvers.FastVariance`. For each
+    test point it computes a vector c(x) of t numbers, and of these a covariance: what that takes in memory is known
+    before.
 
     Operators carry it by reference: it must have no method of a tensor's that converts (`to`, `half`, `clone`, …).
 
-    The posterior covariance is k(x, x') − c(x)ᵀ c(x') in function space, and c(x)ᵀ c(x') in weight space; c has t rows.
+    :ivar System system: K + D of the training data.
+    """
+
+    keeps_small_variances: ClassVar[bool] = True
+    """Whether a variance is an answer however small it is, and not perhaps what an unfinished iteration has left."""
+
+    def __init__(self, system: System):
+        self.system = system
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return 0
+
+    @abstractmethod
+    def whitened_size(self) -> int:
+        """t, how many numbers c(x) has: what one row of test points takes in memory."""
+
+    def points_per_block(self, outputs: int) -> int:
+        """How many test points' c may be held at once: an eighth of the memory budget."""
+        budget = memory.TEST_POINTS.bytes(self.system.x.device)
+        return max(1, budget // (8 * self.system.batch * outputs * max(1, self.whitened_size())))
+
+    @abstractmethod
+    def covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
+        """The posterior covariance between two sets of test points, (B, M₁, M₂)."""
+
+    @abstractmethod
+    def variance(self, jacobian: Jacobian) -> Tensor:
+        """The posterior variance, (B, M). Never negative."""
+
+
+class Solver(PosteriorCovariance):
+    """One way to solve with a :class:`System`; everything in float64, batches first.
+
+    The posterior covariance is k(x, x') − c(x)ᵀ c(x') in function space, where c(x) = L⁻¹ k(X, x) is what the data
+    explain, and c(x)ᵀ c(x') in weight space, where c(x) is what they leave.
+
+    Which solver a system gets is decided by what the class methods below say, before anything is factorised. A new one
+    implements this class in a file of its own, and has its line in :mod:`ntk_gp.solvers.table`.
 
     :param system: K + D.
     """
 
-    def __init__(self, system: System):
-        self.system = system
+    name: ClassVar[str]
+    """What :class:`ntk_gp.settings.solver` calls it."""
+
+    is_exact: ClassVar[bool] = True
+    """Whether it solves to float64's digits, as a factorisation does. One that is not serves where none that is can."""
+
+    @classmethod
+    @abstractmethod
+    def cost(cls, system: System) -> float:
+        """About how many flops it takes until the first right-hand side is solved."""
+
+    @classmethod
+    @abstractmethod
+    def nbytes_needed(cls, system: System) -> float:
+        """The most bytes that it holds at once while it is made."""
+
+    @classmethod
+    def fits(cls, system: System) -> bool:
+        """Whether the memory budget has room for it."""
+        return system.fits(cls.nbytes_needed(system) / 8)
+
+    @classmethod
+    def obstacle(cls, system: System) -> str | None:
+        """Why it cannot serve this system, as words that follow "it"; None where it can."""
+        if cls.fits(system):
+            return None
+        return f"needs {readable_bytes(cls.nbytes_needed(system))}, more than ntk_gp.settings.memory_budget"
 
     @abstractmethod
     def solve(self, rhs: Tensor) -> Tensor:
@@ -48,14 +106,6 @@ class Solver(ABC):
         return self.system.features(self.solve(residual.mT)).mT
 
     @abstractmethod
-    def covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
-        """The posterior covariance, (B, M₁, M₂)."""
-
-    @abstractmethod
-    def variance(self, jacobian: Jacobian) -> Tensor:
-        """The posterior variance, (B, M). Never negative."""
-
-    @abstractmethod
     def logdet_derivatives(self) -> tuple[Tensor, Tensor]:
         """Of the log-determinant with respect to each group's variance, (B, G), and to each row's noise, (B, N)."""
 
@@ -63,65 +113,11 @@ class Solver(ABC):
         """The solver of a system that begins with this one's rows, made from this one; None if nothing is saved."""
         return None
 
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """Bytes held."""
 
-    @abstractmethod
-    def whitened_size(self) -> int:
-        """t, the height of c."""
-
-    def points_per_block(self, outputs: int) -> int:
-        """How many test points' c may be held at once: an eighth of the memory budget."""
-        budget = memory.TEST_POINTS.bytes(self.system.x.device)
-        return max(1, budget // (8 * self.system.batch * outputs * max(1, self.whitened_size())))
-
-
-def rounding_error(cholesky: Tensor) -> float:
-    """About the relative error of a factorised matrix's inverse: its condition number, estimated, times eps."""
-    diagonal = cholesky.diagonal(dim1=-2, dim2=-1)
-    condition = (diagonal.amax(-1) / diagonal.amin(-1)).square()
-    return torch.finfo(cholesky.dtype).eps * float(condition.amax())
-
-
-def digits_lost(cholesky: Tensor) -> float:
-    """A bound, as far as one diagonal can tell, on the relative error of a solution: trace times eps over the smallest.
-
-    :func:`rounding_error` is about its usual size.
-    """
-    smallest = cholesky.diagonal(dim1=-2, dim2=-1).amin(-1).square()
-    trace = cholesky.square().sum((-2, -1))
-    return torch.finfo(cholesky.dtype).eps * float((trace / smallest).amax())
-
-
-def needs_orthogonalisation(system: System, factor: Tensor | None) -> bool:
-    """Whether a Cholesky factor does not exist in float64, or has lost more than refinement, of second order, mends."""
-    return factor is None or not digits_lost(factor) <= MENDABLE.get(system.dtype, MENDABLE[torch.float32])
-
-
-def not_positive_definite(system: System) -> NotPSDError:
-    """What is raised where nothing that fits in the memory budget solves."""
-    return NotPSDError(
-        f"K + D of {system.num_rows} rows is not positive definite in float64: the largest prior variance is "
-        f"{float(system.jacobian.diagonal(system.variances).amax()):.1e}, the smallest noise "
-        f"{float(system.noise.amin()):.1e}. The features could be orthogonalised instead, but {system.num_rows} rows "
-        f"of {system.num_parameters} features do not fit in ntk_gp.settings.memory_budget. Raise it, or the noise, or "
-        "lower the outputscale."
-    )
-
-
-def accuracy(system: System) -> float:
-    """How large a rounding error may be."""
-    return ACCURATE.get(system.dtype, ACCURATE[torch.float32])
-
-
-def warn_of_rounding(cholesky: Tensor) -> None:
-    """Says that digits are lost."""
-    warnings.warn(
-        f"With so little noise, rounding leaves a relative error of up to about {10 * rounding_error(cholesky):.0e} in "
-        "the posterior, and there is no memory for a more exact factorisation. Give ntk_gp.settings.memory_budget "
-        "more, or the likelihood more noise.",
-        NumericalWarning,
-        stacklevel=2,
-    )
+def readable_bytes(count: float) -> str:
+    """A number of bytes as people write it: `"1.5 GB"`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from ..stock import STOCK_CHOLESKY_SIZES as STOCK_CHOLESKY_SIZES
+from .. import settings
 from ..stock import chosen_cholesky_size
 from .base import Solver
-from .function_space import FunctionSpaceSolver
-from .iterative import IterativeSolver
 from .system import System
-from .weight_space import WeightSpaceSolver
+from .table import SOLVERS
 
 
 def choose_solver(system: System) -> Solver:
-    """Builds the solver for a system.
-
-    ==============  =====================================  ======================
-    way             flops                                  float64 numbers held
-    ==============  =====================================  ======================
-    function space  the Gram matrix (by the engine), N³/3  1.5 N²
-    weight space    N P² (rows of J, and their products)   2 P²
-    iteration       4 N P for each step and column         N · landmarks
-    ==============  =====================================  ======================
+    """Builds the solver for a system, of the kind that :func:`solver_class` says.
 
     A solver of that kind for the first rows of the same system is extended instead, where one is in use: new data
-    costs what it adds. A `gpytorch.settings.max_cholesky_size` that the user has set decides between factorisation and
-    iteration.
+    costs what it adds.
     """
     kind = solver_class(system)
     solver = _extended(system, kind) or kind(system)
@@ -40,22 +29,44 @@ def _extended(system: System, kind: type[Solver]) -> Solver | None:
 
 
 def solver_class(system: System) -> type[Solver]:
-    """The kind of solver, by costs and memory; what the user has set in GPyTorch comes first."""
-    rows, parameters, batch = system.num_rows, system.num_parameters, system.batch
-    limit = chosen_cholesky_size()
-    if limit is not None and min(rows, parameters) > limit and batch == 1:
-        return IterativeSolver
-    costs: dict[type[Solver], float] = {}
-    if FunctionSpaceSolver.fits(system):
-        jacobian = system.jacobian
-        costs[FunctionSpaceSolver] = jacobian.gram_cost(jacobian) + batch * rows**3 / 3
-    if system.fits(2.0 * batch * parameters**2):
-        costs[WeightSpaceSolver] = batch * (1.25 * rows * parameters**2 + parameters**3 / 3)
-    if costs:
-        return min(costs, key=costs.__getitem__)
-    if batch > 1:
+    """The kind of solver for a system, by what each in :mod:`ntk_gp.solvers.table` says of itself.
+
+    Of those that can serve, exact ones come first, and of these the one with the least flops. A
+    `gpytorch.settings.max_cholesky_size` that the user has set decides between factorisation and iteration, and
+    :class:`ntk_gp.settings.solver` before all else.
+
+    :raises MemoryError: If none can serve, or the one that is set has too little memory.
+    :raises ValueError: If the one that is set cannot serve this system.
+    """
+    name = settings.solver.value()
+    if name is not None:
+        return _forced(system, name)
+    able = [kind for kind in SOLVERS if kind.obstacle(system) is None]
+    exact = [kind for kind in able if kind.is_exact]
+    iterating = [kind for kind in able if not kind.is_exact]
+    candidates = (iterating or exact) if is_too_large_to_factorise(system) else (exact or iterating)
+    if not candidates:
         raise MemoryError(
-            f"{batch} systems of {rows} rows and {parameters} parameters need more than ntk_gp.settings.memory_budget; "
-            "raise it, or use smaller batches."
+            f"{system.batch} systems of {system.num_rows} rows and {system.num_parameters} parameters need more than "
+            "ntk_gp.settings.memory_budget; raise it, or use smaller batches."
         )
-    return IterativeSolver
+    return min(candidates, key=lambda kind: kind.cost(system))
+
+
+def _forced(system: System, name: str) -> type[Solver]:
+    (kind,) = (kind for kind in SOLVERS if kind.name == name)
+    obstacle = kind.obstacle(system)
+    if obstacle is None:
+        return kind
+    error = ValueError if kind.fits(system) else MemoryError
+    raise error(
+        f"ntk_gp.settings.solver is {name!r}, which cannot solve a system of {system.num_rows} rows and "
+        f"{system.num_parameters} parameters: it {obstacle}. Raise what is too low, or set another solver, or None for "
+        "the cheapest one that can."
+    )
+
+
+def is_too_large_to_factorise(system: System) -> bool:
+    """Whether the smaller of N and P exceeds the size that the user has set in GPyTorch, if any."""
+    limit = chosen_cholesky_size()
+    return limit is not None and min(system.num_rows, system.num_parameters) > limit

@@ -55,7 +55,8 @@ def positive_factor(matrix: Tensor) -> Tensor | None:
 
 
 def _factorise(matrix: Tensor, noise: Tensor, tolerance: float) -> int:
-    """Overwrites (N, N) with its factor; returns zero, or the first rows that are not positive definite."""
+    """Overwrites a matrix (N, N) with its factor. Returns zero, or k where the leading k×k block is not positive
+    definite, as LAPACK's `info`."""
     remainder = matrix.diagonal() - noise  # of the diagonal of K, by the columns so far
     rounding = torch.finfo(torch.float32).eps / float(noise.amin())
     rest: _SinglePrecision | None = None

@@ -8,8 +8,10 @@ from torch import Tensor
 from .. import memory
 from ..jacobian.base import Jacobian
 from ..jacobian.products import TransposedJacobianProduct
-from .base import (
-    Solver,
+from .base import Solver
+from .cholesky import cholesky, cholesky_solve, numbers_held, positive_factor
+from .orthogonal import FunctionSpaceBasis
+from .rounding import (
     accuracy,
     digits_lost,
     needs_orthogonalisation,
@@ -17,32 +19,45 @@ from .base import (
     rounding_error,
     warn_of_rounding,
 )
-from .cholesky import cholesky, cholesky_solve, numbers_held, positive_factor
-from .orthogonal import FunctionSpaceBasis
 from .system import System
 
-# What factorising partly in single precision may change of a posterior variance, by the dtype of the inputs: less than
-# is promised, by a bound that rounding errors, of either sign, stay hundreds of times below.
+# The part of a posterior variance that factorising in float32 may change, by the dtype of the inputs (none, where it is
+# not listed): less than the 5e-3 promised. That is by a bound; real changes, of either sign, are hundreds of times
+# smaller.
 LOST_TO_SINGLE_PRECISION = {torch.float32: 4e-3}
 
-
-# What the difference of prior and explained variance may lose at most; about a hundredth of that is usual.
+# A variance is the prior one less what the data explain. The relative error that this difference may have, by a bound,
+# before the variance is computed without one; about a hundredth of it is usual.
 CANCELLED = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
 class FunctionSpaceSolver(Solver):
-    """Exact, by the Cholesky factor L of K + D: N²·Σ(d_in + d_out) + N³/3 flops, 8 N² bytes,
-    and half as many again while it is made.
+    """Exact, by the Cholesky factor L of A = K + D: N²·Σ(d_in + d_out) + N³/3 flops, 8 N² bytes, and half as many again
+    while it is made.
 
-    K squares the condition number of the features Φ. Where that costs digits, the posterior comes from what least
-    squares leave: with α = A⁻¹ k(X, x), the covariance is the inner product of φ(x) − Φᵀα, and D^{1/2} α below it. That
-    is smallest where α is exact, so that an error in α counts by its square; it costs N·P for each test point. Where
-    that is not enough, or K + D is not even positive definite in float64, Φᵀ above D^{1/2} is orthogonalised
-    (:mod:`ntk_gp.solvers.orthogonal`): 4 (N + P)·N² flops.
+    K = Φ Φᵀ squares the condition number of the whitened features Φ = J Σ^{1/2}. Where that costs digits, the posterior
+    comes from what least squares leave: with φ(x) the features of a test point and α = A⁻¹ k(X, x), the covariance is
+    the inner product of the vectors (φ(x) − Φᵀα, D^{1/2} α) of two test points. That is smallest where α is exact, so
+    that an error in α counts by its square; it costs N·P for each test point. Where that is not enough, or K + D is not
+    even positive definite in float64, Φᵀ above D^{1/2} is orthogonalised (:mod:`ntk_gp.solvers.orthogonal`):
+    4 (N + P)·N² flops.
 
     :param system: K + D.
     :param factor: L, where it is known already.
     """
+
+    name = "function_space"
+
+    @classmethod
+    def cost(cls, system: System) -> float:
+        """The Gram matrix and its factor."""
+        jacobian = system.jacobian
+        return jacobian.gram_cost(jacobian) + system.batch * system.num_rows**3 / 3
+
+    @classmethod
+    def nbytes_needed(cls, system: System) -> float:
+        """K + D and its factor."""
+        return 8 * system.batch * numbers_held(system.num_rows, system.x.device)
 
     def __init__(self, system: System, factor: Tensor | None = None):
         super().__init__(system)
@@ -51,7 +66,7 @@ class FunctionSpaceSolver(Solver):
         if known is None or needs_orthogonalisation(system, known):
             known = self._orthogonalised(known)
         self.cholesky = known
-        self._rounding = (torch.finfo(known.dtype).eps * digits_lost(known)) ** 0.5  # of whitened_cross
+        self._rounding = (torch.finfo(known.dtype).eps * digits_lost(known)) ** 0.5  # relative, of whitened_cross
         self.is_refined = self.basis is None and rounding_error(known) > accuracy(system)
 
     def _orthogonalised(self, factor: Tensor | None) -> Tensor:
@@ -63,11 +78,6 @@ class FunctionSpaceSolver(Solver):
             raise not_positive_definite(self.system)
         warn_of_rounding(factor)
         return factor
-
-    @staticmethod
-    def fits(system: System) -> bool:
-        """Whether the memory budget has room for K + D and its factor."""
-        return system.fits(system.batch * numbers_held(system.num_rows, system.x.device))
 
     def extended(self, system: System) -> FunctionSpaceSolver | None:
         """Adds m rows to the factor: N² m flops in place of N³/3."""
@@ -186,7 +196,7 @@ class FunctionSpaceSolver(Solver):
         return out
 
     def _remainder_at(self, jacobian: Jacobian) -> Tensor:
-        """φ(x) − Φᵀα and D^{1/2} α beside it, (B, M, P + N)."""
+        """φ(x) − Φᵀα and D^{1/2} α beside it, (B, M, P + N): what least squares leave of each row's features."""
         if self.basis is not None:
             return self.basis.left_at(jacobian)
         system = self.system

@@ -23,6 +23,10 @@ logger = logging.getLogger("ntk_gp")
 
 # An NTK's eigenvalues fall fast: with so many landmarks a handful of steps is left.
 _LANDMARKS = 1000
+# Matrices of landmarks and rows that must fit in the memory budget: those that are made at once, and room for the rest.
+_COPIES = 8
+# Steps of a solve with them, usually: to compare costs by.
+_USUAL_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,30 @@ class IterativeSolver(Solver):
     :ivar SolveReport report: How the last solve ended.
     """
 
+    name = "iterative"
+    is_exact = False
+    keeps_small_variances = False
     report: SolveReport | None = None
+
+    @classmethod
+    def cost(cls, system: System) -> float:
+        """The preconditioner, and as many steps with one column as are usual; each further column takes as many."""
+        rows, jacobian = system.num_rows, system.jacobian
+        landmarks = cls.nbytes_needed(system) / (8 * _COPIES * rows)
+        cross = 2 * landmarks / rows * jacobian.gram_cost(jacobian)  # that is for one triangle of N²
+        return cross + 2 * rows * landmarks**2 + _USUAL_STEPS * jacobian.product_cost(jacobian)
+
+    @classmethod
+    def nbytes_needed(cls, system: System) -> float:
+        """The preconditioner, of as many landmarks as are useful and the memory budget has room for."""
+        useful = 8.0 * _COPIES * system.num_rows * min(_LANDMARKS, max(1, system.num_rows // 2))
+        least = 8.0 * _COPIES * system.num_rows
+        return max(least, min(useful, _COPIES * memory.PRECONDITIONER.bytes(system.x.device)))
+
+    @classmethod
+    def obstacle(cls, system: System) -> str | None:
+        """Batches; memory is none, with one landmark it takes a few vectors."""
+        return None if system.batch == 1 else f"solves no batches of systems, and there are {system.batch}"
 
     def __init__(self, system: System):
         super().__init__(system)

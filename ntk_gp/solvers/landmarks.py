@@ -13,9 +13,11 @@ from torch import Tensor
 from .. import memory
 from .system import System
 
-_PROPOSALS = 512  # rows that are drawn at once: each time, factors that are not held are captured again
+# Rows drawn at once, at most and at least: for each draw, Jacobian factors that are not held are captured again.
+_PROPOSALS = 512
 _FEWEST_PROPOSALS = 32
-_CHECKED = 2000  # rows that stand for all where posterior variances are wanted before they can be had
+# Training rows, drawn at random, from which posterior variances are estimated while landmarks are still being added.
+_CHECKED = 2000
 
 
 class PivotedCholesky:
@@ -94,11 +96,16 @@ class PivotedCholesky:
         return (points.unsqueeze(-1) * self.outputs + torch.arange(self.outputs, device=points.device)).flatten()
 
     def _draw(self) -> Tensor:
-        """Points whose rows are proposed, in a random order that prefers those with much left."""
+        """Points whose rows are proposed as landmarks, (k,): drawn without replacement.
+
+        The more of a point's prior variance is left when the landmarks so far are known, the likelier and the earlier
+        it is drawn.
+        """
         weights = self.remainder.unflatten(0, (-1, self.outputs)).sum(-1).cpu()
         count = max(1, min(_PROPOSALS, max(_FEWEST_PROPOSALS, self.limit // 16), self.limit) // self.outputs)
         count = min(count, int((weights > 0).sum()))
-        # Gumbel's trick: as a draw without replacement, for any number of points.
+        # The k largest of log w − log E, with E exponential, are a draw in proportion to the weights w, one by one
+        # ("Gumbel's trick"). torch.multinomial does that for up to 2²⁴ points only.
         keys = weights.log() - torch.empty_like(weights).exponential_(generator=self._generator).log()
         return keys.topk(count).indices.to(self.remainder.device)
 
@@ -108,7 +115,12 @@ class PivotedCholesky:
         return jacobian[points].gram(jacobian, self.system.variances)[0]
 
     def _accept(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The proposed rows that a draw one by one would have kept, and the Cholesky factor of what is left of them."""
+        """Which of the proposed rows become landmarks, (k,), and the Cholesky factor of what is left of them, (k, k).
+
+        All were drawn before any of them was known. Had they been drawn one by one, a row that an earlier one of them
+        explains would have come up more rarely. So each is kept with a probability of what is left of it now, over what
+        was left when it was drawn: the landmarks are distributed as if drawn one by one ("rejection sampling").
+        """
         chosen = self.system.jacobian[rows[:: self.outputs] // self.outputs]
         known = self.factor[:, rows]
         matrix = (chosen.gram(chosen, self.system.variances)[0] - known.mT @ known).cpu()
@@ -134,7 +146,11 @@ class PivotedCholesky:
         return rows[index.to(rows.device)], factor
 
     def _variances(self, kernel: Tensor) -> Tensor:
-        """About the posterior variances of the checked rows: as if they, with less noise, stood for all."""
+        """About the posterior variances of the checked rows: as if they alone were observed, each with less noise, as
+        a mean of as many observations as there are rows for each of them.
+
+        :param kernel: Their kernel matrix, (k, k).
+        """
         noise = self.system.noise[0].expand(len(self.remainder))[self.checked] * (
             len(self.checked) / len(self.remainder)
         )
@@ -147,7 +163,8 @@ class PivotedCholesky:
         return (noise - noise.square() * inverse).clamp_min(torch.finfo(noise.dtype).eps * noise)
 
     def root(self) -> Tensor:
-        """L, (m, m), with L Lᵀ the kernel matrix of the landmarks (and a jitter); F is L⁻¹ times its rows for all."""
+        """L, (m, m), lower triangular, with L Lᵀ the landmarks' kernel matrix, a jitter added; F is L⁻¹ k(Z, X), for
+        landmarks Z and training inputs X."""
         root = self.factor[:, self.rows].mT.tril(-1)
         start = 0
         for block in self._blocks:
@@ -157,7 +174,11 @@ class PivotedCholesky:
         return root
 
     def left_if_new(self, rows: Tensor) -> Tensor:
-        """What is left of each of these rows; of a landmark, given the other ones only: what a new point is like."""
+        """What landmarks leave of the prior variance of each of these rows, as if it were that of a new point.
+
+        That is the remainder, but for landmarks: they leave nothing of themselves, and a new point is none. So of a
+        landmark it is what the other ones leave.
+        """
         remainder = self.remainder[rows]
         which, place = (rows.unsqueeze(-1) == self.rows).nonzero(as_tuple=True)
         unit = remainder.new_zeros(self.rank, len(which))
@@ -166,7 +187,8 @@ class PivotedCholesky:
         return remainder
 
     def residual(self) -> float:
-        r"""The mean eigenvalue of :math:`D^{-1/2} (K - F^\top F) D^{-1/2}` beside those that are zero, and rounding."""
+        r"""What the landmarks leave of K, in units of the noise, and what rounding adds to it: the mean of those
+        eigenvalues of :math:`D^{-1/2} (K - F^\top F) D^{-1/2}` that are not zero by construction."""
         directions = min(len(self.remainder), self.system.num_parameters) - self.rank
         if self.is_exhausted:  # what is left is jitter, in the landmarks' own directions
             directions = self.rank

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -19,16 +18,23 @@ from .. import memory, settings
 from ..jacobian.base import Jacobian
 from ..jacobian.products import JacobianProduct
 from ..stock import is_stock
+from .base import PosteriorCovariance
 from .function_space import FunctionSpaceSolver
 from .landmarks import PivotedCholesky
 from .system import System
 
 logger = logging.getLogger("ntk_gp")
 
+# Training rows at which upper and lower bounds of variances are compared; Lanczos starts from as many points.
 _PROBES = 64
-_CAUTION = 4.0  # ε in mean eigenvalues
-_LARGEST_LOSS = 0.5  # δ
-_SMALL_RESIDUAL = 0.01  # of which the best δ is known
+# δ and ε are those of LandmarkVariance. ε, meant to be above the eigenvalues that the landmarks leave, is this many
+# times their mean.
+_CAUTION = 4.0
+# The largest δ: the part of the prior precision of r² that the bound gives up, so that r² is divided by 1 − δ.
+_LARGEST_LOSS = 0.5
+# Up to this ε, a formula gives nearly the best δ; above, smaller ones are tried as long as they make variances smaller.
+_SMALL_RESIDUAL = 0.01
+# Rows of F D⁻¹ Fᵀ, which is symmetric, that are multiplied at once, each block as far as the diagonal only.
 _TRIANGLE_ROWS = 1024
 
 
@@ -52,14 +58,15 @@ class VarianceReport:
         return self.error <= self.tolerance
 
 
-class FastVariance(ABC):
+class FastVariance(PosteriorCovariance):
     """What serves variances where `gpytorch.settings.fast_pred_var` is on; everything in float64.
 
-    Variances are meant to be no smaller than the exact ones, and fall to them with the rank.
+    It keeps a summary of the training data, of a limited rank, in place of a factor of K + D. Variances are meant to be
+    no smaller than the exact ones, and fall to them as the rank grows.
 
     :param system: K + D, without batches.
 
-    :ivar int rank: t.
+    :ivar int rank: t, how many landmarks or Lanczos vectors the summary is made of.
     :ivar VarianceReport report: How far variances may be from the exact ones, where a tolerance decided.
     """
 
@@ -69,28 +76,10 @@ class FastVariance(ABC):
     def __init__(self, system: System):
         if system.batch > 1:
             raise ValueError(f"fast_pred_var serves a model without batches; this one has {system.batch}.")
-        self.system = system
-
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """Bytes held."""
+        super().__init__(system)
 
     def whitened_size(self) -> int:
-        """t, what a test point needs in memory."""
         return self.rank
-
-    def points_per_block(self, outputs: int) -> int:
-        """How many test points may be served at once: an eighth of the memory budget."""
-        return max(1, memory.TEST_POINTS.bytes(self.system.x.device) // (8 * outputs * max(1, self.whitened_size())))
-
-    @abstractmethod
-    def covariance(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor:
-        """The posterior covariance, (B, M₁, M₂)."""
-
-    @abstractmethod
-    def variance(self, jacobian: Jacobian) -> Tensor:
-        """The posterior variance, (B, M). Never negative."""
 
 
 def choose_fast_variance(system: System) -> FastVariance:
@@ -271,7 +260,7 @@ def _add_landmarks(cholesky: PivotedCholesky) -> None:
 
 
 def _expected_error(cholesky: PivotedCholesky) -> float:
-    """About how far apart :func:`_bounded` will find the bounds."""
+    """About how far apart :func:`_bounded` will find the bounds, as a part of a variance, without making them."""
     residual = _CAUTION * cholesky.residual()
     rest = float((cholesky.left_if_new(cholesky.checked[:_PROBES]) / cholesky.checked_variances[:_PROBES]).mean())
     lost, gained = _splits(residual, rest)
@@ -279,7 +268,14 @@ def _expected_error(cholesky: PivotedCholesky) -> float:
 
 
 def _splits(residual: float, rest: float) -> tuple[float, float]:
-    """Good values for δ in the upper bound, and for its counterpart η in the lower one, from ε and r² / var."""
+    """Good values for δ in the upper bound of a variance, and for its counterpart η in the lower one.
+
+    Either bound has a term that grows with its parameter and one that falls; where these are equal, the sum is about
+    smallest.
+
+    :param residual: ε, what the landmarks leave of the kernel matrix, in units of the noise.
+    :param rest: r² / var, what they leave of a point's prior variance, as a part of its posterior one.
+    """
     residual, rest = max(residual, 1e-300), max(rest, 1e-300)
     return min(_LARGEST_LOSS, (residual / rest) ** 0.5), min(1.0, (residual * rest) ** 0.5)
 

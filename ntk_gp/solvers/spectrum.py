@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import settings
 from ..jacobian.products import TransposedJacobianProduct
-from .base import MENDABLE
+from .rounding import MENDABLE
 from .system import System
 from .weight_space import feature_moment
 

@@ -11,16 +11,16 @@ from .. import settings
 from ..jacobian.base import Jacobian
 from ..jacobian.memory import mirror_upper_triangle
 from . import orthogonal
-from .base import (
-    Solver,
+from .base import Solver
+from .cholesky import cholesky_solve, positive_factor
+from .function_space import FunctionSpaceSolver
+from .rounding import (
     accuracy,
     needs_orthogonalisation,
     not_positive_definite,
     rounding_error,
     warn_of_rounding,
 )
-from .cholesky import cholesky_solve, positive_factor
-from .function_space import FunctionSpaceSolver
 from .system import System
 
 # The Gram matrix of the features is accumulated in this many block columns, lower triangle only.
@@ -44,6 +44,19 @@ class WeightSpaceSolver(Solver):
     :param system: K + D.
     :param precision: Λ, where it is known already.
     """
+
+    name = "weight_space"
+
+    @classmethod
+    def cost(cls, system: System) -> float:
+        """Five eighths of the products of features, which are symmetric, and the factor."""
+        parameters = system.num_parameters
+        return system.batch * (1.25 * system.num_rows * parameters**2 + parameters**3 / 3)
+
+    @classmethod
+    def nbytes_needed(cls, system: System) -> float:
+        """Λ and its factor."""
+        return 8 * 2.0 * system.batch * system.num_parameters**2
 
     def __init__(self, system: System, precision: Tensor | None = None):
         super().__init__(system)

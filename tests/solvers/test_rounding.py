@@ -6,7 +6,7 @@ from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
 from ntk_gp import settings
-from ntk_gp.solvers import base, function_space, weight_space
+from ntk_gp.solvers import function_space, rounding, weight_space
 from ntk_gp.solvers.function_space import FunctionSpaceSolver
 from ntk_gp.solvers.weight_space import WeightSpaceSolver
 from tests.adapted import LARGE, SMALL
@@ -58,12 +58,12 @@ def test_errors_stay_within_the_promise(way, n, batches, outputs, monkeypatch):
     problem = Problem(n, batches, outputs, noise=NOISE)
     found = errors(way(problem.system), problem)
     assert max(found.values()) < PROMISE, found
-    monkeypatch.setattr(base, "accuracy", lambda system: float("inf"))
+    monkeypatch.setattr(rounding, "accuracy", lambda system: float("inf"))
     for module in (function_space, weight_space):
-        monkeypatch.setattr(module, "accuracy", base.accuracy)
+        monkeypatch.setattr(module, "accuracy", rounding.accuracy)
         monkeypatch.setattr(module, "needs_orthogonalisation", lambda system, factor: factor is None)
     if (
-        base.rounding_error(way(problem.system).cholesky) > 1e-7
+        rounding.rounding_error(way(problem.system).cholesky) > 1e-7
     ):  # where the plain way loses digits, this way had to act
         assert max(errors(way(problem.system), problem).values()) > 10 * max(found.values())
 
@@ -106,7 +106,7 @@ def test_single_precision_asks_for_less(way):
     single = problem.system.__class__(
         problem.system.linearization, problem.x, problem.group_variances, problem.noise, torch.float32
     )
-    assert base.accuracy(single) > base.accuracy(problem.system)
+    assert rounding.accuracy(single) > rounding.accuracy(problem.system)
     assert max(errors(way(single), problem).values()) < 5e-3
 
 
