@@ -7,8 +7,8 @@ import hypothesis
 import pytest
 import torch
 
-from ntk_gp import NTKKernel, settings
-from ntk_gp.jacobian.linearization import Linearization
+from ntk_gp import settings
+from ntk_gp.jacobian import linearization
 from ntk_gp.stock import stock
 
 # How long an example takes is the machine's affair.
@@ -19,21 +19,20 @@ hypothesis.settings.load_profile("ntk_gp")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--engine",
-        choices=("auto", "structured", "autodiff"),
-        default="auto",
-        help="the Jacobian engine wherever a test names none (default: auto)",
+        choices=("structured", "autodiff"),
+        help="the Jacobian engine wherever a test names none; tests that name theirs are left out",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     engine = config.getoption("--engine")
-    NTKKernel.__init__.__kwdefaults__["engine"] = engine
-    Linearization.__init__.__defaults__ = (engine,)
+    if engine is not None:
+        linearization.default_engine = engine
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With an engine forced, tests that name theirs would be run once more for nothing."""
-    if config.getoption("--engine") == "auto":
+    if config.getoption("--engine") is None:
         return
     named = [item for item in items if _names_engine(item)]
     config.hook.pytest_deselected(items=named)
