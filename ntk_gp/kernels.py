@@ -87,7 +87,7 @@ class NTKKernel(NeuralTangentKernel):
         variance_groups: str | Callable[[str], str] | None = None,
         variance_prior: Prior | None = None,
         variance_constraint: Interval | None = None,
-        engine: str = "structured",
+        engine: str | None = None,
         batch_shape: Size | None = None,
         active_dims: tuple[int, ...] | None = None,
         **kwargs,

@@ -7,8 +7,8 @@ import hypothesis
 import pytest
 import torch
 
-from ntk_gp import NTKKernel, settings
-from ntk_gp.jacobian.linearization import Linearization
+from ntk_gp import settings
+from ntk_gp.jacobian import linearization
 from ntk_gp.stock import stock
 
 # How long an example takes is the machine's affair.
@@ -27,8 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     engine = config.getoption("--engine")
     if engine is not None:
-        NTKKernel.__init__.__kwdefaults__["engine"] = engine
-        Linearization.__init__.__defaults__ = (engine,)
+        linearization.default_engine = engine
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -21,6 +22,9 @@ from .products import GramProduct, gram_diagonal, kernel_product
 from .solvers_in_use import SolversInUse
 from .structured import StructuredEngine
 
+# The engine where none is named, read whenever one is made. The test suite sets it, to run as a whole with either.
+default_engine = "structured"
+
 
 def _in_full_precision(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Of a method whose first argument is a Jacobian: the user's autocast does not reach in."""
@@ -31,6 +35,19 @@ def _in_full_precision(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return method(self, jacobian, *args, **kwargs)
 
     return wrapped
+
+
+def _known(engine: str | None) -> str:
+    if engine == "auto":
+        warnings.warn(
+            "engine='auto' has always been engine='structured': leave it out, or name the engine.",
+            DeprecationWarning,
+            stacklevel=4,
+        )
+    engine = default_engine if engine in (None, "auto") else engine
+    if engine not in ("structured", "autodiff"):
+        raise ValueError(f"engine must be 'structured' or 'autodiff', got {engine!r}.")
+    return engine
 
 
 class Linearization:
@@ -50,9 +67,8 @@ class Linearization:
     :raises ValueError: If there is no such engine.
     """
 
-    def __init__(self, network: FrozenNetwork, engine: str = "structured"):
-        if engine not in ("structured", "autodiff"):
-            raise ValueError(f"engine must be 'structured' or 'autodiff', got {engine!r}.")
+    def __init__(self, network: FrozenNetwork, engine: str | None = None):
+        engine = _known(engine)
         self.network = network
         self.autodiff = AutodiffEngine(network)
         self.engine: JacobianEngine = self.autodiff

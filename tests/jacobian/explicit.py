@@ -1,25 +1,15 @@
-"""Explicit Jacobians in float64, one point at a time, and what a Jacobian of the structured engine must equal."""
+"""A network as the engines have it, and as the user has it, of which explicit Jacobians are made in float64."""
 
-from functools import partial
+from __future__ import annotations
+
+import copy
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.func import jacrev
+from torch import Tensor, nn
 
-from ntk_gp.jacobian.structured import StructuredEngine, StructuredJacobian
 from ntk_gp.network import FrozenNetwork
-
-
-def explicit(network: FrozenNetwork, x: Tensor) -> Tensor:
-    """J at x (B, n, d), (B, n·C, P): each point by itself, by reverse mode."""
-    network.check(x)
-    function = network.function(x.dtype, x.device)
-    rows = []
-    with function.tracing():
-        for point in x.reshape(-1, 1, x.shape[-1]):
-            pieces = jacrev(lambda parameters, point=point: function(parameters, point)[0])(function.parameters)
-            rows.append(function.flatten(pieces))
-    return torch.cat(rows).reshape(x.shape[0], -1, function.num_parameters)
+from ntk_gp.testing import check_rule, explicit_jacobian
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
@@ -32,35 +22,35 @@ def variances_for(network: FrozenNetwork, count: int) -> Tensor:
     return 0.5 + torch.rand(count, network.num_groups, generator=generator, dtype=torch.float64)
 
 
-def weighted(J1: Tensor, J2: Tensor, network: FrozenNetwork, x: Tensor, weights: Tensor) -> Tensor:
-    function = network.function(x.dtype, x.device)
-    return (J1 * function.expand_variances(weights).unsqueeze(-2)) @ J2.mT
+class Subject:
+    """One network twice: `frozen` is what is tested; nothing of it takes part in what is expected.
 
+    :param options: Arguments of `FrozenNetwork`.
+    """
 
-def check_every_operation(
-    network: FrozenNetwork, x: Tensor, other: Tensor, tolerance: float = 1e-10
-) -> StructuredJacobian:
-    """Compares all products at x and between x and other (fewer points) with explicit Jacobians."""
-    close = partial(assert_close, tolerance=tolerance)
-    engine = StructuredEngine(network)
-    J, K = explicit(network, x), explicit(network, other)
-    jacobian, jacobian2 = engine.linearize(x), engine.linearize(other)
-    generator = torch.Generator().manual_seed(2)
-    u = torch.randn(1, 3, J.shape[-1], generator=generator, dtype=torch.float64)
-    v = torch.randn(1, 3, J.shape[-2], generator=generator, dtype=torch.float64)
-    weights = variances_for(network, 1)
-    close(jacobian.rows(), J)
-    close(jacobian.jvp(u), u @ J.mT)
-    close(jacobian.vjp(v), v @ J)
-    close(jacobian.gram(jacobian, weights), weighted(J, J, network, x, weights))
-    close(jacobian2.gram(jacobian, weights), weighted(K, J, network, x, weights))
-    close(jacobian.diagonal(weights), weighted(J, J, network, x, weights).diagonal(dim1=-2, dim2=-1))
-    close(jacobian2.kernel_matmul(jacobian, v.mT, weights), weighted(K, J, network, x, weights) @ v.mT)
-    many = v.repeat(1, 200, 1).mT  # so many columns that the cost model takes the other way
-    close(jacobian.kernel_matmul(jacobian, many, weights), weighted(J, J, network, x, weights) @ many)
-    close(
-        jacobian[: other.shape[1]].cross_diagonal(jacobian2, weights),
-        weighted(J[:, : K.shape[1]], K, network, x, weights).diagonal(dim1=-2, dim2=-1),
-    )
-    assert isinstance(jacobian, StructuredJacobian)
-    return jacobian
+    def __init__(self, module: nn.Module, **options: Any):
+        self.module, self.options = module, options
+        self.frozen = FrozenNetwork(module, **options)
+        self.group_by = options.get("group_by") or (lambda name: "")
+
+    def explicit(self, x: Tensor) -> Tensor:
+        """J at x (B, n, d), (B, n·C, P): each point by itself, by reverse mode."""
+        options = {name: value for name, value in self.options.items() if name != "group_by"}
+        return explicit_jacobian(copy.deepcopy(self.module).to(x.dtype), x, **options)
+
+    def variances(self, count: int) -> Tensor:
+        """(count, G)."""
+        return variances_for(self.frozen, count)
+
+    def weighted(self, J1: Tensor, J2: Tensor, variances: Tensor) -> Tensor:
+        """J₁ Σ J₂ᵀ of explicit Jacobians."""
+        names = self.frozen.parameter_names
+        named = dict(self.module.named_parameters(remove_duplicate=False))
+        labels = [self.group_by(name) for name in names for _ in range(named[name].numel())]
+        order = list(dict.fromkeys(labels))
+        return (J1 * variances[..., [order.index(label) for label in labels]].unsqueeze(-2)) @ J2.mT
+
+    def check(self, x: Tensor, other: Tensor, tolerance: float = 1e-10) -> dict[str, str]:
+        """Every operation of the structured engine, in float64; by what each parameter is served."""
+        tolerances = {torch.float64: tolerance}
+        return check_rule(self.module, x, other, allow_autodiff=True, tolerances=tolerances, **self.options)

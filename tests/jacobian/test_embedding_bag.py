@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ntk_gp.jacobian.linearization import Linearization
-from ntk_gp.network import FrozenNetwork
 from ntk_gp.replacements.elementary import embedding_bag
-from tests.jacobian.explicit import assert_close, check_every_operation
+from tests.jacobian.explicit import Subject, assert_close
 
 
 @pytest.mark.parametrize("padding_idx", [None, 2, -1])
@@ -59,11 +58,11 @@ FORMS = [
 
 @pytest.mark.parametrize(("mode", "weighted", "packed", "padding_idx"), FORMS)
 def test_every_operation_and_input_gradients(mode: str, weighted: bool, packed: bool, padding_idx: int | None):
-    network = FrozenNetwork(Bags(mode, weighted, packed, padding_idx).double())
+    network = Subject(Bags(mode, weighted, packed, padding_idx).double())
     x = torch.randn(1, 6, 5, dtype=torch.float64)
-    report = check_every_operation(network, x, 0.9 * x[:, 1:4]).report()
-    assert [e["parameter"] for e in report if e["served_by"] == "autodiff"] == []
-    linearization, ones = Linearization(network), torch.ones(1, 1, dtype=torch.float64)
+    served = network.check(x, 0.9 * x[:, 1:4])
+    assert [name for name, by in served.items() if by == "autodiff"] == []
+    linearization, ones = Linearization(network.frozen), torch.ones(1, 1, dtype=torch.float64)
     points, step = x.clone().requires_grad_(), torch.zeros_like(x)
     fixed = linearization.jacobian(x)
     linearization.gram(linearization.jacobian(points), fixed, ones).sum().backward()

@@ -14,7 +14,7 @@ from ntk_gp.jacobian.rules import UnsupportedUse, Use, register_rule
 from ntk_gp.jacobian.rules.registry import _RULES
 from ntk_gp.jacobian.structured import StructuredEngine
 from ntk_gp.network import FrozenNetwork
-from tests.jacobian.explicit import assert_close, check_every_operation, explicit
+from tests.jacobian.explicit import Subject, assert_close
 
 few = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 size = st.integers(1, 4)
@@ -51,14 +51,14 @@ def check(
     values = {name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in parameters.items()}
     selected = draw.draw(st.lists(st.sampled_from(sorted(values)), min_size=1, unique=True))
     outputs = draw.draw(st.integers(1, 3))
-    network = FrozenNetwork(Network(shape, call, outputs, **values).eval(), parameters=selected, output="all")
+    network = Subject(Network(shape, call, outputs, **values).eval(), parameters=selected, output="all")
     width = int(torch.tensor(shape).prod())
     n = draw.draw(st.integers(1, 4))
     x = transform(torch.randn(1, n, width, generator=generator, dtype=torch.float64))
     other = transform(torch.randn(1, draw.draw(st.integers(1, n)), width, generator=generator, dtype=torch.float64))
-    jacobian = check_every_operation(network, x, other)
+    by = network.check(x, other)
     if served:
-        assert not [entry for entry in jacobian.report() if entry["served_by"] == "autodiff"]
+        assert "autodiff" not in by.values()
 
 
 @few
@@ -262,10 +262,9 @@ def test_a_rule_that_is_wrong_is_found_out():
     scale = torch.overrides.wrap_torch_function(lambda x, weight: (x, weight))(lambda x, weight: x * weight.exp())
     register_rule(scale, lambda use, x, weight: use.features(weight, use.gradients * x.unsqueeze(1)), elementwise=True)
     try:
-        network = FrozenNetwork(Network((3,), lambda net, x: scale(x, net.weight), 1, weight=torch.ones(3)).eval())
+        network = Subject(Network((3,), lambda net, x: scale(x, net.weight), 1, weight=torch.ones(3)).eval())
         x = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(1, 2, 3)
-        report = check_every_operation(network, x, x[:, :1]).report()
-        assert report[0]["served_by"] == "autodiff"
+        assert network.check(x, x[:, :1]) == {"weight": "autodiff"}
     finally:
         del _RULES[scale]
 
@@ -291,8 +290,8 @@ def test_a_wrong_rule_is_found_out_where_it_first_makes_a_difference(tied, budge
     scale = torch.overrides.wrap_torch_function(lambda x, weight: (x, weight))(lambda x, weight: x * weight.exp())
     register_rule(scale, lambda use, x, weight: use.features(weight, use.gradients * x.unsqueeze(1)), elementwise=True)
     try:
-        network = FrozenNetwork(Gated(scale, tied).double())
-        engine = StructuredEngine(network)
+        network = Subject(Gated(scale, tied).double())
+        engine = StructuredEngine(network.frozen)
         generator = torch.Generator().manual_seed(0)
         dead = -torch.rand(1, 20, 3, dtype=torch.float64, generator=generator)
         alive = torch.rand(1, 20, 3, dtype=torch.float64, generator=generator)
@@ -301,12 +300,12 @@ def test_a_wrong_rule_is_found_out_where_it_first_makes_a_difference(tied, budge
         x = torch.cat([dead, alive], dim=1)
         with ntk_gp.settings.memory_budget(budget):
             after = engine.linearize(x)
-            assert_close(after.rows(), explicit(network, x))
+            assert_close(after.rows(), network.explicit(x))
             weights = torch.ones(1, 1, dtype=torch.float64)
-            assert_close(before.gram(after, weights), explicit(network, dead) @ explicit(network, x).mT)
-            assert_close(after.gram(after, weights), explicit(network, x) @ explicit(network, x).mT)
+            assert_close(before.gram(after, weights), network.explicit(dead) @ network.explicit(x).mT)
+            assert_close(after.gram(after, weights), network.explicit(x) @ network.explicit(x).mT)
         assert [e["parameter"] for e in after.report() if e["served_by"] == "autodiff"] == ["weight"]
-        assert_close(engine.linearize(alive).rows(), explicit(network, alive))
+        assert_close(engine.linearize(alive).rows(), network.explicit(alive))
     finally:
         del _RULES[scale]
 

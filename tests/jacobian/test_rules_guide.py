@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 
 from ntk_gp.jacobian.rules.registry import _RULES
-from ntk_gp.network import FrozenNetwork
-from tests.jacobian.explicit import check_every_operation
+from tests.jacobian.explicit import Subject
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-a-rule.md"
 
@@ -18,10 +17,9 @@ def test_the_guide(capsys):
     state = torch.random.get_rng_state()
     try:
         exec("".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), names)
-        (printed,) = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
-        assert capsys.readouterr().out == printed
+        assert capsys.readouterr().out == "".join(re.findall(r"```text\n(.*?)```", text, re.DOTALL))
         x = torch.linspace(-1, 1, 15, dtype=torch.float64).reshape(1, 5, 3)
-        check_every_operation(FrozenNetwork(names["network"].double()), x, x[:, 1:4])
+        assert "autodiff" not in Subject(names["network"].double()).check(x, x[:, 1:4]).values()
     finally:
         torch.random.set_rng_state(state)
         _RULES.pop(names.get("norm_scaled_linear"), None)

@@ -1,4 +1,4 @@
-"""The structured engine against explicit Jacobians, computed one point at a time by `torch.func.jacrev`, in float64."""
+"""The structured engine against explicit Jacobians, computed one point at a time by plain autograd, in float64."""
 
 import copy
 import logging
@@ -17,7 +17,7 @@ from ntk_gp.jacobian.autodiff import AutodiffEngine
 from ntk_gp.jacobian.structured import ChunkedJacobian, StructuredEngine, StructuredJacobian
 from ntk_gp.jacobian.terms import ConvolutionTerm
 from ntk_gp.network import FrozenNetwork
-from tests.jacobian.explicit import assert_close, check_every_operation, explicit, variances_for, weighted
+from tests.jacobian.explicit import Subject, assert_close
 from tests.networks import ADVERSARIAL, CASES, Case, mlp
 
 EVERY = [pytest.param(case, id=case.name) for case in (*CASES, *ADVERSARIAL)]
@@ -29,9 +29,13 @@ SOME = [
 SOME_CASES = [pytest.param(case, id=case.name) for case in SOME]
 
 
+def subject(case: Case) -> Subject:
+    return Subject(case.network(), **case.options)
+
+
 @pytest.mark.parametrize("case", EVERY)
 def test_every_operation_equals_the_explicit_jacobians(case: Case):
-    check_every_operation(case.frozen(), case.inputs(5), case.inputs(4, seed=7), case.tolerance)
+    subject(case).check(case.inputs(5), case.inputs(4, seed=7), case.tolerance)
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in (*CASES, *ADVERSARIAL) if c.autodiff is not None])
@@ -44,67 +48,67 @@ def test_rules_serve_what_they_know_and_nothing_else(case: Case):
 @pytest.mark.parametrize("case", SOME_CASES)
 @pytest.mark.parametrize("batches, count", [(2, 1), (2, 2), (1, 3)])
 def test_batches_and_weightings(case: Case, batches: int, count: int):
-    network = case.frozen()
+    network = subject(case)
     x, other = case.inputs(4, batches), case.inputs(3, batches, seed=7)
-    J, K = explicit(network, x), explicit(network, other)
-    engine = StructuredEngine(network)
+    J, K = network.explicit(x), network.explicit(other)
+    engine = StructuredEngine(network.frozen)
     jacobian, jacobian2 = engine.linearize(x), engine.linearize(other)
-    weights = variances_for(network, count)
+    weights = network.variances(count)
     v = torch.randn(max(batches, 1), 2, J.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert_close(jacobian.gram(jacobian, weights), weighted(J, J, network, x, weights))
-    assert_close(jacobian2.gram(jacobian, weights), weighted(K, J, network, x, weights))
-    assert_close(jacobian.diagonal(weights), weighted(J, J, network, x, weights).diagonal(dim1=-2, dim2=-1))
-    assert_close(jacobian2.kernel_matmul(jacobian, v.mT, weights), weighted(K, J, network, x, weights) @ v.mT)
-    assert_close(jacobian2.kernel_matmul(jacobian, v[:1].mT, weights), weighted(K, J, network, x, weights) @ v[:1].mT)
+    assert_close(jacobian.gram(jacobian, weights), network.weighted(J, J, weights))
+    assert_close(jacobian2.gram(jacobian, weights), network.weighted(K, J, weights))
+    assert_close(jacobian.diagonal(weights), network.weighted(J, J, weights).diagonal(dim1=-2, dim2=-1))
+    assert_close(jacobian2.kernel_matmul(jacobian, v.mT, weights), network.weighted(K, J, weights) @ v.mT)
+    assert_close(jacobian2.kernel_matmul(jacobian, v[:1].mT, weights), network.weighted(K, J, weights) @ v[:1].mT)
     many = v.repeat(1, 200, 1).mT
-    assert_close(jacobian.kernel_matmul(jacobian, many, weights), weighted(J, J, network, x, weights) @ many)
+    assert_close(jacobian.kernel_matmul(jacobian, many, weights), network.weighted(J, J, weights) @ many)
     assert_close(jacobian.vjp(v), v @ J)
     u = torch.randn(batches, 2, J.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert_close(jacobian.jvp(u), u @ J.mT)
     single = engine.linearize(x[:1])
-    assert_close(single.gram(jacobian, weights), weighted(J[:1], J, network, x, weights))
+    assert_close(single.gram(jacobian, weights), network.weighted(J[:1], J, weights))
 
 
 @pytest.mark.parametrize("case", SOME_CASES)
 def test_many_points_take_several_tiles(case: Case):
-    network = case.frozen()
+    network = subject(case)
     x, other = case.inputs(300), case.inputs(270, seed=5)
-    engine = StructuredEngine(network)
+    engine = StructuredEngine(network.frozen)
     jacobian, jacobian2 = engine.linearize(x), engine.linearize(other)
     J, K = jacobian.rows(), jacobian2.rows()
-    weights = variances_for(network, 1)
+    weights = network.variances(1)
     symmetric = jacobian.gram(jacobian, weights)
-    assert_close(symmetric, weighted(J, J, network, x, weights))
+    assert_close(symmetric, network.weighted(J, J, weights))
     if not case.autodiff:
         assert torch.equal(symmetric, symmetric.mT)
-    assert_close(jacobian.gram(jacobian2, weights), weighted(J, K, network, x, weights))
+    assert_close(jacobian.gram(jacobian2, weights), network.weighted(J, K, weights))
     rhs = torch.randn(1, J.shape[1], 600, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert_close(jacobian.kernel_matmul(jacobian, rhs, weights), weighted(J, J, network, x, weights) @ rhs)
+    assert_close(jacobian.kernel_matmul(jacobian, rhs, weights), network.weighted(J, J, weights) @ rhs)
 
 
 @pytest.mark.parametrize("case", SOME_CASES)
 def test_points_are_selected_without_the_network(case: Case, monkeypatch):
     if case.autodiff:
         pytest.skip("autodiff evaluates the network")
-    network = case.frozen()
+    network = subject(case)
     x = case.inputs(6, 2)
-    jacobian = StructuredEngine(network).linearize(x)
+    jacobian = StructuredEngine(network.frozen).linearize(x)
     J = jacobian.rows()
     outputs = jacobian.function.num_outputs
     monkeypatch.setattr(type(jacobian.function), "__call__", lambda *_: pytest.fail("the network was evaluated"))
     index = torch.tensor([4, 0, 4])
     assert_close(jacobian[index].rows(), J.unflatten(1, (-1, outputs))[:, index].flatten(1, 2))
     assert_close(jacobian[1:3].rows(), J.unflatten(1, (-1, outputs))[:, 1:3].flatten(1, 2))
-    weights = variances_for(network, 1)
-    assert_close(jacobian[index].gram(jacobian, weights), weighted(jacobian[index].rows(), J, network, x, weights))
+    weights = network.variances(1)
+    assert_close(jacobian[index].gram(jacobian, weights), network.weighted(jacobian[index].rows(), J, weights))
 
 
 @pytest.mark.parametrize("case", SOME_CASES)
 def test_no_points(case: Case):
-    network = case.frozen()
-    engine = StructuredEngine(network)
+    network = subject(case)
+    engine = StructuredEngine(network.frozen)
     empty, jacobian = engine.linearize(case.inputs(0)), engine.linearize(case.inputs(3))
-    weights = variances_for(network, 1)
+    weights = network.variances(1)
     P, N = jacobian.function.num_parameters, jacobian.num_rows
     assert empty.gram(jacobian, weights).shape == (1, 0, N)
     assert jacobian.gram(empty, weights).shape == (1, N, 0)
@@ -119,11 +123,11 @@ def test_no_points(case: Case):
 
 @pytest.mark.parametrize("case", SOME_CASES)
 def test_over_the_budget_the_numbers_are_the_same(case: Case):
-    network = case.frozen()
+    network = subject(case)
     x, other = case.inputs(7), case.inputs(5, seed=3)
-    engine = StructuredEngine(network)
+    engine = StructuredEngine(network.frozen)
     held, held2 = engine.linearize(x), engine.linearize(other)
-    weights = variances_for(network, 1)
+    weights = network.variances(1)
     with settings.memory_budget(12 * engine.plan(held.function, x).bytes_per_point):
         chunked, chunked2 = engine.linearize(x), engine.linearize(other)
         assert isinstance(chunked, ChunkedJacobian) and chunked.nbytes == 0
@@ -196,26 +200,26 @@ def test_the_peak_stays_under_the_budget(name: str, operation: str):
 
 def test_another_path_at_other_inputs_is_never_silently_wrong():
     case = next(case for case in ADVERSARIAL if case.name == "data_dependent")
-    network = case.frozen()
-    engine = StructuredEngine(network)
+    network = subject(case)
+    engine = StructuredEngine(network.frozen)
     low, high = case.inputs(6).clamp(max=0.5), case.inputs(6, seed=1).abs() + 1.5
     for x in (low, high, torch.cat([low, high], dim=1)):
-        assert_close(engine.linearize(x).rows(), explicit(network, x))
-    weights = variances_for(network, 1)
+        assert_close(engine.linearize(x).rows(), network.explicit(x))
+    weights = network.variances(1)
     one, two = engine.linearize(low), engine.linearize(high)
-    J1, J2 = explicit(network, low), explicit(network, high)
-    assert_close(one.gram(two, weights), weighted(J1, J2, network, low, weights))
-    assert_close(two.gram(one, weights), weighted(J2, J1, network, low, weights))
+    J1, J2 = network.explicit(low), network.explicit(high)
+    assert_close(one.gram(two, weights), network.weighted(J1, J2, weights))
+    assert_close(two.gram(one, weights), network.weighted(J2, J1, weights))
     rhs = torch.ones(1, J1.shape[1], 1, dtype=torch.float64)
-    assert_close(two.kernel_matmul(one, rhs, weights), weighted(J2, J1, network, low, weights) @ rhs)
-    assert_close(two.cross_diagonal(one, weights), weighted(J2, J1, network, low, weights).diagonal(dim1=-2, dim2=-1))
+    assert_close(two.kernel_matmul(one, rhs, weights), network.weighted(J2, J1, weights) @ rhs)
+    assert_close(two.cross_diagonal(one, weights), network.weighted(J2, J1, weights).diagonal(dim1=-2, dim2=-1))
 
 
 def test_products_can_be_differentiated():
     case = CASES[0]
-    network = case.frozen()
-    jacobian = StructuredEngine(network).linearize(case.inputs(4))
-    weights = variances_for(network, 1).requires_grad_()
+    network = subject(case)
+    jacobian = StructuredEngine(network.frozen).linearize(case.inputs(4))
+    weights = network.variances(1).requires_grad_()
     rhs = torch.randn(1, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     assert torch.autograd.gradcheck(lambda r, w: jacobian.kernel_matmul(jacobian, r, w), (rhs, weights))
     assert torch.autograd.gradcheck(jacobian.vjp, (rhs.mT.detach().requires_grad_(),))
@@ -223,11 +227,11 @@ def test_products_can_be_differentiated():
 
 def test_mixed_with_the_autodiff_engine():
     case = CASES[0]
-    network = case.frozen()
+    network = subject(case)
     x, other = case.inputs(4), case.inputs(3, seed=1)
-    ours, theirs = StructuredEngine(network).linearize(x), AutodiffEngine(network).linearize(other)
-    weights = variances_for(network, 1)
-    expected = weighted(explicit(network, x), explicit(network, other), network, x, weights)
+    ours, theirs = StructuredEngine(network.frozen).linearize(x), AutodiffEngine(network.frozen).linearize(other)
+    weights = network.variances(1)
+    expected = network.weighted(network.explicit(x), network.explicit(other), weights)
     assert_close(ours.gram(theirs, weights), expected)
     assert_close(theirs.gram(ours, weights), expected.mT)
 
@@ -262,13 +266,13 @@ def test_engines_can_be_copied_and_pickled():
 
 
 def test_float32_stays_float32():
-    network = FrozenNetwork(mlp(3, 30, 30, 1))
+    network = Subject(mlp(3, 30, 30, 1))
     x = torch.randn(1, 20, 3, generator=torch.Generator().manual_seed(0))
-    jacobian = StructuredEngine(network).linearize(x)
+    jacobian = StructuredEngine(network.frozen).linearize(x)
     assert isinstance(jacobian, StructuredJacobian)
     gram = jacobian.gram(jacobian, torch.ones(1, 1))
     assert gram.dtype == torch.float32
-    exact = explicit(network, x.double())
+    exact = network.explicit(x.double())
     assert_close(gram.double(), exact @ exact.mT, 1e-6)
 
 

@@ -19,7 +19,7 @@ from ntk_gp.jacobian.rules.registry import _DECOMPOSITIONS, _RULES
 from ntk_gp.jacobian.structured import StructuredEngine, StructuredJacobian
 from ntk_gp.jacobian.structured.record import record
 from ntk_gp.network import FrozenNetwork, some_rows
-from tests.jacobian.explicit import assert_close, check_every_operation, explicit, variances_for
+from tests.jacobian.explicit import Subject, assert_close
 
 
 class Network(nn.Module):
@@ -145,29 +145,29 @@ def points(n: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(1, n, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def frozen(body: Callable, outputs: int = 1, **options) -> FrozenNetwork:
+def subject(body: Callable, outputs: int = 1, **options) -> Subject:
     torch.manual_seed(1)
-    return FrozenNetwork(Network(body, outputs).double(), output="all", **options)
+    return Subject(Network(body, outputs).double(), output="all", **options)
 
 
 @pytest.mark.parametrize(("order", "outputs"), [("mixed", 1), ("late", 3), ("replicated", 1)])
 @pytest.mark.parametrize("body", BODIES)
 def test_every_operation_at_rows_of_any_order(body: Callable, order: str, outputs: int):
     x = ORDERS[order](points(15))
-    check_every_operation(frozen(body, outputs), x, x[:, 9:13].flip(1) + 0.1)
+    subject(body, outputs).check(x, x[:, 9:13].flip(1) + 0.1)
 
 
 @pytest.mark.parametrize("body", BODIES)
 def test_a_plan_made_at_other_rows(body: Callable):
     """The first inputs are one row, equal rows, or of one kind; the others are served by the same engine."""
-    network = frozen(body)
-    weights = variances_for(network, 1)
+    network = subject(body)
+    weights = network.variances(1)
     for first in (points(1), replicated(points(9)), late(points(10))):
-        engine = StructuredEngine(network)
-        J1 = explicit(network, first)
+        engine = StructuredEngine(network.frozen)
+        J1 = network.explicit(first)
         assert_close(engine.linearize(first).rows(), J1)
         for x in (late(points(14, 1)), points(12, 2)):
-            jacobian, J = engine.linearize(x), explicit(network, x)
+            jacobian, J = engine.linearize(x), network.explicit(x)
             assert_close(jacobian.rows(), J)
             assert_close(jacobian.gram(jacobian, weights), weights[0, 0] * J @ J.mT)
             assert_close(engine.linearize(first).gram(jacobian, weights), weights[0, 0] * J1 @ J.mT)
@@ -175,23 +175,23 @@ def test_a_plan_made_at_other_rows(body: Callable):
 
 @pytest.mark.parametrize("body", BODIES)
 def test_in_single_precision(body: Callable):
-    network = frozen(body)
+    network = subject(body)
     x = late(points(40, dtype=torch.float32))
     for parameters in (None, "second.*"):
         if parameters and (body in NOT_SECOND or body is by_branch):
             continue
-        network = frozen(body, parameters=parameters)
-        expected = explicit(network, x.double())
-        assert_close(StructuredEngine(network).linearize(x).rows().double(), expected, 1e-5)
+        network = subject(body, parameters=parameters)
+        expected = network.explicit(x.double())
+        assert_close(StructuredEngine(network.frozen).linearize(x).rows().double(), expected, 1e-5)
 
 
 @pytest.mark.parametrize("body", [by_sorting, by_mask, flipped, gated])
 def test_captured_chunk_by_chunk(body: Callable):
-    network = frozen(body)
+    network = subject(body)
     x = late(points(40))
-    J, weights = explicit(network, x), variances_for(network, 1)
+    J, weights = network.explicit(x), network.variances(1)
     with ntk_gp.settings.memory_budget(12_000):
-        jacobian = StructuredEngine(network).linearize(x)
+        jacobian = StructuredEngine(network.frozen).linearize(x)
         assert not isinstance(jacobian, StructuredJacobian)
         assert_close(jacobian.gram(jacobian, weights), weights[0, 0] * J @ J.mT)
         assert_close(jacobian.diagonal(weights), weights[0, 0] * J.square().sum(-1))
@@ -200,13 +200,13 @@ def test_captured_chunk_by_chunk(body: Callable):
 
 def test_what_is_right_stays_with_the_rules():
     for body, left in ((flipped, {"second"}), (by_where, set()), (points_first, set()), (one_head_each, set())):
-        report = StructuredEngine(frozen(body)).linearize(late(points(16))).report()
+        report = StructuredEngine(subject(body).frozen).linearize(late(points(16))).report()
         autodiff = {e["parameter"].split(".")[0] for e in report if e["served_by"] == "autodiff"}
         assert autodiff == left, body.__name__
 
 
 def test_a_later_permutation_costs_only_its_own_layer():
-    engine = StructuredEngine(frozen(by_sorting))
+    engine = StructuredEngine(subject(by_sorting).frozen)
     report = engine.linearize(late(points(10))).report()
     served = [e["parameter"] for e in report if e["served_by"] == "linear"]
     assert {"second.weight", "second.bias"} <= set(served)
@@ -290,24 +290,26 @@ def test_a_users_rule_that_is_wrong_further_on(rule: Callable, gate: float, dtyp
     absolute = function_of_two(lambda x, weight: x.abs() @ weight.T)
     with registered(absolute, rule):
         torch.manual_seed(0)
-        network = FrozenNetwork(Own(absolute, gate).double(), parameters="weight")
+        network = Subject(Own(absolute, gate).double(), parameters="weight")
         x = points(100, dtype=dtype).abs()
         y = x.clone()
         y[:, 70] = -3 - y[:, 70]  # one row in 100
         tolerance = 1e-10 if dtype == torch.float64 else 5e-5  # what a comparison of sums can see
-        engine = StructuredEngine(network)
+        engine = StructuredEngine(network.frozen)
         for inputs in (x, y, -y):
-            expected = explicit(network, inputs.double())
+            expected = network.explicit(inputs.double())
             assert_close(engine.linearize(inputs).rows().double(), expected, tolerance)
-        assert_close(StructuredEngine(network).linearize(y).rows().double(), explicit(network, y.double()), tolerance)
+        assert_close(
+            StructuredEngine(network.frozen).linearize(y).rows().double(), network.explicit(y.double()), tolerance
+        )
 
 
 def test_a_right_rule_serves():
     absolute = function_of_two(lambda x, weight: x.abs() @ weight.T)
     with registered(absolute, lambda use, x, weight: use.matrix(weight, None, x.abs())):
-        network = FrozenNetwork(Own(absolute).double())
+        network = Subject(Own(absolute).double())
         for dtype in (torch.float64, torch.float32):
-            report = StructuredEngine(network).linearize(points(300, dtype=dtype)).report()
+            report = StructuredEngine(network.frozen).linearize(points(300, dtype=dtype)).report()
             assert [e["parameter"] for e in report if e["served_by"] == "autodiff"] == []
 
 
@@ -315,10 +317,10 @@ def test_a_users_decomposition_that_is_wrong_further_on():
     absolute = function_of_two(lambda x, weight: x.abs() @ weight.T)
     register_decomposition(absolute, lambda x, weight: F.linear(x, weight))
     try:
-        network = FrozenNetwork(Own(absolute).double())
-        engine = StructuredEngine(network)
+        network = Subject(Own(absolute).double())
+        engine = StructuredEngine(network.frozen)
         for x in (points(20).abs(), points(20)):
-            assert_close(engine.linearize(x).rows(), explicit(network, x))
+            assert_close(engine.linearize(x).rows(), network.explicit(x))
     finally:
         del _DECOMPOSITIONS[absolute]
 
@@ -331,13 +333,13 @@ def test_a_rule_of_the_packages_own_that_is_wrong_further_on(rule: Callable, dty
     with registered(absolute, rule):
         _RULES[absolute].is_own = True
         torch.manual_seed(0)
-        network = FrozenNetwork(Own(absolute).double(), parameters="weight")
+        network = Subject(Own(absolute).double(), parameters="weight")
         x = points(600, dtype=dtype).abs()
-        engine = StructuredEngine(network)
+        engine = StructuredEngine(network.frozen)
         assert engine.linearize(x).report()[0]["served_by"] != "autodiff"
-        expected = explicit(network, (-3 - x).double())
+        expected = network.explicit((-3 - x).double())
         assert_close(engine.linearize(-3 - x).rows().double(), expected, 1e-10 if dtype == torch.float64 else 5e-5)
-        engine = StructuredEngine(network)
+        engine = StructuredEngine(network.frozen)
         for rows in (x, -3 - x):
             reports = [engine.linearize(part).report()[0]["served_by"] for part in rows.split(40, dim=1)]
         assert reports[-1] == "autodiff"
@@ -425,12 +427,12 @@ def test_a_gradient_that_is_zero_is_no_error(kind: str, selected: str | None, dt
     """That of the bias of keys: softmax does not see it."""
     torch.manual_seed(0)
     parameters = None if selected is None else lambda name, parameter: parameter.dim() == 1
-    network = FrozenNetwork(Attention(kind).double(), parameters=parameters)
+    network = Subject(Attention(kind).double(), parameters=parameters)
     x = torch.randn(1, 20, 5 * 16, dtype=dtype)
-    jacobian = StructuredEngine(network).linearize(x)
+    jacobian = StructuredEngine(network.frozen).linearize(x)
     assert [e["parameter"] for e in jacobian.report() if e["served_by"] == "autodiff"] == []
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
-    assert_close(jacobian.rows().double(), explicit(network, x.double()), tolerance)
+    assert_close(jacobian.rows().double(), network.explicit(x.double()), tolerance)
 
 
 # Scalars
@@ -453,15 +455,15 @@ class Scaled(nn.Module):
 @pytest.mark.parametrize("outputs", [1, 3])
 @pytest.mark.parametrize("parameters", [None, "scale", "numbers", ["scale", "unused"]])
 def test_parameters_without_dimensions(parameters, outputs: int):
-    network = FrozenNetwork(Scaled(outputs).double(), parameters=parameters, output="all")
-    check_every_operation(network, points(7), points(4, 1))
+    network = Subject(Scaled(outputs).double(), parameters=parameters, output="all")
+    network.check(points(7), points(4, 1))
 
 
 @pytest.mark.parametrize("engine", ["structured", "autodiff"])
 def test_kernels_of_parameters_without_dimensions(engine: str):
     network = Scaled(1).double()
     x, v = points(7)[0], torch.ones(7, 2, dtype=torch.float64)
-    J = explicit(FrozenNetwork(network), x[None])[0]
+    J = Subject(network).explicit(x[None])[0]
     kernel = NTKKernel(network, engine=engine)
     assert_close(kernel(x) @ v, J @ J.mT @ v)
     assert_close(kernel(x).to_dense(), J @ J.mT)
@@ -515,7 +517,7 @@ def test_columns_are_in_the_parameters_order_whatever_strings_hash_to():
 
 
 def test_what_no_rule_has_seen_is_named_in_the_parameters_order():
-    network = frozen(routed_to_one_of_many_matrices)
+    network = subject(routed_to_one_of_many_matrices).frozen
     function = network.function(torch.float64, torch.device("cpu"))
     names = tuple(function.parameters)
     assert copy.copy(function).restrict(reversed(names)).parameters.keys() == function.parameters.keys()

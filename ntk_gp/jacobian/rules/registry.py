@@ -46,6 +46,9 @@ class Use:
         if self.point_dim != 0:
             raise UnsupportedUse(f"the points are dimension {self.point_dim} of {self.ndim}")
 
+    # Their former names.
+    keep_last, keep_first = decline_points_in_last, decline_points_not_first
+
     def matrix(
         self,
         weight: ParameterView | Any,

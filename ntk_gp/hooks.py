@@ -1,0 +1,5 @@
+"""The former name of :mod:`ntk_gp.bridge`."""
+
+from .bridge import install, uninstall
+
+__all__ = ["install", "uninstall"]
