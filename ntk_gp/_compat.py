@@ -118,7 +118,7 @@ def _no_onednn(*_: Any) -> Tensor:
 
 onednn_linear: Callable[..., Tensor] = getattr(torch.ops.mkldnn, "_linear_pointwise", _no_onednn)
 """`(x, weight, bias, "none", [], "")` to x Wᵀ + b by oneDNN. `torch.ops.mkldnn._linear_pointwise`, where torch is built
-with oneDNN; without it, `ntk_gp.jacobian.matmul` finds out and multiplies as PyTorch does, which is slower."""
+with oneDNN; without it, `ntk_gp.replacements.onednn` finds out and multiplies as PyTorch does, which is slower."""
 
 view_as_own: Callable[..., Tensor] = torch.ops.aten._unsafe_view
 """A tensor in another shape, for autograd no view: it may be changed in place, and its base is not looked at any more.

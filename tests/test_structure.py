@@ -49,7 +49,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ntk_gp import NTKKernel
-from ntk_gp.operators.exactly_solved import exactly_solved
+from ntk_gp.bridge.exactly_solved import exactly_solved
 from tests import references
 from tests.adapted import assert_close, data, network
 
