@@ -54,7 +54,7 @@ without it, enter :data:`without_innermost_mode` until it raises."""
 
 without_innermost_mode: Callable[[], Any] = overrides._pop_mode_temporarily
 """A context in which the innermost of these modes is gone. `torch.overrides._pop_mode_temporarily`; without it,
-exporting (`ntk_gp.tracing`) is refused under a mode."""
+refuse to export under a mode."""
 
 is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 """Whether autocast is on for any kind of device. `torch._C._is_any_autocast_enabled`; without it, ask
@@ -105,7 +105,7 @@ def _attention_switches() -> dict[str, tuple[Callable[[], bool], Callable[[bool]
 attention_switches = _attention_switches()
 """Each implementation of attention, with what tells whether it may be used and what sets that. Three of them are
 public; `torch._C._get_NAME_sdp_enabled` and `_set_sdp_use_NAME` for cuDNN's (later public as well) and for that of
-other devices ("overrideable", which never was), each since the version of torch that has it; without them, it is not
+other devices ("overrideable", which never was), which not all supported versions have; without them, that one is not
 switched off."""
 
 
@@ -118,7 +118,7 @@ def _no_onednn(*_: Any) -> Tensor:
 
 onednn_linear: Callable[..., Tensor] = getattr(torch.ops.mkldnn, "_linear_pointwise", _no_onednn)
 """`(x, weight, bias, "none", [], "")` to x Wᵀ + b by oneDNN. `torch.ops.mkldnn._linear_pointwise`, where torch is built
-with oneDNN; without it, `ntk_gp.replacements.onednn` finds out and multiplies as PyTorch does, which is slower."""
+with oneDNN; without it, the first product finds out, and products are PyTorch's, which are slower."""
 
 view_as_own: Callable[..., Tensor] = torch.ops.aten._unsafe_view
 """A tensor in another shape, for autograd no view: it may be changed in place, and its base is not looked at any more.
@@ -176,6 +176,7 @@ saved_normalized_shape = attrgetter("_saved_normalized_shape")
 
 saved_padding_idx = attrgetter("_saved_padding_idx")
 """The row of an embedding that has no derivative. `Node._saved_padding_idx`; without it, see above."""
+
 
 # Modules. Their public methods leave out what is None, and what is there twice; and refuse names that are attributes.
 
