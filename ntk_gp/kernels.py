@@ -13,6 +13,7 @@ from gpytorch.kernels import Kernel
 from gpytorch.priors import Prior
 from torch import Size, Tensor, nn
 
+from ._compat import parameters_in
 from .bridge.prediction_strategies import NTKPredictionStrategy
 from .bridge.recognised import NeuralTangentKernel
 from .jacobian.linearization import Linearization
@@ -125,7 +126,7 @@ class NTKKernel(NeuralTangentKernel):
 
     @property
     def variance(self) -> Tensor:
-        if "raw_variance" in self._parameters:
+        if "raw_variance" in parameters_in(self):
             return self.raw_variance_constraint.transform(self.raw_variance)
         return torch.ones(*self.batch_shape, 1, 1, dtype=self.network.dtype, device=self.network.device)
 
@@ -157,7 +158,7 @@ class NTKKernel(NeuralTangentKernel):
         A model's prediction caches are its own: call `model.train()` and `model.eval()` after this.
         """
         renewed = self.network.renewed(network)
-        if "raw_variance" in self._parameters and renewed.group_names != self.network.group_names:
+        if "raw_variance" in parameters_in(self) and renewed.group_names != self.network.group_names:
             raise ValueError(
                 f"The network's variance groups are {renewed.group_names}, this kernel's {self.network.group_names}. "
                 "Make a new kernel for a network of another form."
@@ -195,7 +196,7 @@ class NTKKernel(NeuralTangentKernel):
     def forward(
         self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **params
     ) -> NTKLinearOperator | Tensor:
-        if "raw_variance" in self._parameters:
+        if "raw_variance" in parameters_in(self):
             variance = self.variance.to(x1.device, x1.dtype)
         else:
             variance = x1.new_ones(*self.batch_shape, 1, 1)
@@ -250,8 +251,8 @@ class NTKKernel(NeuralTangentKernel):
 
     def _with_batch_shape(self, batch_shape: Size, transform: Callable[[Tensor], Tensor]) -> NTKKernel:
         new = copy.deepcopy(self)  # cheap: the network's tensors are shared
-        new._batch_shape = batch_shape
-        if "raw_variance" in self._parameters:
+        new.batch_shape = batch_shape
+        if "raw_variance" in parameters_in(self):
             new.raw_variance = nn.Parameter(transform(self.raw_variance.detach()).clone())
         return new
 
@@ -314,7 +315,7 @@ def _get_variance(kernel: NTKKernel) -> Tensor:
 
 
 def _set_variance(kernel: NTKKernel, value: float | Tensor) -> None:
-    if "raw_variance" not in kernel._parameters:
+    if "raw_variance" not in parameters_in(kernel):
         raise RuntimeError("This kernel has no variances of its own: pass variance_groups, or use a ScaleKernel.")
     value = torch.as_tensor(value, device=kernel.raw_variance.device).to(kernel.raw_variance)
     kernel.initialize(raw_variance=kernel.raw_variance_constraint.inverse_transform(value))

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ._compat import BUFFERS, buffers_in, dual_level_number, innermost_transform
 from .jacobian.autodiff import AutodiffEngine
 from .jacobian.forward_mode import dual_level, value_and_tangent
 from .jacobian.modes import Modes
@@ -65,7 +66,7 @@ class LinearizedModule(nn.Module):
         """
         if torch.compiler.is_compiling():
             return self._traced_values(x, directions)
-        if torch._C._functorch.peek_interpreter_stack() is not None or _is_dual(x):
+        if innermost_transform() is not None or _is_dual(x):
             return self._transformed_values(x, directions)
         check_finite(x)
         return self._checked_values(x, directions)
@@ -168,7 +169,8 @@ def owned(network: FrozenNetwork) -> FrozenNetwork:
     new = copy.deepcopy(network)
     with torch.inference_mode(False), torch.no_grad():
         for node in new.tensors.modules():
-            node._buffers = {name: None if t is None else normal_tensor(t).clone() for name, t in node._buffers.items()}
+            buffers = {name: t if t is None else normal_tensor(t).clone() for name, t in buffers_in(node).items()}
+            vars(node)[BUFFERS] = buffers
     new._functions, new._checked = {}, set()
     return new
 
@@ -178,7 +180,7 @@ def _is_sure_of_forward_mode(modes: Modes) -> bool:
 
 
 def _is_dual(x: Tensor) -> bool:
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+    return dual_level_number() >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 def _in_one_pass(function: NetworkFunction, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from gpytorch.kernels import Kernel, ScaleKernel
 from gpytorch.models import ExactGP
 from torch import Tensor, nn
 
+from ._compat import children_in
 from .bridge.prediction_strategies import NTKPredictionStrategy
 from .kernels import NTKKernel
 from .linearized import LinearizedModule, owned
@@ -202,9 +203,9 @@ def _own_copy(module: Any) -> Any:
     new = copy.deepcopy(module)
     if isinstance(new, nn.Module):
         for part in list(new.modules()):
-            for name, child in part._modules.items():
+            for name, child in children_in(part).items():
                 if isinstance(child, FrozenNetwork):
-                    part._modules[name] = owned(child)
+                    children_in(part)[name] = owned(child)
     return new
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from gpytorch.settings import _feature_flag, _value_context
+
+from ._compat import FeatureFlag, ValueSetting
 
 T = TypeVar("T")
 
 
-class memory_budget(_value_context):
+class memory_budget(ValueSetting):
     """Bytes that one computation may take beyond its inputs and its result, caches included.
 
     Work is cut into chunks that fit, and what does not fit is recomputed instead of stored: a smaller budget costs
@@ -45,7 +46,7 @@ class memory_budget(_value_context):
         return int(value) if value is not None else _device_memory(torch.device(device)) // 4
 
 
-class allow_tf32(_feature_flag):
+class allow_tf32(FeatureFlag):
     """Whether convolutions on a GPU may round their inputs to TF32 (10 bits), which is faster.
 
     (Default: False. Matrix products follow `torch.set_float32_matmul_precision`.)
@@ -54,7 +55,7 @@ class allow_tf32(_feature_flag):
     _default = False
 
 
-class progress_bar(_feature_flag):
+class progress_bar(FeatureFlag):
     """Whether long work shows a progress bar (needs the package tqdm): Gram matrices, factorisations, the eigenvalues
     that fitting needs, iterations, variances, and the network at many inputs.
 
@@ -64,7 +65,7 @@ class progress_bar(_feature_flag):
     _default = False
 
 
-class solve_tolerance(_value_context):
+class solve_tolerance(ValueSetting):
     """The relative residual ‖(K + D)x − b‖ / ‖b‖ at which an iterative solve stops.
 
     Only where neither K + D nor its counterpart in weight space fits in the memory budget is a system solved by
@@ -80,7 +81,7 @@ class solve_tolerance(_value_context):
         super().__init__(_positive(value, "solve_tolerance"))
 
 
-class love_tolerance(_value_context):
+class love_tolerance(ValueSetting):
     """How far variances may be above the exact ones, as a part of themselves, with `gpytorch.settings.fast_pred_var`.
 
     On average over training points; single test points far from all training points may be off by a few times as much.
@@ -94,7 +95,7 @@ class love_tolerance(_value_context):
         super().__init__(_positive(value, "love_tolerance"))
 
 
-class solver(_value_context):
+class solver(ValueSetting):
     """The one way to solve with K + D: `"function_space"`, `"weight_space"` or `"iterative"`; None for the cheapest.
 
     By default the one with the least flops of those that are exact and fit in the memory budget is taken, and iteration

@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from gpytorch import settings
 
 BOTORCH_CHOLESKY_SIZE = 4096
@@ -26,7 +27,7 @@ _DEFAULTS = {
     settings.eval_cg_tolerance: (0.01,),
     settings.max_root_decomposition_size: (100,),
 }
-_BY_DTYPE = ("_global_float_value", "_global_double_value", "_global_half_value")
+_BY_DTYPE = {torch.float: "float_value", torch.double: "double_value", torch.half: "half_value"}
 
 
 class StockInt(int):
@@ -56,11 +57,11 @@ def mark() -> None:
     for setting, defaults in _DEFAULTS.items():
         value = setting.value()
         if not is_stock(value) and value in defaults:
-            setting._global_value = stock(value)
-    for name in _BY_DTYPE:
-        value = getattr(settings.min_variance, name)
+            setting(stock(value)).__enter__()  # for good
+    for dtype, name in _BY_DTYPE.items():
+        value = settings.min_variance.value(dtype)
         if not is_stock(value) and value in (1e-6, 1e-10, 1e-3):
-            setattr(settings.min_variance, name, stock(value))
+            settings.min_variance(**{name: stock(value)}).__enter__()
 
 
 def mark_botorchs() -> None:
@@ -68,7 +69,7 @@ def mark_botorchs() -> None:
     setting = settings.max_cholesky_size
     if not _botorch.is_marked and "botorch" in sys.modules:
         if setting.value() == BOTORCH_CHOLESKY_SIZE:
-            setting._global_value = stock(BOTORCH_CHOLESKY_SIZE)
+            setting(stock(BOTORCH_CHOLESKY_SIZE)).__enter__()
         _botorch.is_marked = is_stock(setting.value()) and setting.value() == BOTORCH_CHOLESKY_SIZE
 
 

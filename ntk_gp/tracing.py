@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode_temporarily
+from torch.overrides import TorchFunctionMode
+
+from ._compat import active_function_modes, without_innermost_mode
 
 
 def traced_through(function: Callable[..., tuple[Tensor, ...]], *args: Tensor) -> tuple[Tensor, ...]:
@@ -23,8 +25,8 @@ def traced_through(function: Callable[..., tuple[Tensor, ...]], *args: Tensor) -
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx  # takes a while to import
 
     with ExitStack() as stack:
-        for _ in _get_current_function_mode_stack():
-            stack.enter_context(_pop_mode_temporarily())
+        for _ in active_function_modes():
+            stack.enter_context(without_innermost_mode())
         stack.enter_context(disable_proxy_modes_tracing())
         try:
             with _DetachNoticed() as own:
@@ -72,7 +74,7 @@ def linearize_by_autograd(
     """
     number = next(iter(tangents.values())).shape[0]
     with torch.enable_grad():
-        with torch._C.DisableTorchFunction():  # these are ours
+        with torch.DisableTorchFunction():  # these are ours
             leaves = {name: tensor.detach().requires_grad_() for name, tensor in parameters.items()}
         values = at(leaves)
         cotangent = torch.zeros_like(values).requires_grad_()

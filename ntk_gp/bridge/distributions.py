@@ -12,6 +12,7 @@ from gpytorch.distributions import MultivariateNormal
 from linear_operator.operators import LinearOperator
 from torch import Size, Tensor
 
+from .._compat import check_sample
 from ..operators import NTKLinearOperator
 from .exactly_solved import exactly_solved, without_constants
 from .recognised import contains_ntk
@@ -26,8 +27,7 @@ def log_prob(default: Callable[..., Any], distribution: MultivariateNormal, valu
     chosen = not flag.is_default() and flag.off()
     if chosen or not distribution.islazy or not contains_ntk(distribution.lazy_covariance_matrix):
         return default(distribution, value)
-    if distribution._validate_args:
-        distribution._validate_sample(value)
+    check_sample(distribution, value)
     residual = value - distribution.loc
     covariance = exactly_solved(distribution.lazy_covariance_matrix)
     shape = torch.broadcast_shapes(residual.shape[:-1], covariance.batch_shape)

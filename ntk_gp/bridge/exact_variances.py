@@ -30,6 +30,7 @@ from linear_operator.operators import (
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
+from .._compat import constant_in
 from ..operators import NTKLinearOperator
 from ..operators.ntk_posterior_linear_operator import NTKPosteriorEntries, NTKPosteriorLinearOperator
 from ..stock import chosen_min_variance
@@ -54,9 +55,9 @@ def variance(default: Callable[..., Any], distribution: MultivariateNormal) -> T
 
 def _exact_variance(distribution: MultivariateNormal, covariance: LinearOperator) -> Tensor:
     """The diagonal, in the shape of the distribution; entries that are zero are rounded up, with a warning."""
-    event_shape = distribution._event_shape
+    event_shape = distribution.loc.shape[-1:]
     diagonal = covariance.diagonal(dim1=-1, dim2=-2)
-    variance = diagonal.reshape(diagonal.shape[:-1] + event_shape).expand(distribution._batch_shape + event_shape)
+    variance = diagonal.reshape(diagonal.shape[:-1] + event_shape).expand(distribution.batch_shape + event_shape)
     positive = variance > 0
     if positive.all():
         return variance
@@ -89,7 +90,7 @@ def _is_not_negative(matrix: Any) -> bool:
     if isinstance(matrix, LazyEvaluatedKernelTensor):
         return contains_ntk(matrix)
     if isinstance(matrix, ConstantMulLinearOperator):
-        return bool((matrix._constant >= 0).all()) and _is_not_negative(matrix.base_linear_op)
+        return bool((constant_in(matrix) >= 0).all()) and _is_not_negative(matrix.base_linear_op)
     if isinstance(matrix, InterpolatedLinearOperator):  # rows and columns of noise, where both were chosen by a tensor
         return isinstance(matrix.base_linear_op, DiagLinearOperator) and bool((matrix.left_interp_values >= 0).all())
     return isinstance(matrix, _COMBINED) and all(_is_not_negative(part) for part in parts_of(matrix))

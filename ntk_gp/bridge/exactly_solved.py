@@ -43,6 +43,7 @@ from linear_operator.operators import (
 from torch import Tensor
 
 from .. import memory
+from .._compat import added_diagonal, constant_in, without_diagonal
 from ..operators import NTKLinearOperator
 from ..operators._densely_solved import DenselySolved
 from ..operators.ntk_block_linear_operators import NTKBlockDiagLinearOperator, NTKBlockInterleavedLinearOperator
@@ -85,7 +86,7 @@ def without_constants(matrix: LinearOperator) -> LinearOperator:
         return matrix
     matrix = matrix.evaluate_kernel()
     if type(matrix) is ConstantMulLinearOperator:
-        base, constant = without_constants(matrix.base_linear_op), matrix._constant
+        base, constant = without_constants(matrix.base_linear_op), constant_in(matrix)
         if isinstance(base, NTKLinearOperator | DenselySolved):
             return base._mul_constant(constant)
         if type(base) is KroneckerProductLinearOperator:
@@ -118,8 +119,8 @@ def _masked(matrix: MaskedLinearOperator) -> LinearOperator:
     base = matrix.base.evaluate_kernel()
     if not matrix.row_eq_col_mask or not isinstance(base, AddedDiagLinearOperator):
         return NTKSumLinearOperator(matrix)
-    kernel = without_constants(base._linear_op)
-    return _observed(kernel, matrix.row_mask) + _observed_noise(base._diag_tensor, matrix.row_mask)
+    kernel = without_constants(without_diagonal(base))
+    return _observed(kernel, matrix.row_mask) + _observed_noise(added_diagonal(base), matrix.row_mask)
 
 
 def _observed(matrix: LinearOperator, rows: Tensor) -> LinearOperator:
@@ -169,7 +170,7 @@ def _noisy_kronecker(kernel: KroneckerProductLinearOperator, noise: LinearOperat
 
 def _noisy(matrix: AddedDiagLinearOperator) -> LinearOperator:
     """A matrix plus diagonal noise: the structure of the matrix decides."""
-    kernel, noise = without_constants(matrix._linear_op), matrix._diag_tensor
+    kernel, noise = without_constants(without_diagonal(matrix)), added_diagonal(matrix)
     if isinstance(kernel, BlockDiagLinearOperator | BlockInterleavedLinearOperator):
         return _blocks(type(kernel)(kernel.base_linear_op + _noise_of_blocks(kernel, noise)))
     if type(kernel) is KroneckerProductLinearOperator:

@@ -19,6 +19,7 @@ from linear_operator.operators import LinearOperator, SumLinearOperator
 from linear_operator.utils.memoize import cached
 from torch import Tensor
 
+from .._compat import BUFFERS, buffers_in
 from ..operators.ntk_sum_linear_operator import entry_by_entry, product_over_batch
 from .exactly_solved import without_constants
 from .recognised import NeuralTangentKernel, contains_ntk
@@ -58,8 +59,8 @@ def evaluate_kernel(default: Callable[..., Any], matrix: LazyEvaluatedKernelTens
 @recall_grad_state
 def _evaluated(matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
     kernel = object.__new__(type(matrix.kernel))  # GPyTorch's own copies share their attributes
-    buffers = {**matrix.kernel._buffers, "active_dims": None}  # x₁ and x₂ are those columns already
-    kernel.__dict__.update(matrix.kernel.__dict__, _buffers=buffers)
+    buffers = {**buffers_in(matrix.kernel), "active_dims": None}  # x₁ and x₂ are those columns already
+    kernel.__dict__.update({**matrix.kernel.__dict__, BUFFERS: buffers})
     evaluate = super(Kernel, kernel).__call__
     result = evaluate(matrix.x1, matrix.x2, last_dim_is_batch=matrix.last_dim_is_batch, **matrix.params)
     result = to_linear_operator(result).evaluate_kernel()

@@ -11,6 +11,7 @@ from gpytorch.lazy import LazyEvaluatedKernelTensor
 from gpytorch.models import GP
 from linear_operator.operators import DenseLinearOperator, LinearOperator
 
+from .._compat import is_interleaved
 from ..operators.ntk_sum_linear_operator import NTKSumLinearOperator
 from .prediction_strategies import NTKInducingPointStrategy, NTKPredictionStrategy
 from .recognised import contains_ntk
@@ -55,5 +56,5 @@ def call(default: Callable[..., Any], model: GP, *args: Any, **kwargs: Any) -> A
         return output
     if not contains_ntk(model):
         return output
-    layout = {"interleaved": output._interleaved} if isinstance(output, MultitaskMultivariateNormal) else {}
+    layout = {"interleaved": is_interleaved(output)} if isinstance(output, MultitaskMultivariateNormal) else {}
     return type(output)(output.mean, NTKSumLinearOperator(output.lazy_covariance_matrix), **layout)

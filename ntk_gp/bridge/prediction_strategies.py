@@ -9,9 +9,10 @@ from gpytorch import settings as gpytorch_settings
 from gpytorch.models.exact_prediction_strategies import DefaultPredictionStrategy, SGPRPredictionStrategy
 from linear_operator import to_dense, to_linear_operator
 from linear_operator.operators import LinearOperator, MatmulLinearOperator, ZeroLinearOperator
-from linear_operator.utils.memoize import cached
+from linear_operator.utils.memoize import cached, clear_cache_hook
 from torch import Size, Tensor
 
+from .._compat import without_diagonal
 from ..network import is_finite, normal_tensor
 from ..operators import NTKAddedDiagLinearOperator, NTKLinearOperator
 from ..operators._batches import FoldedColumns
@@ -39,7 +40,7 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
     def __init__(self, train_inputs, train_prior_dist, train_labels, likelihood, **kwargs):
         _check_targets(train_inputs[0], train_labels)
         self._networks: set[int] = set()  # the states of the networks in K
-        self._memoize_cache: dict = {}  # made here, since threads that share this could each make their own later
+        clear_cache_hook(self)  # made here, since threads that share this could each make their own later
         super().__init__(train_inputs, train_prior_dist, train_labels, likelihood, **kwargs)
 
     def __reduce__(self):
@@ -129,7 +130,7 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
             isinstance(test_test_covar, NTKLinearOperator)
             and isinstance(self._train_matrix, NTKAddedDiagLinearOperator)
             and self._train_matrix._is_positive
-            and self._train_matrix._linear_op.is_of_one_kernel_with(test_test_covar)
+            and without_diagonal(self._train_matrix).is_of_one_kernel_with(test_test_covar)
             and gpytorch_settings.detach_test_caches.on()
         )
 

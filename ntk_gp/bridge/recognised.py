@@ -7,6 +7,7 @@ from gpytorch.lazy import LazyEvaluatedKernelTensor
 from linear_operator.operators import LinearOperator
 from torch import nn
 
+from .._compat import arguments_of, keyword_arguments_of
 from ..operators import NTKAddedDiagLinearOperator, NTKLinearOperator
 from ..operators._densely_solved import DenselySolved
 from ..operators.ntk_block_linear_operators import NTKBlockDiagLinearOperator, NTKBlockInterleavedLinearOperator
@@ -48,4 +49,8 @@ def networks_of(matrix: LinearOperator) -> set[int]:
 
 def parts_of(matrix: LinearOperator) -> list[LinearOperator]:
     """The matrices that this one is put together from; none for one of numbers."""
-    return [part for part in (*matrix._args, *matrix._kwargs.values()) if isinstance(part, LinearOperator)]
+    return [
+        part
+        for part in (*arguments_of(matrix), *keyword_arguments_of(matrix).values())
+        if isinstance(part, LinearOperator)
+    ]

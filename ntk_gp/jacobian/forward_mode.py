@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import jvp
 
+from .._compat import dual_level_number, innermost_transform
 from ..replacements.full_rate import FullRateLayers
 
 
@@ -73,7 +74,7 @@ class DualLevel:
 
     def is_of_others(self) -> bool:
         """Whether a level is open that was not opened here: the user's own."""
-        return forward_ad._current_level >= 0 and not self._sharing
+        return dual_level_number() >= 0 and not self._sharing
 
 
 dual_level = DualLevel()
@@ -84,7 +85,7 @@ def value_and_tangent(
 ) -> tuple[Tensor, Tensor]:
     """What `torch.func.jvp` gives: by itself where other derivatives are taken as well, and otherwise from dual numbers
     without its bookkeeping, and with faster linear layers."""
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None or dual_level.is_of_others()
+    transformed = innermost_transform() is not None or dual_level.is_of_others()
     if transformed or torch.is_grad_enabled():
         with dual_level.alone():
             value, tangent = jvp(at, (parameters,), (tangents,))  # type: ignore[misc]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._compat import innermost_transform, saved_padding_idx
 from ..network import NetworkFunction, nodes_below
 from . import plain, transforms
 
@@ -188,7 +189,7 @@ class Modes:
 
 def is_transformed() -> bool:
     """Whether the caller is inside a transform of `torch.func`, where plain autograd has no say."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return innermost_transform() is not None
 
 
 def agree_at_random(function: NetworkFunction, x: Tensor, tangents: Tensor, products: Tensor) -> bool:
@@ -247,7 +248,7 @@ def _has_agreeing_derivatives(node: Any) -> bool:
     """Not of Python's custom functions, or a script's."""
     name = re.sub(r"Backward\d*$", "", node.name().removeprefix("torch::autograd::"))
     if name == "Embedding":  # forward mode gives the padding a derivative
-        return node._saved_padding_idx >= _NO_PADDING
+        return saved_padding_idx(node) >= _NO_PADDING
     return name in _AGREEING and not isinstance(node, torch.autograd.function.BackwardCFunction)
 
 

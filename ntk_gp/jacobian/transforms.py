@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
+from .._compat import set_vmap_warns_of_loops
 from ..network import NetworkFunction, Switch
 from .forward_mode import value_and_tangent
 
 # vmap warns once for every operator that it has to loop over; the answer is the same. (PyTorch does not tell whether it
 # would warn; it does, unless told otherwise.)
-_warn_of_loops = torch._C._functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
-_quiet = Switch((lambda: True, _warn_of_loops, False))
+_quiet = Switch((lambda: True, set_vmap_warns_of_loops, False))
 
 
 def pushforward(function: NetworkFunction, x: Tensor) -> Callable[[Tensor], Tensor]:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._compat import sparse_indices, sparse_values, version_of
+
 _serial_numbers = itertools.count(1)
 
 # Sums run over every 1021st word. A prime, so that no row of a matrix is so long that exchanging rows leaves them.
@@ -36,7 +38,7 @@ class Fingerprint:
         :param tensors: Always the same places, whatever is in them.
         :param thorough: Look for changes that left no trace, too.
         """
-        with self._lock, torch._C.DisableTorchFunction():  # a mode would look at each of these calls
+        with self._lock, torch.DisableTorchFunction():  # a mode would look at each of these calls
             unchanged = len(tensors) == len(self._seen) and all(
                 seen.is_same(tensor) for seen, tensor in zip(self._seen, tensors, strict=True)
             )
@@ -71,13 +73,13 @@ class _Seen:
 
     def __init__(self, tensor: Tensor):
         self._tensor = weakref.ref(tensor)
-        self._version = tensor._version
+        self._version = version_of(tensor)
         self._address = _address(tensor)
         self._words = _words(tensor)
         self._checksum = self._sums()
 
     def is_same(self, tensor: Tensor) -> bool:
-        return self._tensor() is tensor and self._version == tensor._version and self._address == _address(tensor)
+        return self._tensor() is tensor and self._version == version_of(tensor) and self._address == _address(tensor)
 
     def has_same_contents(self) -> bool:
         """Whether not a bit has changed since this was last asked."""
@@ -116,7 +118,7 @@ def _strided_parts(tensor: Tensor) -> list[Tensor]:
     if tensor.layout == torch.strided:
         return [torch.view_as_real(tensor) if tensor.is_complex() else tensor]
     if tensor.layout == torch.sparse_coo:
-        return [*_strided_parts(tensor._values()), tensor._indices()]
+        return [*_strided_parts(sparse_values(tensor)), sparse_indices(tensor)]
     if tensor.layout == torch.sparse_csr:
         return [*_strided_parts(tensor.values()), tensor.crow_indices(), tensor.col_indices()]
     return []

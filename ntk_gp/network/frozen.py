@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import settings
+from .._compat import CHILDREN, buffers_in, children_in
 from .checks import check_finite, check_tensor
 from .fingerprint import Fingerprint
 from .function import Findings, NetworkFunction
@@ -146,7 +147,7 @@ class FrozenNetwork(nn.Module):
         """
         places = self._places
         if places is None:  # walking over modules each time would take longer than small networks do
-            places = self._places = _Places([module._buffers for module in self.tensors.modules()])
+            places = self._places = _Places([buffers_in(module) for module in self.tensors.modules()])
         tensors = [tensor for place in places.dictionaries for tensor in place.values() if tensor is not None]
         return self._fingerprint.number(tensors, thorough)
 
@@ -367,8 +368,7 @@ class FrozenNetwork(nn.Module):
                 "_findings": dict(self._findings),
             }
         new.__dict__.update(
-            known,
-            _modules=dict(self._modules),
+            {**known, CHILDREN: dict(children_in(self))},
             _places=None,
             _fingerprint=self._fingerprint.copy(),
             _lock=threading.RLock(),

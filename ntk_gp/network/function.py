@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import memory, settings
+from .._compat import version_of
 from ..replacements.elementary import ElementaryOperations
 from . import switches
 from .skeleton import Skeletons
@@ -244,5 +245,5 @@ class NetworkFunction:
 
 def versions(tensors: Mapping[str, Tensor]) -> list[int]:
     """How often each tensor has been written to."""
-    with torch._C.DisableTorchFunction():  # a mode would look at each of these
-        return [tensor._version for tensor in tensors.values()]
+    with torch.DisableTorchFunction():  # a mode would look at each of these
+        return [version_of(tensor) for tensor in tensors.values()]

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .._compat import buffers_in
+
 _lock = threading.Lock()
 # Both hold nothing alive: the snapshots of a network, and the tensors that were put in a tensor's place.
 _families: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -42,10 +44,10 @@ def share_snapshot(network: nn.Module, snapshot: Snapshot) -> WeakSet:
         alive = [dict(other.tensors.named_buffers()) for other in family]
         family.add(snapshot)
     for prefix, node in snapshot.tensors.named_modules():
-        for name, tensor in node._buffers.items():
+        for name, tensor in buffers_in(node).items():
             if tensor is not None:
                 known = (other.get(f"{prefix}.{name}".lstrip(".")) for other in alive)
-                node._buffers[name] = _first_equal(tensor, known)
+                buffers_in(node)[name] = _first_equal(tensor, known)
     return family
 
 

@@ -12,8 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._compat import BUFFERS, CHILDREN, PARAMETERS, buffers_in, parameters_in
+
 # What torch keeps in every module for hooks and the like: nothing that a forward pass writes to.
-_BOOKKEEPING = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
+_BOOKKEEPING = vars(nn.Module()).keys() - {PARAMETERS, BUFFERS, CHILDREN}
 _ATOMIC = (Tensor, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
 
 
@@ -156,7 +158,7 @@ class _Skeleton:
 def _place(module: nn.Module, name: str, owner: str) -> tuple[dict[str, Any], str, str]:
     path, _, leaf = name.rpartition(".")
     holder = module.get_submodule(path)
-    return (holder._parameters if leaf in holder._parameters else holder._buffers), leaf, owner
+    return (parameters_in(holder) if leaf in parameters_in(holder) else buffers_in(holder)), leaf, owner
 
 
 def _mutable_containers(module: nn.Module) -> Iterator[Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .._compat import BUFFERS, CHILDREN, COMPILED, PARAMETERS, buffers_in, children_in, leave_only_forward
 from .graph import leaves_below
 from .sharing import share_successor
 from .skeleton import copy_module, held_by, held_tensors
@@ -25,30 +26,32 @@ class TensorTree(nn.Module):
     """A node of the tree that mirrors the network; loading replaces its buffers, never overwrites them."""
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
-        before = dict(self._buffers)
+        before = dict(buffers_in(self))
         for name, buffer in before.items():
             if buffer is not None:
-                self._buffers[name] = buffer.clone()
+                buffers_in(self)[name] = buffer.clone()
         super()._load_from_state_dict(*args, **kwargs)
         self._share(before)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TensorTree:
-        before = dict(self._buffers)
+        before = dict(buffers_in(self))
         super()._apply(fn, recurse)
         self._share(before)
         return self
 
     def _share(self, before: Mapping[str, Tensor | None]) -> None:
         for name, old in before.items():
-            new = self._buffers[name]
+            new = buffers_in(self)[name]
             if old is not None and new is not None:
-                self._buffers[name] = share_successor(old, new)
+                buffers_in(self)[name] = share_successor(old, new)
 
     def shared_copy(self) -> TensorTree:
         """A tree of its own with the same tensors."""
         new = copy.copy(self)
-        children = {name: node.shared_copy() for name, node in self._modules.items() if isinstance(node, TensorTree)}
-        new.__dict__.update(_buffers=dict(self._buffers), _modules=children)
+        children = {
+            name: node.shared_copy() for name, node in children_in(self).items() if isinstance(node, TensorTree)
+        }
+        new.__dict__.update({BUFFERS: dict(buffers_in(self)), CHILDREN: children})
         return new
 
 
@@ -58,7 +61,7 @@ def unwrap(network: nn.Module) -> nn.Module:
         raise TypeError(f"Expected the trained network as a torch.nn.Module, got {type(network).__name__}.")
     while True:
         if _is_compiled(network):
-            network = network.get_submodule("_orig_mod")
+            network = network.get_submodule(COMPILED)
         elif isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             network = network.module
         elif isinstance(network, torch.jit.ScriptModule):
@@ -69,7 +72,7 @@ def unwrap(network: nn.Module) -> nn.Module:
 
 def _is_compiled(module: nn.Module) -> bool:
     """Whether this is `torch.compile` 's wrapper (told by its attribute: importing its class takes a second)."""
-    return "_orig_mod" in module._modules
+    return COMPILED in children_in(module)
 
 
 def check_parameter(name: str, parameter: nn.Parameter) -> None:
@@ -91,7 +94,7 @@ def canonical_names(network: nn.Module) -> dict[str, str]:
 
 def named_tensors(tensors: Iterable[tuple[str, _T]]) -> Iterable[tuple[str, _T]]:
     """The same names that the eager network has, where `torch.compile` has wrapped a part of it."""
-    return ((name.replace("_orig_mod.", ""), tensor) for name, tensor in tensors)
+    return ((name.replace(f"{COMPILED}.", ""), tensor) for name, tensor in tensors)
 
 
 def select(named: Mapping[str, nn.Parameter], selection: ParameterSelection) -> set[str]:
@@ -141,11 +144,11 @@ def buffer_tree(network: nn.Module, names: set[str]) -> TensorTree:
         *path, leaf = name.split(".")
         module: nn.Module = root
         for part in path:
-            if part not in module._modules:
-                module._modules[part] = TensorTree()
+            if part not in children_in(module):
+                children_in(module)[part] = TensorTree()
             module = module.get_submodule(part)
         # Written directly: register_buffer refuses names that nn.Module uses itself, and a network may have them.
-        module._buffers[leaf] = tensor.detach()
+        buffers_in(module)[leaf] = tensor.detach()
     return root
 
 
@@ -157,13 +160,11 @@ def copy_in_eval_mode(network: nn.Module) -> nn.Module:
     with torch.inference_mode(False), torch.no_grad():
         copied = copy_module(network, _own_copy(network))
         for module in list(copied.modules()):
-            for name, child in module._modules.items():
+            for name, child in children_in(module).items():
                 if child is not None and _is_compiled(child):
-                    module._modules[name] = child.get_submodule("_orig_mod")
+                    children_in(module)[name] = child.get_submodule(COMPILED)
         for module in copied.modules():
-            module._compiled_call_impl = None
-            module._backward_hooks.clear()
-            module._backward_pre_hooks.clear()
+            leave_only_forward(module)
         return copied.eval()
 
 
@@ -193,7 +194,7 @@ def unregistered_tensors(network: nn.Module) -> tuple[list[str], list[str]]:
     names: tuple[list[str], list[str]] = ([], [])
     for prefix, module in network.named_modules():
         for name, value in vars(module).items():
-            if name in ("_parameters", "_buffers", "_modules"):
+            if name in (PARAMETERS, BUFFERS, CHILDREN):
                 continue
             held = [t for t in held_by(value) if isinstance(t, Tensor) and id(t) not in registered]
             if any(tensor.is_floating_point() for tensor in held):

@@ -8,6 +8,18 @@ from typing import Any
 
 import torch
 
+from .._compat import (
+    attention_switches,
+    is_cudnn_deterministic,
+    is_cudnn_enabled,
+    is_cudnn_tf32_allowed,
+    is_onednn_enabled,
+    set_cudnn_deterministic,
+    set_cudnn_enabled,
+    set_cudnn_tf32_allowed,
+    set_onednn_enabled,
+)
+
 _lock = threading.Lock()
 
 
@@ -44,28 +56,19 @@ class Switch:
                         write(before)
 
 
-def _attention_backend(name: str) -> tuple[Callable[[], bool], Callable[[bool], None], bool]:
-    return getattr(torch._C, f"_get_{name}_sdp_enabled"), getattr(torch._C, f"_set_sdp_use_{name}"), name == "math"
-
-
-_BACKENDS = [
-    name
-    for name in ("flash", "mem_efficient", "cudnn", "overrideable", "math")
-    if hasattr(torch._C, f"_get_{name}_sdp_enabled") and hasattr(torch._C, f"_set_sdp_use_{name}")
-]
 # Fused attention has no forward-mode derivative and no second one, and the fast path of encoder layers none at all.
 PLAIN_ATTENTION = Switch(
     (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False),
-    *map(_attention_backend, _BACKENDS),
+    *((read, write, name == "math") for name, (read, write) in attention_switches.items()),
 )
 # Neither have oneDNN's recurrent kernels, nor cuDNN's.
-WITHOUT_ONEDNN = Switch((torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled, False))
-WITHOUT_CUDNN = Switch((torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled, False))
+WITHOUT_ONEDNN = Switch((is_onednn_enabled, set_onednn_enabled, False))
+WITHOUT_CUDNN = Switch((is_cudnn_enabled, set_cudnn_enabled, False))
 # The user may allow TF32 or not: two contexts, of which one is entered.
 CUDNN = {
     tf32: Switch(
-        (torch._C._get_cudnn_deterministic, torch._C._set_cudnn_deterministic, True),
-        (torch._C._get_cudnn_allow_tf32, torch._C._set_cudnn_allow_tf32, tf32),
+        (is_cudnn_deterministic, set_cudnn_deterministic, True),
+        (is_cudnn_tf32_allowed, set_cudnn_tf32_allowed, tf32),
     )
     for tf32 in (False, True)
 }

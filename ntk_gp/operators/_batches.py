@@ -40,6 +40,11 @@ def select(x: Tensor, batch_indices: tuple[IndexType, ...], points: IndexType = 
     return x[(*batch_indices, slice(None), slice(None))][..., points, :]
 
 
+def is_everything(index: IndexType) -> bool:
+    """Whether an index leaves its dimension as it is."""
+    return isinstance(index, slice) and index == slice(None)
+
+
 class FoldedColumns:
     """Right-hand sides with more batches than the operator, as more columns for the same operator.
 

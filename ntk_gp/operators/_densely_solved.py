@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from gpytorch import settings as gpytorch_settings
-from linear_operator.functions._inv_quad_logdet import InvQuadLogdet
 from linear_operator.operators import IdentityLinearOperator, LinearOperator, RootLinearOperator
 from linear_operator.utils import linear_cg
 from linear_operator.utils.cholesky import psd_safe_cholesky
@@ -16,6 +15,7 @@ from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
 from .. import memory
+from .._compat import InvQuadLogdet
 from ..solvers.iterative import tolerance
 from ..stock import STOCK_CHOLESKY_SIZES, chosen_cholesky_size
 from ._roots import square_root, warn_of_low_rank

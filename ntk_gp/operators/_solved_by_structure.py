@@ -22,6 +22,7 @@ import torch
 from linear_operator.operators import LinearOperator
 from torch import Tensor
 
+from .._compat import arguments_of
 from ._solving_operators import Factorised
 from .ntk_sum_linear_operator import NTKSumLinearOperator
 
@@ -64,7 +65,7 @@ class SolvedByStructure(Factorised):
 
     def root_decomposition(self, method: str | None = None) -> LinearOperator:
         """A square root, for samples, by a dense factor."""
-        return NTKSumLinearOperator(*self._args).root_decomposition(method)
+        return NTKSumLinearOperator(*arguments_of(self)).root_decomposition(method)
 
 
 def symmetric(matrix: Tensor) -> Tensor:

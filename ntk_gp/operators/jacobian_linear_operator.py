@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from linear_operator.operators import LinearOperator
-from linear_operator.utils.getitem import IndexType, _is_noop_index
+from linear_operator.utils.getitem import IndexType
 from torch import Size, Tensor
 
 from ..jacobian.base import Jacobian
 from ..jacobian.linearization import Linearization
 from ..network import full_precision
-from ._batches import FoldedColumns, expand, flatten_batch, select
+from ._batches import FoldedColumns, expand, flatten_batch, is_everything, select
 
 
 class JacobianLinearOperator(LinearOperator):
@@ -60,7 +60,7 @@ class JacobianLinearOperator(LinearOperator):
 
     def _getitem(self, row_index: IndexType, col_index: IndexType, *batch_indices: IndexType) -> LinearOperator:
         index, other = (col_index, row_index) if self.transposed else (row_index, col_index)
-        if self.linearization.network.num_outputs(self.x) != 1 or not _is_noop_index(other):
+        if self.linearization.network.num_outputs(self.x) != 1 or not is_everything(other):
             return super()._getitem(row_index, col_index, *batch_indices)
         x = select(self.x, batch_indices, index)
         return self.__class__(x, linearization=self.linearization, transposed=self.transposed)

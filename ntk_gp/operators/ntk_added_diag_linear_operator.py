@@ -15,6 +15,7 @@ from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Size, Tensor
 
 from .. import settings
+from .._compat import added_diagonal, without_diagonal
 from ..solvers import Solver, SolverReport, Spectrum, System, choose_solver, report_on, solver_class
 from ._batches import FoldedColumns, flatten_batch
 from ._solve import Solve
@@ -41,7 +42,7 @@ class NTKAddedDiagLinearOperator(SolvesWithLogdet, AddedDiagLinearOperator):
     def __add__(self, other: Tensor | LinearOperator | float) -> LinearOperator | Tensor:
         if isinstance(other, DiagLinearOperator):
             return super().__add__(other)
-        return (self._linear_op + other) + self._diag_tensor
+        return (without_diagonal(self) + other) + added_diagonal(self)
 
     def _mul_matrix(self, other: Tensor | LinearOperator) -> LinearOperator:
         return entry_by_entry(self, other)
@@ -61,7 +62,7 @@ class NTKAddedDiagLinearOperator(SolvesWithLogdet, AddedDiagLinearOperator):
     @property
     def system(self) -> System:
         """K + D as the solvers take it, in float64 and without a graph."""
-        kernel_matrix = self._linear_op
+        kernel_matrix = without_diagonal(self)
         return System(
             kernel_matrix.linearization,
             flatten_batch(kernel_matrix.x1.detach()),
@@ -71,7 +72,7 @@ class NTKAddedDiagLinearOperator(SolvesWithLogdet, AddedDiagLinearOperator):
 
     @property
     def _noise_diagonal(self) -> Tensor:
-        return self._diag_tensor._diag.expand(self.shape[:-1])
+        return added_diagonal(self)._diagonal().expand(self.shape[:-1])
 
     @property
     def solver(self) -> Solver:
@@ -100,12 +101,12 @@ class NTKAddedDiagLinearOperator(SolvesWithLogdet, AddedDiagLinearOperator):
     @property
     def _is_positive(self) -> bool:
         """Whether K + D is positive definite by its construction, as every solver here assumes."""
-        return bool((self._diag_tensor._diag > 0).all() and (self._linear_op.variances >= 0).all())
+        return bool((added_diagonal(self)._diagonal() > 0).all() and (without_diagonal(self).variances >= 0).all())
 
     @property
     def _as_sum(self) -> SolvesWithLogdet:
         """The same matrix, solved densely, with jitter where it needs that: for noise that is not positive."""
-        return NTKSumLinearOperator(self._linear_op) + self._diag_tensor
+        return NTKSumLinearOperator(without_diagonal(self)) + added_diagonal(self)
 
     def _inv_quad_and_logdet(self, rhs: Tensor | None, logdet: bool) -> tuple[Tensor, Tensor]:
         columns = torch.zeros(*self.shape[:-1], 1, dtype=self.dtype, device=self.device) if rhs is None else rhs
@@ -119,13 +120,13 @@ class NTKAddedDiagLinearOperator(SolvesWithLogdet, AddedDiagLinearOperator):
         """rhsᵀ (K + D)⁻¹ rhs for each column, (*batch, r), and log |K + D|, (*batch); None if not K + D > 0."""
         if not self._is_positive:
             return None
-        kernel_matrix = self._linear_op
+        kernel_matrix = without_diagonal(self)
         if torch.is_grad_enabled() and (kernel_matrix.x1.requires_grad or kernel_matrix.x2.requires_grad):
             return self._dense_marginal_terms(rhs)
         system = self.system
         out_shape, rhs, variances, noise = self._flat_arguments(rhs)
         fitted = torch.is_grad_enabled() and (variances.requires_grad or noise.requires_grad)
-        constant = isinstance(self._diag_tensor, ConstantDiagLinearOperator)
+        constant = isinstance(added_diagonal(self), ConstantDiagLinearOperator)
         one_scale = variances.shape[-1] == 1 and (constant or not noise.requires_grad)
         if fitted and one_scale and _spectrum_fits(system) and self._spectrum_pays(system):
             terms = self._spectrum_terms(system, rhs, variances, noise, constant)
@@ -147,7 +148,7 @@ class NTKAddedDiagLinearOperator(SolvesWithLogdet, AddedDiagLinearOperator):
         """Everything in float64 with one batch dimension: the batch shape, rhs, variances and noise."""
         shape = torch.broadcast_shapes(rhs.shape[:-2], self.batch_shape)
         rhs = rhs.expand(*shape, *rhs.shape[-2:]).reshape(-1, *rhs.shape[-2:]).double()
-        variances = self._linear_op.variances
+        variances = without_diagonal(self).variances
         variances = variances.expand(*shape, *variances.shape[-2:]).reshape(-1, variances.shape[-1]).double()
         noise = self._noise_diagonal.expand(*shape, self.shape[-1]).reshape(-1, self.shape[-1]).double()
         return shape, rhs, variances, noise
@@ -164,7 +165,7 @@ class NTKAddedDiagLinearOperator(SolvesWithLogdet, AddedDiagLinearOperator):
 
     def _dense_marginal_terms(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
         """By autograd through a dense Cholesky factor, all of it in float64: inputs that require gradients."""
-        kernel_matrix = self._linear_op
+        kernel_matrix = without_diagonal(self)
         arguments = (kernel_matrix.x1, kernel_matrix.x2, kernel_matrix.variances)
         gram = kernel_matrix._like(*(tensor.double() for tensor in arguments)).to_dense()
         factor = psd_safe_cholesky(gram + torch.diag_embed(self._noise_diagonal.double()))

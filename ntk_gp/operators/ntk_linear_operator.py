@@ -9,14 +9,15 @@ from linear_operator.operators import (
     RootLinearOperator,
     SumLinearOperator,
 )
-from linear_operator.utils.getitem import IndexType, _is_noop_index, _noop_index
+from linear_operator.utils.getitem import IndexType
 from torch import Size, Tensor
 
 from .. import memory
+from .._compat import added_diagonal
 from ..jacobian.base import Jacobian
 from ..jacobian.linearization import Linearization
 from ..network import NetworkFunction
-from ._batches import FoldedColumns, expand, flatten_batch, select
+from ._batches import FoldedColumns, expand, flatten_batch, is_everything, select
 from .ntk_added_diag_linear_operator import NTKAddedDiagLinearOperator
 from .ntk_sum_linear_operator import NTKSumLinearOperator, entry_by_entry, product_over_batch
 
@@ -189,9 +190,9 @@ class NTKLinearOperator(LinearOperator):
         columns, col_rest = _points_of_rows(col_index, self.shape[-1], self._outputs)
         x1, x2 = select(self.x1, batch_indices, rows), select(self.x2, batch_indices, columns)
         points = self._like(x1, x2, select(self.variances, batch_indices))
-        if _is_noop_index(row_rest) and _is_noop_index(col_rest):
+        if is_everything(row_rest) and is_everything(col_rest):
             return points
-        return LinearOperator._getitem(points, row_rest, col_rest, *[_noop_index] * len(points.batch_shape))
+        return LinearOperator._getitem(points, row_rest, col_rest, *[slice(None)] * len(points.batch_shape))
 
     def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
         row_index, col_index, *batch_indices = torch.broadcast_tensors(row_index, col_index, *batch_indices)
@@ -272,7 +273,7 @@ class NTKLinearOperator(LinearOperator):
 
     def add_diagonal(self, diag: Tensor) -> LinearOperator:
         added = super().add_diagonal(diag)
-        return self + added._diag_tensor
+        return self + added_diagonal(added)
 
     def __add__(self, other: Tensor | LinearOperator | float) -> LinearOperator | Tensor:
         if isinstance(other, DiagLinearOperator):
@@ -309,11 +310,11 @@ def _same_batches(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def _points_of_rows(index: IndexType, num_rows: int, outputs: int) -> tuple[IndexType, IndexType]:
     """The points that rows belong to, C rows each, and the index of those rows among all rows of these points."""
     if outputs == 1:
-        return index, _noop_index
+        return index, slice(None)
     if isinstance(index, slice):
         start, stop, step = index.indices(num_rows)
         if step == 1 and start % outputs == 0 and stop % outputs == 0:
-            return slice(start // outputs, max(start, stop) // outputs), _noop_index
+            return slice(start // outputs, max(start, stop) // outputs), slice(None)
         index = torch.arange(start, stop, step, device="cpu")
     rows = index if isinstance(index, Tensor) else torch.as_tensor(index, device="cpu")
     points, position = (rows // outputs).unique(return_inverse=True)

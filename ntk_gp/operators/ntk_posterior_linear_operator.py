@@ -15,6 +15,7 @@ from linear_operator.utils.memoize import cached
 from torch import Size, Tensor
 
 from .. import settings
+from .._compat import added_diagonal, without_diagonal
 from ..solvers import PosteriorCovariance
 from ._batches import expand, select
 from ._densely_solved import DenselySolved
@@ -117,7 +118,7 @@ class NTKPosteriorLinearOperator(_FactorisedInDouble):
         return super().__add__(other)
 
     def add_diagonal(self, diag: Tensor) -> LinearOperator:
-        return self + super().add_diagonal(diag)._diag_tensor
+        return self + added_diagonal(super().add_diagonal(diag))
 
     def _covariance(self) -> Tensor:
         """In float64."""
@@ -172,18 +173,18 @@ class NTKPosteriorAddedDiagLinearOperator(_FactorisedInDouble, AddedDiagLinearOp
 
     def __add__(self, other: Tensor | LinearOperator | float) -> LinearOperator | Tensor:
         if isinstance(other, DiagLinearOperator):
-            return self.__class__(self._linear_op, self._diag_tensor + other)
+            return self.__class__(without_diagonal(self), added_diagonal(self) + other)
         return super().__add__(other)
 
     def _getitem(self, row_index: IndexType, col_index: IndexType, *batch_indices: IndexType) -> LinearOperator:
-        if not _same_index(row_index, col_index) or self._linear_op.batch_shape != self.batch_shape:
+        if not _same_index(row_index, col_index) or without_diagonal(self).batch_shape != self.batch_shape:
             return super()._getitem(row_index, col_index, *batch_indices)
-        noise = self._diag_tensor._diagonal().expand(self.shape[:-1])[(*batch_indices, slice(None))][..., row_index]
-        return self._linear_op._getitem(row_index, col_index, *batch_indices) + DiagLinearOperator(noise)
+        noise = added_diagonal(self)._diagonal().expand(self.shape[:-1])[(*batch_indices, slice(None))][..., row_index]
+        return without_diagonal(self)._getitem(row_index, col_index, *batch_indices) + DiagLinearOperator(noise)
 
     def _covariance(self) -> Tensor:
-        matrix = self._linear_op._covariance()
-        noise = self._diag_tensor._diagonal().double()
+        matrix = without_diagonal(self)._covariance()
+        noise = added_diagonal(self)._diagonal().double()
         matrix = matrix.expand(torch.broadcast_shapes(matrix.shape, (*noise.shape, 1)))
         return matrix + torch.diag_embed(noise)
 

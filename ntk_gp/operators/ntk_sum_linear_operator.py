@@ -15,6 +15,7 @@ from linear_operator.operators import (
 )
 from torch import Tensor
 
+from .._compat import added_diagonal
 from ._densely_solved import DenselySolved
 
 
@@ -28,7 +29,7 @@ class _Combined(DenselySolved):
         return product_over_batch(self, dim)
 
     def add_diagonal(self, diag: Tensor) -> LinearOperator:
-        return self + super().add_diagonal(diag)._diag_tensor
+        return self + added_diagonal(super().add_diagonal(diag))
 
 
 class NTKSumLinearOperator(_Combined, SumLinearOperator):

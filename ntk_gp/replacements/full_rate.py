@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from .._compat import is_any_autocast_enabled
 from .onednn import are_served, is_product_served, is_tanh_served, onednn_product, onednn_tanh
 from .table import replacement
 
@@ -29,7 +30,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     w, w_tangent = forward_ad.unpack_dual(weight)
     b, b_tangent = (None, None) if bias is None else forward_ad.unpack_dual(bias)
     served = x.dim() == 2 and is_product_served(x, w.mT) and (b is None or are_served(b))
-    if not served or torch._C._is_any_autocast_enabled():
+    if not served or is_any_autocast_enabled():
         return nn.functional.linear(input, weight, bias)
     value = onednn_product(x, w.mT, b)
     tangents = []

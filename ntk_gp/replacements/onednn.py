@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .._compat import dual_level_number, is_onednn_enabled, is_transform_wrapper, onednn_linear
+
 # Multiplications of a product that is worth the longer call, and the width of more than a single vector.
 _WORTHWHILE = 1 << 18
 _NARROW = 2
@@ -33,7 +35,7 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
 
 def _is_dual(tensor: Tensor) -> bool:
     """Whether it carries a derivative in forward mode."""
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+    return dual_level_number() >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def onednn_product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -42,7 +44,7 @@ def onednn_product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> T
     right = right.reshape(-1, columns)
     if not (right.is_contiguous() or right.mT.is_contiguous()):
         right = right.contiguous()  # with gaps between its rows, oneDNN would be a thousand times slower
-    product = torch.ops.mkldnn._linear_pointwise(left.reshape(-1, left.shape[-1]), right.mT, bias, "none", [], "")
+    product = onednn_linear(left.reshape(-1, left.shape[-1]), right.mT, bias, "none", [], "")
     return product.reshape(*lead, left.shape[-2], columns)
 
 
@@ -79,13 +81,13 @@ def are_served(*tensors: Tensor) -> bool:
             for tensor in tensors
         )
         and _has_onednn()
-        and torch._C._get_mkldnn_enabled()
+        and is_onednn_enabled()
     )
 
 
 def _is_transformed(tensor: Tensor) -> bool:
     """Whether it stands for many tensors, or for one with derivatives, in a transform of `torch.func`."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return is_transform_wrapper(tensor)
 
 
 @cache
@@ -96,7 +98,7 @@ def _has_onednn() -> bool:
     with torch.inference_mode(False), torch.no_grad():
         left, right = (torch.eye(n, n + 1, dtype=torch.float32, device="cpu").add(0.5) for n in (2, 3))
         try:
-            product = torch.ops.mkldnn._linear_pointwise(left, right.mT, None, "none", [], "")
+            product = onednn_linear(left, right.mT, None, "none", [], "")
         except (AttributeError, RuntimeError):
             return False
     return torch.equal(product, left @ right)

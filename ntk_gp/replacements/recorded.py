@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._compat import backward_class, is_transform_wrapper, view_as_own
 from .onednn import are_served, is_product_served, is_tanh_served, onednn_product, onednn_tanh
 
 
@@ -29,7 +30,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        many = torch._C._functorch.is_functorch_wrapped_tensor(grad)
+        many = is_transform_wrapper(grad)
         return _Products.apply(grad, weight) if many else _linear(grad, weight.mT), None, None
 
 
@@ -53,7 +54,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if not is_product_served(rows, weight.mT):
         return F.linear(input, weight, bias)
     product = onednn_product(rows, weight.mT, bias)
-    return torch.ops.aten._unsafe_view(product, (*input.shape[:-1], product.shape[-1]))  # a tensor of its own
+    return view_as_own(product, (*input.shape[:-1], product.shape[-1]))  # a tensor of its own
 
 
 def tanh(input: Tensor) -> Tensor:
@@ -100,4 +101,4 @@ RECORDED_AS: dict[Callable, Callable] = {
 }
 
 # The nodes of these in autograd's graph: of each row by itself.
-ROW_BY_ROW = (_Linear._backward_cls, _Tanh._backward_cls)
+ROW_BY_ROW = (backward_class(_Linear), backward_class(_Tanh))

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from ..._compat import base_of, is_view, version_of
 from ...network import NetworkFunction, nodes_below
 from ...replacements.recorded import RECORDED_AS
 from ...replacements.table import replacement
@@ -25,7 +26,7 @@ from ..rules.registry import RegisteredRule
 from ..terms import ParameterView
 
 # How a network gets hold of its graph; `grad_fn` is a property.
-_HOOKS = (Tensor.register_hook, vars(torch._C.TensorBase)["grad_fn"].__get__)
+_HOOKS = (Tensor.register_hook, Tensor.grad_fn.__get__)  # type: ignore[union-attr]
 # Below this many elements at all the uses together, outputs are differentiated side by side instead of one by one.
 _BATCHED_ELEMENTS = 1 << 20
 
@@ -70,7 +71,7 @@ class RecordedUse:
 
     def is_stale(self) -> bool:
         """Whether an argument was changed in place after the call."""
-        return any(tensor._version != version for tensor, version in self.versions)
+        return any(version_of(tensor) != version for tensor, version in self.versions)
 
 
 @dataclass
@@ -197,14 +198,14 @@ class _Recorder(TorchFunctionMode):
         if not isinstance(result, Tensor) or not result.is_floating_point():
             return None
         in_place = any(result is value for value in bound.values())
-        if in_place or result._is_view() or not result.requires_grad:
+        if in_place or is_view(result) or not result.requires_grad:
             perturbation = result.new_zeros(()).expand(result.shape).requires_grad_()
             edge = get_gradient_edge(perturbation)
             result = result.add_(perturbation) if in_place else result + perturbation
         else:
             edge = get_gradient_edge(result)
         arguments = {**kept, **views}
-        versions = [(value, value._version) for value in arguments.values() if isinstance(value, Tensor)]
+        versions = [(value, version_of(value)) for value in arguments.values() if isinstance(value, Tensor)]
         self.uses.append(RecordedUse(function, rule, arguments, result.shape, edge, versions))
         return result
 
@@ -212,7 +213,7 @@ class _Recorder(TorchFunctionMode):
         """The parameter, or the part of one, that a tensor is; None if it is anything else."""
         if not isinstance(value, Tensor) or not value.requires_grad:
             return None
-        leaf = value if value._base is None else value._base
+        leaf = value if base_of(value) is None else base_of(value)
         if id(leaf) not in self.leaves:
             return None
         name, group, start, parameter = self.leaves[id(leaf)]

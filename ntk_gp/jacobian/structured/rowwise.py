@@ -7,11 +7,12 @@ they are put to the test (:mod:`.verification`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from ..._compat import input_metadata, saved_dim, saved_dim0, saved_dim1, saved_normalized_shape
 from ...network import nodes_below
 from ...replacements.recorded import ROW_BY_ROW
 from .layout import Layout
@@ -74,14 +75,14 @@ _ELEMENTWISE = frozenset(
 )
 # Along one dimension or several, or moving some.
 _ALONG = {
-    "CatBackward0": ("_saved_dim",),
-    "LogSoftmaxBackward0": ("_saved_dim",),
-    "MeanBackward1": ("_saved_dim",),
-    "SelectBackward0": ("_saved_dim",),
-    "SliceBackward0": ("_saved_dim",),
-    "SoftmaxBackward0": ("_saved_dim",),
-    "SumBackward1": ("_saved_dim",),
-    "TransposeBackward0": ("_saved_dim0", "_saved_dim1"),
+    "CatBackward0": (saved_dim,),
+    "LogSoftmaxBackward0": (saved_dim,),
+    "MeanBackward1": (saved_dim,),
+    "SelectBackward0": (saved_dim,),
+    "SliceBackward0": (saved_dim,),
+    "SoftmaxBackward0": (saved_dim,),
+    "SumBackward1": (saved_dim,),
+    "TransposeBackward0": (saved_dim0, saved_dim1),
 }
 # The same elements in the same order.
 _RESHAPED = frozenset(
@@ -103,7 +104,7 @@ def keeps_rows_apart(recording: Recording, layouts: Sequence[Layout]) -> bool:
 def _keeps_rows_apart(node: Any, n: int) -> bool:
     if hasattr(node, "variable"):
         return True  # the place of a use's result: whoever takes it looks at its shape
-    shapes = [metadata.shape for metadata in node._input_metadata]
+    shapes = [metadata.shape for metadata in input_metadata(node)]
     inputs = {i: _shape(*edge) for i, edge in enumerate(node.next_functions) if edge[0] is not None}
     if not all(shape and shape[0] % n == 0 for shape in (*shapes, *inputs.values())):
         return False
@@ -118,18 +119,18 @@ def _keeps_rows_apart(node: Any, n: int) -> bool:
         is_batched = len(shapes[0]) == _DIMENSIONS.get(name, len(shapes[0]))
         return is_batched and set(inputs) == {_OF_ONE_INPUT[name]}
     if name == "NativeLayerNormBackward0":
-        return set(inputs) == {0} and len(node._saved_normalized_shape) < len(shapes[0])
+        return set(inputs) == {0} and len(saved_normalized_shape(node)) < len(shapes[0])
     return name in _ALONG and all(_avoids_first(node, attribute, inputs) for attribute in _ALONG[name])
 
 
 def _shape(node: Any, index: int) -> torch.Size:
     """Of the tensor that an edge stands for."""
-    return node.variable.shape if hasattr(node, "variable") else node._input_metadata[index].shape
+    return node.variable.shape if hasattr(node, "variable") else input_metadata(node)[index].shape
 
 
-def _avoids_first(node: Any, attribute: str, inputs: dict[int, torch.Size]) -> bool:
+def _avoids_first(node: Any, attribute: Callable[[Any], Any], inputs: dict[int, torch.Size]) -> bool:
     """Whether a dimension, or several, that a node works along, are others than the first."""
-    saved = getattr(node, attribute)
+    saved = attribute(node)
     dims = saved if isinstance(saved, tuple) else (saved,)
     ndim = len(next(iter(inputs.values())))
     # Negative ones are handed out as unsigned numbers of 64 bits.

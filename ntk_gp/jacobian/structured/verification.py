@@ -22,6 +22,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from ..._compat import norm_of_each
 from ...network import NetworkFunction
 from ..terms import ParameterView, Term
 from .layout import Layout
@@ -239,8 +240,8 @@ def _differing(
     names, sizes = list(function.parameters), function.sizes
     rounding = _rounding(recording)
     relative = _ROUNDED if recording.is_rounded else _RELATIVE.get(expected.dtype, rounding**0.5)
-    errors = torch.stack(torch._foreach_norm((actual - expected).split(sizes)))
-    allowed = relative * torch.stack(torch._foreach_norm(expected.split(sizes)))
+    errors = torch.stack(norm_of_each((actual - expected).split(sizes)))
+    allowed = relative * torch.stack(norm_of_each(expected.split(sizes)))
     if not (errors <= allowed).all():
         squares = torch.stack([part.sum() for part in summed().split(sizes)])
         allowed += _SUMMED * rounding * squares.nan_to_num(0.0, 0.0, 0.0).sqrt().nan_to_num(0.0)
