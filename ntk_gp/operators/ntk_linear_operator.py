@@ -50,7 +50,7 @@ class NTKLinearOperator(LinearOperator):
         variances = variances.to(x1.dtype)
         if not x1.shape[:-2] == x2.shape[:-2] == variances.shape[:-2]:
             x1, x2, variances = _in_common_batches(x1, x2, variances)
-        super().__init__(x1, x2, variances, linearization=linearization)
+        super().__init__(x1, x2, variances, linearization=linearization, function=function)
         self._function = function
         self.x1 = x1
         self.x2 = x2
@@ -102,7 +102,8 @@ class NTKLinearOperator(LinearOperator):
         return self.__class__(x1, x2, variances, linearization=self.linearization, function=self._function)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_function": None, "_jacobians_memo": None}  # states are those of one process
+        state = {**self.__dict__, "_function": None, "_jacobians_memo": None}  # states are those of one process
+        return {**state, "_kwargs": {**self._kwargs, "function": None}}
 
     def is_of_one_kernel_with(self, other: NTKLinearOperator) -> bool:
         """Whether both are of one state of one network, with the same prior variances."""

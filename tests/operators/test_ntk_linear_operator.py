@@ -1,11 +1,12 @@
 import copy
+import pickle
 import unittest
 
 import torch
 from linear_operator.test.linear_operator_test_case import LinearOperatorTestCase, RectangularLinearOperatorTestCase
 from torch import nn
 
-from ntk_gp import NTKLinearOperator
+from ntk_gp import NTKKernel, NTKLinearOperator
 from ntk_gp.jacobian.linearization import Linearization
 from ntk_gp.network import FrozenNetwork
 from tests import references
@@ -94,3 +95,41 @@ class TestNTKLinearOperatorRectangularMultiOutput(_Suite, RectangularLinearOpera
     outputs = 2
     x_shape = (3, 2, 4)
     x2_shape = (3, 4, 4)
+
+
+class TestStates:
+    """What a matrix says of the network that it was bound to, and what is kept of it."""
+
+    @staticmethod
+    def matrix_and_kernel() -> tuple[NTKLinearOperator, NTKKernel, torch.Tensor]:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+        kernel, x = NTKKernel(network), torch.randn(6, 3, dtype=torch.float64)
+        return kernel(x).evaluate_kernel(), kernel, x
+
+    def test_a_matrix_and_what_is_made_of_it_are_of_one_state(self):
+        matrix, kernel, _ = self.matrix_and_kernel()
+        state = kernel.network.fingerprint()
+        for other in (matrix, matrix[:3, :3], matrix * 2.0, matrix.mT, matrix.representation_tree()(*matrix._args)):
+            assert other.network_state == state
+        double(kernel)
+        assert matrix.network_state == state != kernel.network.fingerprint()
+
+    def test_copies_look_for_themselves(self):
+        matrix, _, _ = self.matrix_and_kernel()
+        for other in (copy.deepcopy(matrix), pickle.loads(pickle.dumps(matrix))):
+            assert other._function is None
+            torch.testing.assert_close(other.to_dense(), matrix.to_dense())
+
+    def test_a_matrix_of_an_earlier_state_leaves_nothing_to_the_next(self):
+        matrix, kernel, x = self.matrix_and_kernel()
+        matrix.diagonal()  # it has its Jacobians from now on
+        double(kernel)
+        matrix.to_dense()
+        fresh = NTKKernel(nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double())
+        fresh.network.load_state_dict(kernel.network.state_dict())
+        torch.testing.assert_close(kernel(x).to_dense(), fresh(x).to_dense(), rtol=1e-12, atol=1e-13)
+
+
+def double(kernel: NTKKernel) -> None:
+    kernel.network.load_state_dict({name: 2 * tensor for name, tensor in kernel.network.state_dict().items()})
