@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _names_engine(item: pytest.Item) -> bool:
     callspec = getattr(item, "callspec", None)
     by_parameter = callspec is not None and "engine" in callspec.params
-    return by_parameter or item.get_closest_marker("names_engine") is not None
+    return by_parameter or any(item.get_closest_marker(name) for name in ("names_engine", "engine_independent"))
 
 
 _SETTINGS = {

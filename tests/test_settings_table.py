@@ -331,6 +331,7 @@ _SCRIPT = textwrap.dedent("""
 """)
 
 
+@pytest.mark.names_engine  # in processes of their own
 @pytest.mark.parametrize(
     ("before", "after", "preset"),
     [

@@ -87,6 +87,7 @@ STOCK = textwrap.dedent(
 )
 
 
+@pytest.mark.names_engine  # there is none
 def test_models_without_an_ntk_are_bitwise_the_same():
     processes = [
         subprocess.Popen([sys.executable, "-c", STOCK, which], stdout=subprocess.PIPE, text=True)

@@ -16,6 +16,9 @@ from ntk_gp.operators.ntk_sum_linear_operator import NTKSumAddedDiagLinearOperat
 from tests import references
 from tests.adapted import LARGE, SMALL, assert_close, network
 
+# Its parts are tested with either engine: NTKLinearOperator, and the solvers by their contract.
+pytestmark = pytest.mark.engine_independent
+
 
 class _Suite:
     """In float32, the network's 41 parameters against 5 points."""

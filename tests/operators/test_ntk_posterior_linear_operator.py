@@ -18,6 +18,9 @@ from ntk_gp.solvers.weight_space import WeightSpaceSolver
 from tests import references
 from tests.adapted import SMALL, assert_close, data, network
 
+# Its parts are tested with either engine: NTKLinearOperator, and the solvers by their contract.
+pytestmark = pytest.mark.engine_independent
+
 
 def system_of(outputs: int = 1, batch: int = 1, n: int = SMALL) -> System:
     frozen = FrozenNetwork(network(outputs=outputs), output="all" if outputs > 1 else None)

@@ -15,6 +15,9 @@ from ntk_gp.operators.ntk_sum_linear_operator import NTKSumAddedDiagLinearOperat
 from tests import references
 from tests.adapted import assert_close, data, network
 
+# Its parts are tested with either engine: NTKLinearOperator, and the solvers by their contract.
+pytestmark = pytest.mark.engine_independent
+
 
 class _Suite:
     seed = 0

@@ -2,6 +2,7 @@
 
 import unittest
 
+import pytest
 import torch
 from linear_operator.operators import (
     BlockDiagLinearOperator,
@@ -25,6 +26,9 @@ from ntk_gp.operators.ntk_interpolated_linear_operator import NTKInterpolatedLin
 from ntk_gp.operators.ntk_kronecker_linear_operator import NTKKroneckerLinearOperator
 from tests import references
 from tests.adapted import network
+
+# Its parts are tested with either engine: NTKLinearOperator, and the solvers by their contract.
+pytestmark = pytest.mark.engine_independent
 
 
 class _Suite:

@@ -34,9 +34,8 @@ def converged():
 @pytest.mark.parametrize("way", EXACT)
 @pytest.mark.parametrize("n", [SMALL, LARGE])
 @pytest.mark.parametrize("outputs", [1, 2])
-@pytest.mark.parametrize("batches", BATCHES)
-def test_the_contract(way, n, outputs, batches):
-    check_solver(way, sizes=[n], outputs=[outputs], batches=[batches])
+def test_the_contract(way, n, outputs):
+    check_solver(way, sizes=[n], outputs=[outputs], batches=BATCHES)
 
 
 @pytest.mark.parametrize("way", EXACT)
