@@ -235,11 +235,11 @@ ValueSetting = gpytorch_settings._value_context
 arguments_of = attrgetter("_args")
 """What an operator was made with, in order. `LinearOperator._args`; without it, the leaves of `representation()`."""
 
-KEYWORD_ARGUMENTS = "_kwargs"
-"""Where a linear operator keeps what it was made with by name, in its `__dict__`. Without it, pickled kernel matrices
-must be made anew by a function of our own."""
+OPTIONS = "_nondifferentiable_kwargs"
+"""Where a linear operator keeps what it was made with by name and is no tensor, in its `__dict__`. Without it, kernel
+matrices are pickled together with the function that they were evaluated with."""
 
-keyword_arguments_of: Callable[[Any], Mapping[str, Any]] = attrgetter(KEYWORD_ARGUMENTS)
+keyword_arguments_of: Callable[[Any], Mapping[str, Any]] = attrgetter("_kwargs")
 """What it was made with by name. `LinearOperator._kwargs`; without it, the leaves of `representation()`."""
 
 without_diagonal = attrgetter("_linear_op")

@@ -367,8 +367,7 @@ class TestLinearOperators:
             assert_close(type(operator)(*arguments, **keywords).to_dense(), operator.to_dense())
         assert _compat.arguments_of(RootLinearOperator(diagonal)) == (diagonal,)
         assert _compat.keyword_arguments_of(diagonal) == {"diag_shape": 3}
-        root = RootLinearOperator(diagonal)
-        assert vars(root)[_compat.KEYWORD_ARGUMENTS] is _compat.keyword_arguments_of(root)
+        assert vars(diagonal)[_compat.OPTIONS] == {"diag_shape": 3}
         assert _compat.keyword_arguments_of(kernel)["scale"] is not None
 
     def test_added_diagonal(self):

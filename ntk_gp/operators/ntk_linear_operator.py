@@ -13,7 +13,7 @@ from linear_operator.utils.getitem import IndexType
 from torch import Size, Tensor
 
 from .. import memory
-from .._compat import KEYWORD_ARGUMENTS, added_diagonal, keyword_arguments_of
+from .._compat import OPTIONS, added_diagonal
 from ..jacobian.base import Jacobian
 from ..jacobian.linearization import Linearization
 from ..network import NetworkFunction
@@ -103,7 +103,7 @@ class NTKLinearOperator(LinearOperator):
 
     def __getstate__(self) -> dict:
         state = {**self.__dict__, "_function": None, "_jacobians_memo": None}  # states are those of one process
-        return {**state, KEYWORD_ARGUMENTS: {**keyword_arguments_of(self), "function": None}}
+        return {**state, OPTIONS: {**state[OPTIONS], "function": None}}
 
     def is_of_one_kernel_with(self, other: NTKLinearOperator) -> bool:
         """Whether both are of one state of one network, with the same prior variances."""
