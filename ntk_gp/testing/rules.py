@@ -118,8 +118,9 @@ class _Check:
     def _parameters(self) -> tuple[list[str], list[int], Tensor]:
         """The names of the parameters, their sizes, and for each of the P numbers the index of its group."""
         names = [aliases[0] for aliases in selected_names(self.network, self.options["parameters"])]
-        sizes = dict(self.network.named_parameters(remove_duplicate=False))
-        counts = [sizes[name].numel() for name in names]
+        named = dict(self.network.named_parameters(remove_duplicate=False))
+        counts = [named[name].numel() for name in names]
+        names = [name.replace("_orig_mod.", "") for name in names]  # where `torch.compile` has wrapped a part
         labels = ["" if self.group_by is None else self.group_by(name) for name in names]
         order = list(dict.fromkeys(labels))
         groups = torch.tensor([order.index(label) for label in labels])
