@@ -40,5 +40,11 @@ def test_report(engine):
 
 
 def test_an_unknown_engine_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"engine must be 'structured' or 'autodiff', got 'auto'"):
-        NTKKernel(nn.Linear(2, 1), engine="auto")
+    with pytest.raises(ValueError, match=r"engine must be 'structured' or 'autodiff', got 'jax'"):
+        NTKKernel(nn.Linear(2, 1), engine="jax")
+
+
+def test_the_former_name_of_the_default_is_understood():
+    with pytest.warns(DeprecationWarning, match="engine='structured'"):
+        kernel = NTKKernel(nn.Linear(2, 1), engine="auto")
+    assert type(kernel._linearization.engine) is type(NTKKernel(nn.Linear(2, 1))._linearization.engine)

@@ -69,8 +69,9 @@ def test_a_right_rule_passes(registered):
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
 def test_a_rule_that_is_wrong_at_one_row_is_found_out(registered, dtype, place, monkeypatch):
     """By so little, of so many rows, that the engine itself does not see it in float32; in float64 it may not look."""
-    monkeypatch.setattr("ntk_gp.jacobian.structured.engine.wrong_products", lambda *_: ({}, set()))
-    monkeypatch.setattr("ntk_gp.jacobian.structured.engine.wrong_derivatives", lambda *_: {})
+    for room in ("captured", "plan"):
+        monkeypatch.setattr(f"ntk_gp.jacobian.structured.{room}.wrong_products", lambda *_: ({}, set()))
+    monkeypatch.setattr("ntk_gp.jacobian.structured.captured.wrong_derivatives", lambda *_: {})
     registered(1 + 3e-4, above=2.0)
     x = inputs().roll({"first": 100, "middle": 0, "last": 99}[place], dims=0)
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}[dtype]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .. import settings
+from .. import memory, settings
 from .base import Solver, readable_bytes
 from .choice import is_too_large_to_factorise, solver_class
 from .system import System
@@ -82,7 +82,7 @@ def report_on(system: System, used: Solver | None = None) -> SolverReport:
         num_rows=system.num_rows,
         num_parameters=system.num_parameters,
         batch=system.batch,
-        memory_budget=settings.memory_budget.bytes(system.x.device),
+        memory_budget=memory.SYSTEM.bytes(system.x.device),
         candidates=tuple(_candidate(system, kind, taken, chosen) for kind in SOLVERS),
     )
 

@@ -65,6 +65,7 @@ _ELEMENTWISE = frozenset(
         "SigmoidBackward0",
         "SiluBackward0",
         "SinBackward0",
+        "SliceBackward0",  # that leaves dimension 0 as long as it was: whole
         "SoftplusBackward0",
         "SqrtBackward0",
         "SubBackward0",
@@ -79,7 +80,6 @@ _ALONG = {
     "LogSoftmaxBackward0": (saved_dim,),
     "MeanBackward1": (saved_dim,),
     "SelectBackward0": (saved_dim,),
-    "SliceBackward0": (saved_dim,),
     "SoftmaxBackward0": (saved_dim,),
     "SumBackward1": (saved_dim,),
     "TransposeBackward0": (saved_dim0, saved_dim1),
