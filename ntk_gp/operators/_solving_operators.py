@@ -10,8 +10,6 @@ from linear_operator.operators import LinearOperator
 from linear_operator.utils.memoize import clear_cache_hook
 from torch import Tensor
 
-from ._checks import check_right_hand_side
-
 
 class Solves(LinearOperator):
     """A square matrix A, (*batch, N, N), whose subclass says how to solve for columns: A⁻¹ B, or L A⁻¹ B.
@@ -93,3 +91,15 @@ def _columns(rhs: Tensor) -> tuple[Tensor, bool]:
     check_right_hand_side(rhs)
     is_vector = rhs.dim() == 1
     return rhs.unsqueeze(-1) if is_vector else rhs, is_vector
+
+
+def check_right_hand_side(rhs: Tensor) -> None:
+    """Raises for an empty training set, and for targets that are not numbers."""
+    if rhs.shape[-2 if rhs.dim() > 1 else -1] == 0:
+        raise ValueError("There is no training data: expected at least one input with its target.")
+    if not torch.isfinite(rhs).all():
+        count = int((~torch.isfinite(rhs)).sum())
+        raise ValueError(
+            f"{count} of {rhs.numel()} training targets (less the prior mean) are NaN or infinite. Remove them, or set "
+            "gpytorch.settings.observation_nan_policy('mask')."
+        )

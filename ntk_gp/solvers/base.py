@@ -31,9 +31,9 @@ class PosteriorCovariance(ABC):
         self.system = system
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
-        """Bytes held."""
-        return 0
+        """Bytes held, beside the system's Jacobian."""
 
     @abstractmethod
     def whitened_size(self) -> int:
