@@ -24,20 +24,15 @@ class Jacobian(ABC):
 
     :param function: The network as a pure function of its parameters, in the dtype and on the device of `x`.
     :param x: The inputs, (B, n, d).
+    :ivar int num_points: n.
+    :ivar int num_rows: N = n·C.
     """
 
     def __init__(self, function: NetworkFunction, x: Tensor):
         self.function = function
         self.x = x
-
-    @property
-    def num_points(self) -> int:
-        return self.x.shape[-2]
-
-    @property
-    def num_rows(self) -> int:
-        """N = n·C."""
-        return self.x.shape[-2] * self.function.num_outputs
+        self.num_points = x.shape[-2]
+        self.num_rows = self.num_points * function.num_outputs
 
     @property
     @abstractmethod

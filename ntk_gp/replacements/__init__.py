@@ -7,6 +7,6 @@
 :mod:`.elementary`  layers of which torch's second derivatives are wrong or absent  any number, in either mode
 ==================  ==============================================================  ===================================
 
-Each of the last three is a table from function to function (:mod:`.table`). Decompositions, which put functions that
+Each of the last three ends with a table from function to function. Decompositions, which put functions that
 have rules in the place of one that has none, are in the table of rules (:mod:`ntk_gp.jacobian.rules`): users add to it.
 """

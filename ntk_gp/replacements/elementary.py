@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .table import replacement
-
 
 class ElementaryOperations(TorchFunctionMode):
     """Some fused operations as compositions of elementary ones, which can be differentiated any number of times.
@@ -20,7 +18,11 @@ class ElementaryOperations(TorchFunctionMode):
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        return replacement(function, _ELEMENTARY)(*args, **(kwargs or {}))
+        try:
+            replacement = _ELEMENTARY.get(function, function)
+        except TypeError:  # a callable that cannot be hashed
+            replacement = function
+        return replacement(*args, **(kwargs or {}))
 
 
 def _standardise(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:

@@ -11,7 +11,6 @@ from torch.overrides import TorchFunctionMode
 
 from .._compat import is_any_autocast_enabled
 from .onednn import are_served, is_product_served, is_tanh_served, onednn_product, onednn_tanh
-from .table import replacement
 
 
 class FullRateLayers(TorchFunctionMode):
@@ -22,7 +21,11 @@ class FullRateLayers(TorchFunctionMode):
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        return replacement(function, _FULL_RATE)(*args, **(kwargs or {}))
+        try:
+            replacement = _FULL_RATE.get(function, function)
+        except TypeError:  # a callable that cannot be hashed
+            replacement = function
+        return replacement(*args, **(kwargs or {}))
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

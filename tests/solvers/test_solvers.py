@@ -190,7 +190,8 @@ def test_derivatives_with_respect_to_test_inputs(way):
         jacobian = problem.system.jacobian_at(x)
         return solver.variance(jacobian), solver.covariance(jacobian, jacobian)
 
-    assert torch.autograd.gradcheck(terms, x, atol=1e-6)
+    # Products come from the engine until storing K has paid, and then from K: not to the last bit.
+    assert torch.autograd.gradcheck(terms, x, atol=1e-6, nondet_tol=1e-6)
 
 
 @pytest.mark.parametrize("n", [SMALL, LARGE])

@@ -205,15 +205,9 @@ def register_decomposition(function: Callable, decomposition: Callable) -> None:
     _changed()
 
 
-def find_rule(function: Any) -> RegisteredRule | None:
+def find(function: Any) -> tuple[RegisteredRule | None, RegisteredDecomposition | None]:
+    """What is registered for a function."""
     try:
-        return _RULES.get(function)
+        return _RULES.get(function), _DECOMPOSITIONS.get(function)
     except TypeError:  # a callable that cannot be hashed
-        return None
-
-
-def find_decomposition(function: Any) -> RegisteredDecomposition | None:
-    try:
-        return _DECOMPOSITIONS.get(function)
-    except TypeError:
-        return None
+        return None, None

@@ -20,8 +20,7 @@ from torch.overrides import TorchFunctionMode
 from ..._compat import base_of, is_view, version_of
 from ...network import NetworkFunction, nodes_below
 from ...replacements.recorded import RECORDED_AS
-from ...replacements.table import replacement
-from ..rules import find_decomposition, find_rule
+from ..rules import find
 from ..rules.registry import RegisteredRule
 from ..terms import ParameterView
 
@@ -158,14 +157,13 @@ class _Recorder(TorchFunctionMode):
         self.is_hooked |= function in _HOOKS
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
-        decomposition = find_decomposition(function)
+        rule, decomposition = find(function)
         if decomposition is not None and any(self.view(value) is not None for value in (*args, *kwargs.values())):
             with self:
                 result = decomposition.replacement(*args, **kwargs)
             if result is not NotImplemented:
                 self.is_foreign |= not decomposition.is_own
                 return result
-        rule = find_rule(function)
         bound = None if rule is None else rule.bind(args, kwargs)
         if rule is None or bound is None:
             return _call(function, *args, **kwargs)
@@ -194,7 +192,7 @@ class _Recorder(TorchFunctionMode):
         for name in views:
             bound[name] = bound[name].detach()
         kept = {name: _kept(value, self.copy) for name, value in bound.items()}
-        result = rule.call(replacement(function, RECORDED_AS), bound)
+        result = rule.call(RECORDED_AS.get(function, function), bound)
         if not isinstance(result, Tensor) or not result.is_floating_point():
             return None
         in_place = any(result is value for value in bound.values())
@@ -225,7 +223,11 @@ class _Recorder(TorchFunctionMode):
 
 
 def _call(function: Callable, *args: Any, **kwargs: Any) -> Any:
-    return replacement(function, RECORDED_AS)(*args, **kwargs)
+    try:
+        recorded_as = RECORDED_AS.get(function, function)
+    except TypeError:  # a callable that cannot be hashed
+        recorded_as = function
+    return recorded_as(*args, **kwargs)
 
 
 def _kept(value: Any, copy: bool) -> Any:

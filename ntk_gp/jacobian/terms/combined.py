@@ -136,6 +136,9 @@ def merge_terms(terms: Sequence[Term]) -> list[Term]:
 
     Uses of one kind become more positions of one use. Unlike ones (an embedding that is also a decoder) are combined.
     """
+    names = [view.name for term in terms for view in term.views]
+    if len(set(names)) == len(names):
+        return list(terms)
     merged: list[Term] = []
     for cluster in _clusters(terms):
         first, *others = cluster
