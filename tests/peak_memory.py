@@ -13,7 +13,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,9 +196,10 @@ def _status(entry: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def measure_afresh(case: str, operation: str, budget: int) -> dict[str, float]:
-    """:func:`measure` in a process of its own, where freed memory goes back at once: the peak is what was in use."""
-    command = [sys.executable, "-m", "tests.peak_memory", "--budget", str(budget), "--one", case, operation]
+def measure_afresh(case: str, operations: Sequence[str], budget: int) -> dict[str, dict[str, float]]:
+    """:func:`measure` of each in turn, in a process of their own, where freed memory goes back at once: the peak is what
+    was in use."""
+    command = [sys.executable, "-m", "tests.peak_memory", "--budget", str(budget), "--only", case, *operations]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     finished = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return json.loads(finished.stdout.splitlines()[-1])
@@ -208,18 +209,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = ntk_gp.settings.memory_budget.bytes(torch.device("cpu")) // 10
     parser.add_argument("--budget", type=int, default=default, help="bytes (default: a tenth of the default budget)")
-    parser.add_argument("--one", nargs=2, metavar=("CASE", "OPERATION"), help="measure one, and print it as JSON")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="a case and some operations, printed as JSON")
     arguments = parser.parse_args()
-    if arguments.one:
-        case, operation = arguments.one
-        print(json.dumps(measure(CASES[case], operation, arguments.budget)))
+    if arguments.only:
+        case, *operations = arguments.only
+        print(json.dumps({name: measure(CASES[case], name, arguments.budget) for name in operations}))
         return
     print(f"budget {arguments.budget / 2**20:.0f} MiB")
     print("| network | computation | points | peak / budget | difference from a run without limits |")
     print("|---|---|---|---|---|")
     for case in CASES:
-        for operation in OPERATIONS:
-            row = measure_afresh(case, operation, arguments.budget)
+        for operation, row in measure_afresh(case, list(OPERATIONS), arguments.budget).items():
             print(f"| {case} | {operation} | {row['points']} | {row['peak']:.2f} | {row['error']:.0e} |", flush=True)
 
 
