@@ -98,7 +98,7 @@ def _sentence(matrix: LinearOperator) -> str:
             return sentence
     if isinstance(matrix, DenselySolved):
         return _DENSE if matrix._is_dense else _ITERATED
-    return f"A {type(matrix).__name__} is solved by its own structure."
+    return f"An operator of the class {type(matrix).__name__} is solved by its own structure."
 
 
 _INDUCING_POINTS = "Inducing points: solved by GPyTorch's Woodbury formula, in their number."

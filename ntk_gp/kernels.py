@@ -17,7 +17,7 @@ from ._compat import parameters_in
 from .bridge.prediction_strategies import NTKPredictionStrategy
 from .bridge.recognised import NeuralTangentKernel
 from .jacobian.linearization import Linearization
-from .network import FrozenNetwork, NetworkFunction, ParameterSelection
+from .network import FrozenNetwork, NetworkFunction, ParameterSelection, check_tensor
 from .operators import JacobianLinearOperator, NTKLinearOperator
 from .stock import mark_botorchs
 
@@ -221,6 +221,8 @@ class NTKKernel(NeuralTangentKernel):
         """What serves both sets of inputs, which are looked at here, and once."""
         if x2 is x1:
             return self.network.bind(x1)
+        for given in (x1, x2):
+            check_tensor(given)
         if (x1.dtype, x1.device) != (x2.dtype, x2.device):
             raise ValueError(
                 f"The two sets of inputs differ: {x1.dtype} on {x1.device}, and {x2.dtype} on {x2.device}. "

@@ -129,7 +129,10 @@ class solver(ValueSetting):
     def _known(cls, value: str | None) -> str | None:
         if value is None or value in cls.names:
             return value
-        raise ValueError(f"There is no solver {value!r}: it is one of {', '.join(map(repr, cls.names))}, or None.")
+        raise ValueError(
+            f"There is no solver {value!r}: it is one of {', '.join(map(repr, cls.names))}, or None. "
+            "A new one has its line in ntk_gp/solvers/table.py."
+        )
 
 
 def progress(steps: Sequence[T], description: str) -> Iterable[T]:

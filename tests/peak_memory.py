@@ -197,7 +197,7 @@ def _status(entry: str) -> int:
 
 
 def measure_afresh(case: str, operations: Sequence[str], budget: int) -> dict[str, dict[str, float]]:
-    """:func:`measure` of each in turn, in a process of their own, where freed memory goes back at once: the peak is what
+    """:func:`measure` of each in turn, in a process of their own, where freed memory goes back at once: peaks are what
     was in use."""
     command = [sys.executable, "-m", "tests.peak_memory", "--budget", str(budget), "--only", case, *operations]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}

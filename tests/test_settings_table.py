@@ -27,7 +27,8 @@ from ntk_gp.solvers.love import LanczosVariance
 from tests.adapted import LARGE, SMALL, AdaptedGP, assert_close, data, network
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
-ROWS = re.findall(r"^\| `([\w.]+)` \| ([a-z ]+) \|", PAGE.read_text(), flags=re.MULTILINE)
+OWN, ALL = PAGE.read_text().split("## Who decides")
+ROWS = re.findall(r"^\| `([\w.]+)` \| ([a-z ]+) \|", ALL, flags=re.MULTILINE)
 TABLE = dict(ROWS)
 
 
@@ -48,6 +49,12 @@ _BASES = {
     for module in (theirs, linear_operator.settings)
     for name in ("_dtype_value_context", "_feature_flag", "_value_context")
 }
+
+
+def test_this_packages_own_have_a_row_each():
+    classes = {name for name, value in vars(settings).items() if inspect.isclass(value) and hasattr(value, "__enter__")}
+    own = {name for name in classes if getattr(settings, name).__module__ == settings.__name__}
+    assert own == set(re.findall(r"^\| `(\w+)` \|", OWN, flags=re.MULTILINE))
 
 
 def test_the_table_has_every_setting_once():

@@ -1,18 +1,17 @@
-"""Mean and kernel of one network try it once between them, and each by itself where they may not be the same."""
+"""Each snapshot of a network is tried by itself, at inputs of its own, once for each kind of them."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
 
 import pytest
 import torch
+from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor, nn
 
 from ntk_gp import NetworkMean, NTKKernel
 from ntk_gp.network import frozen
-from tests import references
 
 
 class Switched(nn.Module):
@@ -25,12 +24,6 @@ class Switched(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x)
         return self.second(torch.tanh(h - h.mean(0) if self.mixes else h))
-
-
-class Unpicklable(Switched):
-    def __init__(self):
-        super().__init__()
-        self.activation = lambda h: h.tanh()
 
 
 def mlp(outputs: int = 1) -> nn.Module:
@@ -52,18 +45,54 @@ def trials(monkeypatch) -> list[torch.dtype]:
     return made
 
 
+class OwnPrecision(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x.float())
+
+
 @pytest.mark.parametrize("kernel_first", [True, False])
-def test_one_trial_serves_mean_and_kernel_in_both_precisions(kernel_first, trials):
-    network, x = mlp(), torch.randn(20, 3)
-    modules = [NTKKernel(network), NetworkMean(network)]
-    for module in modules if kernel_first else modules[::-1]:
-        module(x)
-    kernel, mean = modules
-    gram, values = kernel(x.double()).to_dense(), mean(x.double())
-    assert trials == [torch.float32]
-    exact = network.double()
-    torch.testing.assert_close(gram, references.kernel(exact, x.double()), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(values, exact(x.double()).squeeze(-1).detach(), rtol=1e-12, atol=1e-13)
+def test_a_precision_of_the_networks_own_is_found_out_by_each(kernel_first):
+    network, x = OwnPrecision(), torch.randn(20, 3, dtype=torch.float64)
+    first, second = (NTKKernel, NetworkMean) if kernel_first else (NetworkMean, NTKKernel)
+    for make in (first, second, first):
+        module = make(network)
+        with pytest.warns(NumericalWarning, match="computes in torch.float32"):
+            evaluate(module, x)
+        evaluate(module, x[:5])  # tried again, in the precision that it has by now
+
+
+class Log(nn.Module):
+    """NaN at negative inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.log(x))
+
+
+class MixesNegative(Log):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.out(x)
+        return h - h.mean(0) * (x.mean() < 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"), [(Log, "NaN or infinite"), (MixesNegative, "changes with the other rows")]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_each_looks_at_its_own_first_inputs(make, message, dtype):
+    network, x = make(), torch.rand(16, 3) + 1
+    NetworkMean(network)(x), evaluate(NTKKernel(network), x)
+    with pytest.raises(ValueError, match=message):
+        evaluate(NTKKernel(network), -x.to(dtype))
+    with pytest.raises(ValueError, match=message):
+        NetworkMean(network)(-x.to(dtype))
 
 
 def test_other_numbers_of_rows_are_tried(trials):
@@ -88,45 +117,6 @@ def test_a_module_that_has_changed_between_two_snapshots(mean_first):
 def evaluate(module: nn.Module, x: Tensor) -> None:
     out = module(x)
     out if isinstance(out, Tensor) else out.to_dense()
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (lambda mean, kernel: None, 1),
-        (lambda mean, kernel: mean.network.tensors.get_buffer("0.weight").data.mul_(2.0), 2),
-        (lambda mean, kernel: kernel.network.load_state_dict(doubled(kernel.network)), 2),
-        (lambda mean, kernel: kernel.linearize(mlp()), 2),
-    ],
-    ids=["the same", "edited in place", "loaded", "of another network"],
-)
-def test_tensors_that_have_changed_are_tried_anew(change: Callable, expected: int, trials):
-    network, x = mlp(), torch.randn(20, 3)
-    mean, kernel = NetworkMean(network), NTKKernel(network)
-    mean(x)
-    change(mean, kernel)
-    evaluate(kernel, x)
-    assert len(trials) == expected
-
-
-def doubled(module: nn.Module) -> dict[str, Tensor]:
-    return {name: 2 * tensor for name, tensor in module.state_dict().items()}
-
-
-def test_other_options_are_tried_by_themselves(trials):
-    network, x = mlp(outputs=2), torch.randn(20, 3)
-    NetworkMean(network, output=0)(x)
-    evaluate(NTKKernel(network, output=1), x)
-    evaluate(NTKKernel(network, output=0, parameters="2.*"), x)
-    assert len(trials) == 3
-    evaluate(NTKKernel(network, output=0, variance_groups="layer"), x)
-    assert len(trials) == 3
-
-
-def test_what_cannot_be_compared_is_tried_by_itself(trials):
-    network, x = Unpicklable(), torch.randn(20, 3)
-    NetworkMean(network)(x), evaluate(NTKKernel(network), x)
-    assert len(trials) == 2
 
 
 def test_what_is_warned_of_is_found_out_by_each():

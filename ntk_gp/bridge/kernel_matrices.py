@@ -15,11 +15,16 @@ from gpytorch.kernels import Kernel
 from gpytorch.lazy import LazyEvaluatedKernelTensor
 from gpytorch.lazy.lazy_evaluated_kernel_tensor import recall_grad_state
 from linear_operator import to_linear_operator
-from linear_operator.operators import LinearOperator, SumLinearOperator
+from linear_operator.operators import (
+    ConstantMulLinearOperator,
+    LinearOperator,
+    SumLinearOperator,
+    ZeroLinearOperator,
+)
 from linear_operator.utils.memoize import cached
 from torch import Tensor
 
-from .._compat import BUFFERS, buffers_in
+from .._compat import BUFFERS, buffers_in, constant_in
 from ..operators.ntk_sum_linear_operator import entry_by_entry, product_over_batch
 from .exactly_solved import without_constants
 from .recognised import NeuralTangentKernel, contains_ntk
@@ -63,12 +68,24 @@ def _evaluated(matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
     kernel.__dict__.update({**matrix.kernel.__dict__, BUFFERS: buffers})
     evaluate = super(Kernel, kernel).__call__
     result = evaluate(matrix.x1, matrix.x2, last_dim_is_batch=matrix.last_dim_is_batch, **matrix.params)
-    result = to_linear_operator(result).evaluate_kernel()
-    if type(result) is SumLinearOperator:  # its parts were lazy when they were multiplied by constants
-        result = SumLinearOperator(*map(without_constants, result.linear_ops))
+    result = _evaluated_parts(to_linear_operator(result))
     if gpytorch_settings.debug.on() and result.shape != matrix.shape:
         raise RuntimeError(f"Expected a kernel matrix of shape {tuple(matrix.shape)}, got {tuple(result.shape)}.")
     return result
+
+
+def _evaluated_parts(matrix: LinearOperator) -> LinearOperator:
+    """The same matrix with nothing in it to evaluate; a sum without the parts that are zero, which have no numbers."""
+    if isinstance(matrix, ZeroLinearOperator):
+        return matrix
+    if type(matrix) is ConstantMulLinearOperator:
+        base = _evaluated_parts(matrix.base_linear_op)
+        return base if isinstance(base, ZeroLinearOperator) else ConstantMulLinearOperator(base, constant_in(matrix))
+    if type(matrix) is not SumLinearOperator:
+        return matrix.evaluate_kernel()
+    parts = [_evaluated_parts(part) for part in matrix.linear_ops]
+    parts = [without_constants(part) for part in parts if not isinstance(part, ZeroLinearOperator)]
+    return SumLinearOperator(*parts) if len(parts) > 1 else parts[0]
 
 
 def mul_matrix(default: Callable[..., Any], matrix: LinearOperator, other: Tensor | LinearOperator) -> LinearOperator:

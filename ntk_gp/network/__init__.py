@@ -3,7 +3,7 @@
 from .checks import check_finite, check_tensor, is_finite
 from .frozen import FrozenNetwork, preserved_random_state
 from .function import NetworkFunction
-from .graph import nodes_below
+from .graph import is_leaf, nodes_below
 from .rows import some_rows
 from .snapshot import ParameterSelection
 from .specification import ALL_OUTPUTS
@@ -20,6 +20,7 @@ __all__ = [
     "check_tensor",
     "full_precision",
     "is_finite",
+    "is_leaf",
     "nodes_below",
     "normal_tensor",
     "preserved_random_state",

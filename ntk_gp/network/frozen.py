@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from .fingerprint import Fingerprint
 from .function import Findings, NetworkFunction
 from .probe import probe
 from .rows import check_values
-from .sharing import has_same_tensors, is_same_module, others_of, share_snapshot
+from .sharing import share_snapshot
 from .skeleton import Skeletons
 from .snapshot import (
     ParameterSelection,
@@ -114,11 +113,11 @@ class FrozenNetwork(nn.Module):
         self._skeleton = [make_skeleton(network)]
         self._functions: dict[tuple, NetworkFunction] = {}
         self._checked: set[tuple] = set()
-        self._findings: dict[tuple, Findings] = {}
+        self._exact_findings: dict[tuple, Findings] = {}
         self._places: _Places | None = None
         self._fingerprint = Fingerprint()
         self._lock = threading.RLock()  # held while functions are made and tried
-        self._family: WeakSet | None = share_snapshot(source, self)
+        share_snapshot(source, self.tensors)
 
     def renewed(self, network: nn.Module) -> FrozenNetwork:
         """A snapshot of another network, or of this one's new weights, with the same options."""
@@ -278,7 +277,7 @@ class FrozenNetwork(nn.Module):
         if known is not None and known.state == state and known.inner_dtype is None and known.is_tried:
             return known
         function = self._convert(torch.float64, rows.device, state=state)
-        findings = self._findings.get(_kind(rows.double()[:0], state))
+        findings = self._exact_findings.get((rows.shape[1], rows.device, state))
         if findings is not None:
             function.learn(findings)
             return function
@@ -300,54 +299,25 @@ class FrozenNetwork(nn.Module):
             if kind in self._checked:  # by another thread, meanwhile
                 return
             function = self.function(x.dtype, x.device, state)
-            findings = self._findings.get(kind) or self._found_by_others(kind)
-            if findings is not None:
-                function.learn(findings)
-            else:
-                rows = normal_tensor(x.detach()).reshape(x.shape[:-1].numel(), x.shape[-1])
-                self._put_down(Trial(function, rows, partial(self._converted, x.device, state)), rows, state)
+            rows = normal_tensor(x.detach()).reshape(x.shape[:-1].numel(), x.shape[-1])
+            trial = Trial(function, rows, partial(self._converted, x.device, state))
+            self._functions[rows.dtype, rows.device] = trial.function
+            if trial.exact_findings is not None:
+                self._exact_findings[rows.shape[1], rows.device, state] = trial.exact_findings
             self._checked.add(kind)
-
-    def _found_by_others(self, kind: tuple) -> Findings | None:
-        """What was found where another snapshot that is as this one, such as a mean's, was tried in the same way.
-
-        What would have been warned of there is found out, and warned of, here as well.
-        """
-        *what, state = kind
-        for other in () if self._family is None else others_of(self._family, self):
-            if not other._findings or not self.specification.is_tried_as(other.specification):
-                continue
-            if self._aliases != other._aliases or not has_same_tensors(self.tensors, other.tensors):
-                continue
-            theirs = other.fingerprint(thorough=True)  # the state that it was tried in, or others' findings are none
-            found = other._findings.get((*what, theirs))
-            if found is None or (found.unreached and self.specification.kept):
-                continue
-            if is_same_module(self._skeleton[0], other._skeleton[0]):
-                known = list(other._findings.items())
-                self._findings.update({(*key[:-1], state): value for key, value in known if key[-1] == theirs})
-                return found
-        return None
 
     def _converted(
         self, device: torch.device, state: int, dtype: torch.dtype, inner_dtype: torch.dtype | None = None
     ) -> NetworkFunction:
         return self._convert(dtype, device, inner_dtype, state)
 
-    def _put_down(self, trial: Trial, rows: Tensor, state: int) -> None:
-        """Keeps what was found, for other inputs of this kind, and for others of none."""
-        self._functions[rows.dtype, rows.device] = trial.function
-        for dtype, findings in trial.findings.items():
-            for some in (rows, rows[:0]):
-                self._findings[_kind(some, state, dtype)] = findings
-
     def check_width(self, x: Tensor) -> None:
         """Raises where inputs are no rows of floating-point numbers of the width that `input_shape` needs."""
         self.specification.check_width(x)
 
     def __getstate__(self) -> dict:
-        made_again: dict[str, Any] = {"_functions": {}, "_checked": set(), "_findings": {}}
-        nothing = dict.fromkeys(("_places", "_lock", "_family"))
+        made_again: dict[str, Any] = {"_functions": {}, "_checked": set(), "_exact_findings": {}}
+        nothing = dict.fromkeys(("_places", "_lock"))
         return {**self.__dict__, **made_again, **nothing, "_fingerprint": Fingerprint()}
 
     def __setstate__(self, state: dict) -> None:
@@ -365,7 +335,7 @@ class FrozenNetwork(nn.Module):
             known = {
                 "_functions": dict(self._functions),
                 "_checked": set(self._checked),
-                "_findings": dict(self._findings),
+                "_exact_findings": dict(self._exact_findings),
             }
         new.__dict__.update(
             {**known, CHILDREN: dict(children_in(self))},

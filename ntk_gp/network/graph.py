@@ -21,8 +21,13 @@ def nodes_below(output: Tensor) -> Iterator[Any]:
         pending.extend(child for child, _ in node.next_functions)
 
 
+def is_leaf(node: Any) -> bool:
+    """Whether a node stands for a leaf, its `variable`; those of users' functions have any attributes."""
+    return node.name() == "torch::autograd::AccumulateGrad"
+
+
 def leaves_below(output: Tensor) -> set[int]:
     """The ids of all the leaves that a tensor was computed from, its own if it is one that requires a gradient."""
     if output.is_leaf:
         return {id(output)} if output.requires_grad else set()
-    return {id(node.variable) for node in nodes_below(output) if hasattr(node, "variable")}
+    return {id(node.variable) for node in nodes_below(output) if is_leaf(node)}

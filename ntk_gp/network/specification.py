@@ -45,11 +45,6 @@ class Specification:
         names = self.group_names
         return tuple(names.index(label) for label in self.group_labels)
 
-    def is_tried_as(self, other: Specification) -> bool:
-        """Whether trying a network finds out the same for both: groups have no part in that."""
-        mine, theirs = ((s.parameter_names, s.input_shape, s.output, s.left_out) for s in (self, other))
-        return mine == theirs
-
     def check_width(self, x: Tensor) -> None:
         """Raises where inputs are no rows of floating-point numbers of the width that `input_shape` needs."""
         if not x.is_floating_point():

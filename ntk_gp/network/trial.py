@@ -37,11 +37,11 @@ class Trial:
     :param convert: Makes its function in other precisions.
 
     :ivar function: The function, or one in a precision of its own where the network computes in no other.
-    :ivar findings: What it has learned, for each dtype that was tried; nothing where a precision is the network's own.
+    :ivar exact_findings: What its function in float64 has learned, if that was tried.
     """
 
     def __init__(self, function: NetworkFunction, rows: Tensor, convert: Conversion):
-        self.findings: dict[torch.dtype, Findings] = {}
+        self.exact_findings: Findings | None = None
         self._convert = convert
         self.function = self._probed(function, rows[:FEW] if len(rows) else rows.new_zeros(1, rows.shape[1]))
         if len(rows):
@@ -51,7 +51,7 @@ class Trial:
 
     def _probed(self, function: NetworkFunction, rows: Tensor) -> NetworkFunction:
         try:
-            self.findings[rows.dtype] = probe(function, rows)
+            probe(function, rows)
         except (ValueError, TypeError) as error:
             own = None if function.inner_dtype is not None else self._in_its_own_precision(rows)
             if own is None or own.inner_dtype is None:
@@ -87,7 +87,7 @@ class Trial:
             return self.function
         exact = self._convert(torch.float64)
         try:
-            self.findings[torch.float64] = probe(exact, rows.double())
+            self.exact_findings = probe(exact, rows.double())
         except (RuntimeError, TypeError, ValueError):
             return self.function
         return exact

@@ -10,7 +10,7 @@ import gpytorch
 import pytest
 import torch
 from gpytorch.distributions import MultivariateNormal
-from gpytorch.kernels import IndexKernel, MaternKernel, RBFKernel, ScaleKernel
+from gpytorch.kernels import IndexKernel, Kernel, MaternKernel, RBFKernel, ScaleKernel
 from gpytorch.mlls import ExactMarginalLogLikelihood
 from linear_operator.operators import (
     BatchRepeatLinearOperator,
@@ -20,6 +20,7 @@ from linear_operator.operators import (
     LinearOperator,
     MulLinearOperator,
     PsdSumLinearOperator,
+    ZeroLinearOperator,
 )
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Size, Tensor, nn
@@ -27,7 +28,7 @@ from torch import Size, Tensor, nn
 from ntk_gp import NetworkMean, NTKKernel, NTKLinearOperator, settings
 from ntk_gp.bridge.prediction_strategies import NTKPredictionStrategy
 from tests import references
-from tests.adapted import assert_close, data, network
+from tests.adapted import SMALL, AdaptedGP, assert_close, data, network
 
 N_TEST = 9
 
@@ -382,3 +383,36 @@ def test_more_data_and_missing_targets(name):
             actual = predict(Model(x, tasks, y.where(seen, torch.nan), net, CASES[name].combine).eval())
         for a, b in zip(actual, expected, strict=True):
             assert_close(a, b)
+
+
+class White(Kernel):
+    """One at equal inputs; at others there are no numbers at all."""
+
+    def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **params):
+        same = torch.equal(x1, x2)
+        if diag:
+            return torch.full(x1.shape[:-1], float(same), dtype=x1.dtype)
+        if same:
+            return DiagLinearOperator(torch.ones(x1.shape[:-1], dtype=x1.dtype))
+        return ZeroLinearOperator(*x1.shape[:-1], x2.shape[-2], dtype=x1.dtype)
+
+
+@pytest.mark.parametrize("form", ["ntk first", "ntk last", "scaled", "with another"])
+def test_a_kernel_that_is_zero_between_different_inputs(form):
+    net, (x, y), test_x = network(), data(SMALL), data(5, seed=1)[0]
+    kernel = {
+        "ntk first": lambda: NTKKernel(net) + White(),
+        "ntk last": lambda: White() + NTKKernel(net),
+        "scaled": lambda: ScaleKernel(NTKKernel(net) + ScaleKernel(White())),
+        "with another": lambda: White() + NTKKernel(net) + RBFKernel(),
+    }[form]().double()
+    model = AdaptedGP(x, y, net, kernel).eval()
+    with torch.no_grad():
+        prior = kernel(torch.cat([x, test_x])).to_dense()
+        noise = model.likelihood.noise * torch.eye(SMALL, dtype=x.dtype)
+        cross = prior[SMALL:, :SMALL]
+        solved = torch.linalg.solve(prior[:SMALL, :SMALL] + noise, cross.mT)
+        posterior = model(test_x)
+        mean = net(x).squeeze(-1)
+        assert_close(posterior.mean, net(test_x).squeeze(-1) + solved.mT @ (y - mean))
+        assert_close(posterior.covariance_matrix, prior[SMALL:, SMALL:] - cross @ solved)

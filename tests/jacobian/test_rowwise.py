@@ -143,3 +143,20 @@ class Function(torch.autograd.Function):
 @pytest.mark.parametrize("name", ["_Tanh", "_Linear", "TanhBackward0", "Tanh"])
 def test_a_users_function_is_not_taken_for_what_it_is_called(name: str):
     assert not told(type(name, (Function,), {}).apply)[0]
+
+
+class Unsort(torch.autograd.Function):
+    """Puts rows back in their places; its node has an attribute that those of leaves have."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, order: Tensor) -> Tensor:
+        ctx.variable = order
+        return torch.empty_like(h).index_copy(0, order, h)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad[ctx.variable], None
+
+
+def test_a_users_node_is_not_taken_for_a_leaf():
+    assert not told(lambda h: Unsort.apply(h, torch.arange(len(h)).flip(0)))[0]

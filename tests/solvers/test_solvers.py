@@ -43,7 +43,8 @@ def test_more_data_extends(way):
     problem = Problem(LARGE)
     system = problem.beginning(LARGE - 5)
     assert problem.system.starts_with(system)
-    assert isinstance(way(system).extended(problem.system), way)
+    extended = way(system).extended(problem.system)
+    assert isinstance(extended, way) or way.extended is Solver.extended
 
 
 @pytest.mark.parametrize("n", [SMALL, LARGE])

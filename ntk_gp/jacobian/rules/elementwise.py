@@ -31,7 +31,7 @@ def multiply(use: Use, input: Operand, other: Operand) -> Iterable[Term]:
         raise UnsupportedUse("a product of two parameters")
     parameter, factor = (input, other) if isinstance(input, ParameterView) else (other, input)
     factor = factor.unsqueeze(1) if isinstance(factor, Tensor) else factor
-    return use.features(parameter, use.sum_to(parameter, use.gradients * factor))  # type: ignore[operator]
+    return use.features(parameter, use.sum_to(parameter, use.gradients * factor))
 
 
 def expand(use: Use, input: ParameterView, *sizes: Any) -> Iterable[Term]:

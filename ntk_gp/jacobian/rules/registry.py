@@ -192,7 +192,14 @@ def register_rule(
     autograd's for one random v over all the inputs captured; a parameter that disagrees is left to autodiff. See
     `docs/adding-a-rule.md` for what that can tell.
     """
-    _RULES[function] = RegisteredRule(rule, tuple(parameters), elementwise)
+    registered = RegisteredRule(rule, tuple(parameters), elementwise)
+    unknown = set(parameters) - set(registered.signature.parameters)
+    if unknown and parameters != ("weight", "bias"):
+        raise ValueError(
+            f"{registered.name} has no argument {', '.join(sorted(unknown))}: parameters= names those of "
+            f"{', '.join(registered.signature.parameters)} that may be parameters."
+        )
+    _RULES[function] = registered
     _changed()
 
 

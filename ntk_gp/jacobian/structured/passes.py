@@ -34,7 +34,10 @@ def use_terms(use: RecordedUse, gradients: Tensor, n: int, layout: Layout, squar
     g = points_first(gradients.square() if squared else gradients, (dim + 1, split), n)
     g = g.movedim(1 + split, 1)  # (n, C, positions from the split, …)
     try:
-        terms = list(use.rule.call(use.rule.rule, arguments, Use(g, dim, len(use.shape), split)))
+        found = use.rule.call(use.rule.rule, arguments, Use(g, dim, len(use.shape), split))
+        if found is None:
+            raise UnsupportedUse("it returned None; a rule returns a list of terms, such as use.matrix(...)")
+        terms = list(found)
         for term in terms:
             term.check(n, len(gradients))
     except UnsupportedUse:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -44,6 +45,14 @@ class ParameterView:
     def end(self) -> int:
         """One more than the place of the last element."""
         return self.offset + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True)) + 1
+
+    def _values(self, *_: object) -> NoReturn:
+        raise TypeError(
+            f"A rule sees no values of a selected parameter ({self.name}), only its place. Where the derivative in one "
+            "parameter needs the values of another, register_decomposition puts calls that have rules in its place."
+        )
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = __truediv__ = _values
 
     def permute(self, *dims: int) -> ParameterView:
         return replace(
