@@ -25,6 +25,8 @@ from torch.overrides import TorchFunctionMode
 from ntk_gp import _compat
 from tests.adapted import assert_close
 
+pytestmark = pytest.mark.engine_independent
+
 F64 = torch.float64
 
 

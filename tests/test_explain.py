@@ -26,6 +26,8 @@ from ntk_gp import NTKKernel, settings
 from ntk_gp.solvers import SOLVERS
 from tests.adapted import LARGE, SMALL, AdaptedGP, data, network
 
+pytestmark = pytest.mark.engine_independent
+
 NAMES = [kind.name for kind in SOLVERS]
 
 

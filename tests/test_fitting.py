@@ -465,6 +465,7 @@ class TestSettings:
         with gpytorch.settings.max_cholesky_size(value):
             check(model, x, y, net, lambda: kernel.outputscale * gram + likelihood.noise * eye(850))
 
+    @pytest.mark.engine_independent
     def test_a_small_budget_estimates(self):
         """Neither way fits: conjugate gradients and stochastic log-determinants, near the exact ones."""
         net, (x, y) = network(), data(LARGE)

@@ -18,6 +18,8 @@ from torch import nn
 import ntk_gp
 from ntk_gp import _compat
 
+pytestmark = pytest.mark.engine_independent
+
 ROOT = Path(ntk_gp.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 COMPAT = Path(_compat.__file__)

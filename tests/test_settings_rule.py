@@ -16,6 +16,8 @@ from ntk_gp.bridge.exactly_solved import exactly_solved
 from ntk_gp.solvers.iterative import IterativeSolver, tolerance
 from tests.adapted import LARGE, AdaptedGP, assert_close, closed_form, data, network
 
+pytestmark = pytest.mark.engine_independent
+
 _SCRIPT = textwrap.dedent("""
     import json, sys, warnings
     warnings.simplefilter("ignore")

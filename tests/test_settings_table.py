@@ -26,6 +26,8 @@ from ntk_gp.solvers.iterative import IterativeSolver, tolerance
 from ntk_gp.solvers.love import LanczosVariance
 from tests.adapted import LARGE, SMALL, AdaptedGP, assert_close, data, network
 
+pytestmark = pytest.mark.engine_independent
+
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 OWN, ALL = PAGE.read_text().split("## Who decides")
 ROWS = re.findall(r"^\| `([\w.]+)` \| ([a-z ]+) \|", ALL, flags=re.MULTILINE)

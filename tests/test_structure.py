@@ -53,6 +53,8 @@ from ntk_gp.bridge.exactly_solved import exactly_solved
 from tests import references
 from tests.adapted import assert_close, data, network
 
+pytestmark = pytest.mark.engine_independent
+
 F64 = torch.float64
 _FACTORISATIONS = ("cholesky", "eigh", "lu_factor", "slogdet", "solve_ex", "qr", "svd", "inv_ex")
 

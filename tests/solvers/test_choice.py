@@ -15,6 +15,8 @@ from ntk_gp.solvers.iterative import IterativeSolver
 from ntk_gp.solvers.weight_space import WeightSpaceSolver
 from tests.adapted import data, network
 
+pytestmark = pytest.mark.engine_independent
+
 ROWS = (5, 12, 41, 60, 130, 400, 1200)
 BUDGETS = (2000, 27_000, 100_000, 12_500_000, 20_000_000, None)
 LIMITS = (None, 30, 41, 800)

@@ -11,6 +11,8 @@ from ntk_gp.solvers.cholesky import cholesky, cholesky_solve
 from ntk_gp.solvers.function_space import FunctionSpaceSolver
 from ntk_gp.solvers.system import System
 
+pytestmark = pytest.mark.engine_independent
+
 PANEL = 16
 NOISE = 1e-2
 

@@ -13,6 +13,8 @@ from tests import references
 from tests.adapted import LARGE, SMALL, AdaptedGP, assert_close, closed_form, data, network
 from tests.solvers.test_solvers import Problem
 
+pytestmark = pytest.mark.engine_independent
+
 NAMES = [kind.name for kind in SOLVERS]
 NOISE, SCALE = 0.1, 1.7
 TEST_X = data(7, seed=3)[0]

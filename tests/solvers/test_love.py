@@ -19,6 +19,8 @@ from tests import references
 from tests.adapted import LARGE, SMALL, assert_close, data, network
 from tests.solvers.test_solvers import Problem
 
+pytestmark = pytest.mark.engine_independent
+
 
 def system_of(net: nn.Module, n: int, noise: float | Tensor, outputs: int = 1) -> System:
     ones = torch.ones(1, 1, dtype=torch.float64)

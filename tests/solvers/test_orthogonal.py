@@ -16,6 +16,8 @@ from ntk_gp.solvers.function_space import FunctionSpaceSolver
 from ntk_gp.solvers.orthogonal import FunctionSpaceBasis, weight_space_factor
 from ntk_gp.solvers.weight_space import WeightSpaceSolver
 
+pytestmark = pytest.mark.engine_independent
+
 RATIOS = [1e0, 1e4, 1e8, 1e10, 1e12, 1e14, 1e16]
 SIZES = [12, 50]  # of points, for 29 parameters
 

@@ -12,6 +12,8 @@ from ntk_gp.solvers.weight_space import WeightSpaceSolver
 from tests.adapted import LARGE, SMALL
 from tests.solvers.test_solvers import Problem
 
+pytestmark = pytest.mark.engine_independent
+
 NOISE = 1e-9
 PROMISE = 1e-8
 

@@ -21,6 +21,8 @@ from ntk_gp.testing import check_solver
 from ntk_gp.testing.solvers import BATCHES
 from tests.adapted import LARGE, SMALL, assert_close
 
+pytestmark = pytest.mark.engine_independent
+
 EXACT = [FunctionSpaceSolver, WeightSpaceSolver]
 WAYS = [*EXACT, IterativeSolver]
 
