@@ -58,7 +58,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("n", [5, SMALL, LARGE, 400])
+@pytest.mark.parametrize("n", [5, SMALL, LARGE, 200])
 @pytest.mark.parametrize("setting", SETTINGS)
 class TestWhatIsSaidIsDone:
     def test_before_and_after(self, n, setting, monkeypatch):

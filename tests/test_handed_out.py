@@ -105,6 +105,7 @@ class TestOwnership:
             assert not list(module.parameters())
 
 
+@pytest.mark.engine_independent
 class TestTracing:
     @named(TRACED)
     def test_export(self, case):
