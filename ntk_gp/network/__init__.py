@@ -3,7 +3,7 @@
 from .checks import check_finite, check_tensor, is_finite
 from .frozen import FrozenNetwork, preserved_random_state
 from .function import NetworkFunction
-from .graph import is_leaf, nodes_below
+from .graph import LEAF, nodes_below
 from .rows import some_rows
 from .snapshot import ParameterSelection
 from .specification import ALL_OUTPUTS
@@ -12,6 +12,7 @@ from .tensors import full_precision, normal_tensor
 
 __all__ = [
     "ALL_OUTPUTS",
+    "LEAF",
     "FrozenNetwork",
     "NetworkFunction",
     "ParameterSelection",
@@ -20,7 +21,6 @@ __all__ = [
     "check_tensor",
     "full_precision",
     "is_finite",
-    "is_leaf",
     "nodes_below",
     "normal_tensor",
     "preserved_random_state",

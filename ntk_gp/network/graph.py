@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+# The name of the nodes that stand for leaves, which have a `variable`; a user's function has any attributes it likes.
+LEAF = "torch::autograd::AccumulateGrad"
+
 
 def nodes_below(output: Tensor) -> Iterator[Any]:
     """The nodes of the graph that a tensor was computed by, each once."""
@@ -21,13 +24,8 @@ def nodes_below(output: Tensor) -> Iterator[Any]:
         pending.extend(child for child, _ in node.next_functions)
 
 
-def is_leaf(node: Any) -> bool:
-    """Whether a node stands for a leaf, its `variable`; those of users' functions have any attributes."""
-    return node.name() == "torch::autograd::AccumulateGrad"
-
-
 def leaves_below(output: Tensor) -> set[int]:
     """The ids of all the leaves that a tensor was computed from, its own if it is one that requires a gradient."""
     if output.is_leaf:
         return {id(output)} if output.requires_grad else set()
-    return {id(node.variable) for node in nodes_below(output) if is_leaf(node)}
+    return {id(node.variable) for node in nodes_below(output) if node.name() == LEAF}

@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from ..._compat import base_of, is_view, version_of
-from ...network import NetworkFunction, is_leaf, nodes_below
+from ...network import LEAF, NetworkFunction, nodes_below
 from ...replacements.recorded import RECORDED_AS
 from ..rules import find
 from ..rules.registry import RegisteredRule
@@ -249,5 +249,5 @@ def _is_plain_view(value: Tensor) -> bool:
 def _below(output: Tensor) -> tuple[set[int], bool]:
     """The ids of all the leaves that a tensor was computed from, and whether there was a change of dtype on the way."""
     nodes = list(nodes_below(output))
-    leaves = {id(node.variable) for node in nodes if is_leaf(node)}
+    leaves = {id(node.variable) for node in nodes if node.name() == LEAF}
     return leaves, any(node.name() == "ToCopyBackward0" for node in nodes)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..._compat import input_metadata, saved_dim, saved_dim0, saved_dim1, saved_normalized_shape
-from ...network import is_leaf, nodes_below
+from ...network import LEAF, nodes_below
 from ...replacements.recorded import ROW_BY_ROW
 from .layout import Layout
 from .record import Recording
@@ -102,13 +102,13 @@ def keeps_rows_apart(recording: Recording, layouts: Sequence[Layout]) -> bool:
 
 
 def _keeps_rows_apart(node: Any, n: int) -> bool:
-    if is_leaf(node):
+    name = node.name()
+    if name == LEAF:
         return True  # the place of a use's result: whoever takes it looks at its shape
     shapes = [metadata.shape for metadata in input_metadata(node)]
     inputs = {i: _shape(*edge) for i, edge in enumerate(node.next_functions) if edge[0] is not None}
     if not all(shape and shape[0] % n == 0 for shape in (*shapes, *inputs.values())):
         return False
-    name = node.name()
     if name in _RESHAPED:
         return True
     if any(shape[0] != shapes[0][0] for shape in (*shapes, *inputs.values())):
@@ -125,7 +125,7 @@ def _keeps_rows_apart(node: Any, n: int) -> bool:
 
 def _shape(node: Any, index: int) -> torch.Size:
     """Of the tensor that an edge stands for."""
-    return node.variable.shape if is_leaf(node) else input_metadata(node)[index].shape
+    return node.variable.shape if node.name() == LEAF else input_metadata(node)[index].shape
 
 
 def _avoids_first(node: Any, attribute: Callable[[Any], Any], inputs: dict[int, torch.Size]) -> bool:
