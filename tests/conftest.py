@@ -54,6 +54,13 @@ _SETTINGS = {
 _STATES = ("_state", "_global_value", "_global_float_value", "_global_double_value", "_global_half_value")
 
 
+def _default_device() -> torch.device:
+    try:
+        return torch.get_default_device()
+    except AttributeError:  # torch 2.8, once one was set and taken back
+        return torch.device("cpu")
+
+
 def _state_of_the_process() -> dict[str, Any]:
     """What a test could leave behind for those after it."""
     states = {
@@ -65,7 +72,7 @@ def _state_of_the_process() -> dict[str, Any]:
     return {
         **states,
         "default dtype": torch.get_default_dtype(),
-        "default device": torch.get_default_device(),
+        "default device": _default_device(),
         "threads": torch.get_num_threads(),
         "gradients": torch.is_grad_enabled(),
         "float32 products": torch.get_float32_matmul_precision(),

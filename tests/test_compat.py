@@ -112,7 +112,8 @@ class TestTransforms:
     @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
     def test_is_any_autocast_enabled(self, device):
         assert not _compat.is_any_autocast_enabled()
-        with torch.autocast(device, dtype=torch.bfloat16) as context:
+        context = torch.autocast(device, dtype=torch.bfloat16)
+        with context:
             assert _compat.is_any_autocast_enabled() == context._enabled  # not without a GPU
             assert device == "cuda" or context._enabled
         assert not _compat.is_any_autocast_enabled()

@@ -45,6 +45,8 @@ def test_products_at_zeros_beyond_the_first_points(name):
         gradients = torch.autograd.grad(network(point[None])[0, 0], list(network.parameters()))
         expected.append(torch.cat([gradient.reshape(-1) for gradient in gradients]))
     J = torch.stack(expected)
+    if not J.isfinite().all():
+        pytest.skip("by this torch, there is no derivative at zero")
     u = torch.randn(1, 2, J.shape[1], dtype=x.dtype)
     jacobian = AutodiffEngine(FrozenNetwork(network)).linearize(x.unsqueeze(0))
     torch.testing.assert_close(jacobian.jvp(u)[0], u[0] @ J.mT, rtol=1e-10, atol=1e-10)
