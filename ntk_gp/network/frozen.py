@@ -354,10 +354,10 @@ class _Places:
         self.dictionaries = dictionaries
 
 
-def _kind(x: Tensor, state: int, dtype: torch.dtype | None = None) -> tuple:
+def _kind(x: Tensor, state: int) -> tuple:
     """What a network need be tried at only once: inputs of one width, dtype and device, about as many of them."""
     count = min(x.shape[:-1].numel(), FEW)
-    return x.shape[-1], x.dtype if dtype is None else dtype, x.device, count.bit_length(), state
+    return x.shape[-1], x.dtype, x.device, count.bit_length(), state
 
 
 @contextmanager

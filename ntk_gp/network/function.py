@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -29,7 +29,6 @@ class Findings:
     :param unreached: The parameters without influence on the output.
     :param written: The tensors that calls write to: each call gets its own.
     :param runs_again: Whether backward passes run parts of the module again, as checkpoints do.
-    :param sizes_checked: The numbers of rows that are known to be treated row by row; grows.
     """
 
     num_outputs: int
@@ -37,7 +36,6 @@ class Findings:
     unreached: frozenset[str]
     written: frozenset[str]
     runs_again: bool
-    sizes_checked: set[int] = field(default_factory=set)
 
 
 class NetworkFunction:
@@ -86,8 +84,6 @@ class NetworkFunction:
         self.unreached = findings.unreached
         self._written |= findings.written
         self.runs_again = self.runs_again or findings.runs_again
-        findings.sizes_checked.update(self._sizes_checked)
-        self._sizes_checked = findings.sizes_checked
 
     def __call__(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """f(w, x): (n, d) to (n, C). Call it inside :meth:`tracing`."""

@@ -7,6 +7,7 @@
 :mod:`.elementary`  layers of which torch's second derivatives are wrong or absent  any number, in either mode
 ==================  ==============================================================  ===================================
 
-Each of the last three ends with a table from function to function. Decompositions, which put functions that
-have rules in the place of one that has none, are in the table of rules (:mod:`ntk_gp.jacobian.rules`): users add to it.
+Each of the last three has a table from function to function; :mod:`.mode` calls what two of them say. Decompositions,
+which put functions that have rules in the place of one that has none, are in the table of rules
+(:mod:`ntk_gp.jacobian.rules`): users add to it.
 """

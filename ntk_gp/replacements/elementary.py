@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-
-class ElementaryOperations(TorchFunctionMode):
-    """Some fused operations as compositions of elementary ones, which can be differentiated any number of times.
-
-    Layer and instance norm lose terms, without a word, when their first derivative in forward mode or under vmap is
-    differentiated once more (https://github.com/pytorch/pytorch/issues/196700,
-    https://github.com/pytorch/pytorch/issues/196699); the others have no such derivative and raise.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        try:
-            replacement = _ELEMENTARY.get(function, function)
-        except TypeError:  # a callable that cannot be hashed
-            replacement = function
-        return replacement(*args, **(kwargs or {}))
+from .mode import ReplacingMode
 
 
 def _standardise(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
@@ -115,13 +101,21 @@ def _places(offsets: Tensor, total: int, include_last_offset: bool) -> tuple[Ten
     return places.clamp(max=max(0, total - 1)), exists
 
 
-_ELEMENTARY: dict[Callable, Callable] = {
-    nn.functional.embedding_bag: embedding_bag,
-    nn.functional.glu: _glu,
-    nn.functional.hardsigmoid: _hardsigmoid,
-    torch.cdist: _cdist,
-    nn.functional.layer_norm: _layer_norm,
-    torch.layer_norm: _layer_norm,
-    nn.functional.instance_norm: _instance_norm,
-    torch.instance_norm: _instance_norm,
-}
+class ElementaryOperations(ReplacingMode):
+    """Some fused operations as compositions of elementary ones, which can be differentiated any number of times.
+
+    Layer and instance norm lose terms, without a word, when their first derivative in forward mode or under vmap is
+    differentiated once more (https://github.com/pytorch/pytorch/issues/196700,
+    https://github.com/pytorch/pytorch/issues/196699); the others have no such derivative and raise.
+    """
+
+    table: ClassVar = {
+        nn.functional.embedding_bag: embedding_bag,
+        nn.functional.glu: _glu,
+        nn.functional.hardsigmoid: _hardsigmoid,
+        torch.cdist: _cdist,
+        nn.functional.layer_norm: _layer_norm,
+        torch.layer_norm: _layer_norm,
+        nn.functional.instance_norm: _instance_norm,
+        torch.instance_norm: _instance_norm,
+    }

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 
 from .._compat import is_any_autocast_enabled
+from .mode import ReplacingMode
 from .onednn import are_served, is_product_served, is_tanh_served, onednn_product, onednn_tanh
-
-
-class FullRateLayers(TorchFunctionMode):
-    """Linear layers and tanh by oneDNN, where it serves (see :mod:`.onednn`); a layer's other operations as they are.
-
-    PyTorch's tanh takes as long as a layer's product. Neither has derivatives in oneDNN, so those of forward mode are
-    written out, for dual numbers of :mod:`torch.autograd.forward_ad`.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        try:
-            replacement = _FULL_RATE.get(function, function)
-        except TypeError:  # a callable that cannot be hashed
-            replacement = function
-        return replacement(*args, **(kwargs or {}))
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -54,8 +39,15 @@ def _tanh(input: Tensor) -> Tensor:
     return value if tangent is None else forward_ad.make_dual(value, torch.ops.aten.tanh_backward(tangent, value))
 
 
-_FULL_RATE: dict[Callable, Callable] = {
-    nn.functional.linear: _linear,
-    torch.tanh: _tanh,
-    Tensor.tanh: _tanh,
-}
+class FullRateLayers(ReplacingMode):
+    """Linear layers and tanh by oneDNN, where it serves (see :mod:`.onednn`); a layer's other operations as they are.
+
+    PyTorch's tanh takes as long as a layer's product. Neither has derivatives in oneDNN, so those of forward mode are
+    written out, for dual numbers of :mod:`torch.autograd.forward_ad`.
+    """
+
+    table: ClassVar = {
+        nn.functional.linear: _linear,
+        torch.tanh: _tanh,
+        Tensor.tanh: _tanh,
+    }
