@@ -32,7 +32,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def test_there_are_examples():
-    assert {"ntk_gp.kernels.NTKKernel", "ntk_gp.means.NetworkMean"} <= {example.id for example in EXAMPLES}
+    assert {"ntk_gp.kernels.ntk.NTKKernel", "ntk_gp.means.NetworkMean"} <= {example.id for example in EXAMPLES}
 
 
 @pytest.mark.parametrize("example", EXAMPLES)

@@ -1,4 +1,4 @@
-"""The kernel."""
+"""The neural tangent kernel."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from gpytorch.kernels import Kernel
 from gpytorch.priors import Prior
 from torch import Size, Tensor, nn
 
-from ._compat import parameters_in
-from .bridge.prediction_strategies import NTKPredictionStrategy
-from .bridge.recognised import NeuralTangentKernel
-from .jacobian.linearization import Linearization
-from .network import FrozenNetwork, NetworkFunction, ParameterSelection, check_tensor
-from .operators import JacobianLinearOperator, NTKLinearOperator
-from .stock import mark_botorchs
+from .._compat import parameters_in
+from ..bridge.prediction_strategies import NTKPredictionStrategy
+from ..bridge.recognised import NeuralTangentKernel
+from ..jacobian.linearization import Linearization
+from ..network import FrozenNetwork, NetworkFunction, ParameterSelection, check_tensor
+from ..operators import JacobianLinearOperator, NTKLinearOperator
+from ..stock import mark_botorchs
 
 
 class NTKKernel(NeuralTangentKernel):
