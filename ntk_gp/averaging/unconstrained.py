@@ -1,0 +1,314 @@
+"""A model's hyperparameters as one vector without constraints, and their log posterior density in it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from gpytorch import settings as gpytorch_settings
+from gpytorch.constraints import Interval
+from gpytorch.mlls import ExactMarginalLogLikelihood
+from gpytorch.models import ExactGP
+from gpytorch.priors import Prior
+from linear_operator.utils.errors import NanError, NotPSDError
+from torch import Tensor, nn
+
+from ..bridge.recognised import contains_ntk
+from ..operators.ntk_sum_linear_operator import NTKSumLinearOperator
+
+# Second differences of a gradient for each; beyond, an approximation of their posterior is another task.
+MOST = 200
+
+
+class Coordinate:
+    """One tensor of parameters θ as coordinates u without constraints.
+
+    u = log(θ - lower) where θ is bounded below, log(upper - θ) above, log(θ - lower) - log(upper - θ) on both sides,
+    and θ itself without bounds; whatever the transform is that GPyTorch keeps the raw parameter by.
+
+    :param name: Of the raw parameter in the model.
+    :param parameter: The raw parameter.
+    :param constraint: What GPyTorch makes θ of it by, or None.
+    """
+
+    def __init__(self, name: str, parameter: nn.Parameter, constraint: Interval | None):
+        self.name = name
+        self.parameter = parameter
+        self.constraint = constraint
+        self.has_lower = constraint is not None and bool((constraint.lower_bound > -math.inf).all())
+        self.has_upper = constraint is not None and bool((constraint.upper_bound < math.inf).all())
+
+    @property
+    def public_name(self) -> str:
+        """The name of θ: the parameter's without `raw_`."""
+        owner, _, name = self.name.rpartition(".")
+        return f"{owner}.{name.removeprefix('raw_')}".lstrip(".")
+
+    def value(self) -> Tensor:
+        """θ, float64."""
+        raw = self.parameter.detach()
+        return (raw if self.constraint is None else self.constraint.transform(raw)).double()
+
+    def u(self) -> Tensor:
+        """The present u, in the parameter's shape."""
+        value = self.value()
+        above = (value - self.constraint.lower_bound).log() if self.has_lower else None  # type: ignore[union-attr]
+        below = (self.constraint.upper_bound - value).log() if self.has_upper else None  # type: ignore[union-attr]
+        if above is None:
+            return value if below is None else below
+        return above if below is None else above - below
+
+    def raw(self, u: Tensor) -> Tensor:
+        """The raw parameter for u of its shape, differentiable."""
+        if self.constraint is None or not (self.has_lower or self.has_upper):
+            return u
+        lower, upper = self.constraint.lower_bound.double(), self.constraint.upper_bound.double()
+        if self.has_lower and self.has_upper:
+            value = lower + (upper - lower) * u.sigmoid()
+        else:
+            value = lower + u.exp() if self.has_lower else upper - u.exp()
+        return self.constraint.inverse_transform(value)
+
+
+class Hyperparameters:
+    """The trained parameters of an ExactGP and its likelihood as one vector u, (d,) in float64, and their density.
+
+    The density is that of the posterior over u: the exact marginal likelihood, times the densities of the priors. A
+    prior on t(θ), be it θ, its logarithm or the raw parameter, is one on u with the density p(t(θ(u))) |dt/du|. What has
+    no prior is flat in u, and the posterior is then known up to a constant factor only.
+
+    Setting u writes to the model, which is made for that: see :func:`working_copy`.
+
+    :param model: The model, in train mode from here on.
+    :param jacobians: Leave out |dt/du| with False: GPyTorch's objective, times the number of data.
+    :raises ValueError: If nothing is trained, or more than is meant by hyperparameters.
+    """
+
+    def __init__(self, model: ExactGP, jacobians: bool = True):
+        self.model = model.train()
+        self.likelihood = model.likelihood.train()
+        self._mll = ExactMarginalLogLikelihood(self.likelihood, model)
+        self.coordinates = [
+            Coordinate(name, parameter, model.constraint_for_parameter_name(name))
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        ]
+        self.size = sum(coordinate.parameter.numel() for coordinate in self.coordinates)
+        if not 0 < self.size <= MOST:
+            raise ValueError(
+                f"{type(model).__name__} has {self.size} hyperparameters that are trained; between 1 and {MOST} are "
+                "averaged over. Set requires_grad_(False) on those that should stay as they are."
+            )
+        self.priors = [PriorTerm(prior, owner, closure, self) for _, owner, prior, closure, _ in _priors(model)]
+        self._jacobians = jacobians
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [coordinate.parameter for coordinate in self.coordinates]
+
+    def present(self) -> Tensor:
+        """u as the model has it, (d,)."""
+        return torch.cat([coordinate.u().flatten() for coordinate in self.coordinates])
+
+    def values(self) -> dict[str, Tensor]:
+        """θ as the model has it, by name."""
+        return {coordinate.public_name: coordinate.value().clone() for coordinate in self.coordinates}
+
+    def set(self, u: Tensor) -> None:
+        """Writes u (d,) into the model."""
+        with torch.no_grad():
+            self._write(self._raw(u.detach()))
+
+    def log_density(self, u: Tensor) -> tuple[float, Tensor]:
+        """The log density at u (d,), up to the constant of parameters without a prior, and its gradient (d,).
+
+        -inf, with a gradient of NaN, where the model cannot be evaluated in float64.
+        """
+        u = u.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            raw = self._raw(u)
+            self._write([each.detach() for each in raw])
+            try:
+                of_model = self._of_model() + self._of_priors()
+                gradients = torch.autograd.grad(of_model, self.parameters, allow_unused=True)
+            except (NanError, NotPSDError, torch.linalg.LinAlgError):
+                return -math.inf, torch.full_like(u, math.nan)
+            outer = [torch.zeros_like(r) if g is None else g.to(r) for g, r in zip(gradients, raw, strict=True)]
+            value, through = float(of_model), torch.autograd.grad(raw, u, outer, retain_graph=True)[0]
+            if self._jacobians:
+                of_raw = self._log_slopes(u, raw)
+                value, through = value + float(of_raw), through + torch.autograd.grad(of_raw, u)[0]
+        return value if math.isfinite(value) else -math.inf, through
+
+    def value(self, u: Tensor) -> float:
+        """The log density alone."""
+        self.set(u)
+        try:
+            with torch.inference_mode(False):
+                with torch.no_grad():
+                    value = float(self._of_model())
+                with torch.enable_grad():
+                    if self._jacobians:
+                        u = u.detach().requires_grad_()
+                        value += float(self._of_priors()) + float(self._log_slopes(u, self._raw(u)))
+        except (NanError, NotPSDError, torch.linalg.LinAlgError):
+            return -math.inf
+        return value if math.isfinite(value) else -math.inf
+
+    def starts(self) -> list[Tensor]:
+        """Where to search for the mode from: the present u, and the priors' means where they have one."""
+        present = self.present()
+        for _, owner, prior, closure, setting in _priors(self.model):
+            try:
+                center = prior.mean.expand(closure(owner).shape).detach()
+                if setting is not None and center.isfinite().all():
+                    setting(owner, center)
+            except (RuntimeError, NotImplementedError, AttributeError):
+                continue  # not every prior has a mean, in the shape of what it is on
+        centers = self.present()
+        self.set(present)
+        is_other = centers.isfinite().all() and not torch.allclose(centers, present)
+        return [present, centers] if is_other else [present]
+
+    def without_proper_prior(self) -> str | None:
+        """Why the density has no known constant; None where it has: every parameter has one proper prior."""
+        covered = torch.zeros(self.size, dtype=torch.long, device="cpu")
+        for prior in self.priors:
+            if prior.elements is None:
+                return f"the prior {prior.name} is on a function of several parameters that does not determine them"
+            covered[prior.elements] += 1
+        names = [c.public_name for c in self.coordinates for _ in range(c.parameter.numel())]
+        for count, why in ((covered == 0, "no prior"), (covered > 1, "more than one prior")):
+            if count.any():
+                return f"{', '.join(dict.fromkeys(n for n, c in zip(names, count.tolist(), strict=True) if c))}: {why}"
+        return None
+
+    def _raw(self, u: Tensor) -> list[Tensor]:
+        pieces = u.split([parameter.numel() for parameter in self.parameters])
+        return [c.raw(piece.reshape(c.parameter.shape)) for c, piece in zip(self.coordinates, pieces, strict=True)]
+
+    def _write(self, raw: list[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, raw, strict=True):
+                parameter.copy_(value)
+
+    def _of_model(self) -> Tensor:
+        """Marginal likelihood times densities of what priors are on."""
+        model = self.model
+        output = model(*model.train_inputs)
+        if not contains_ntk(model):  # where there is one, GPyTorch is exact as it is
+            output = type(output)(output.mean, NTKSumLinearOperator(output.lazy_covariance_matrix))
+        return self._mll(output, model.train_targets, *model.train_inputs).double() * output.event_shape.numel()
+
+    def _of_priors(self) -> Tensor | float:
+        """Σ log |dt/draw|."""
+        return sum(prior.log_slope() for prior in self.priors) if self._jacobians else 0.0
+
+    def _log_slopes(self, u: Tensor, raw: list[Tensor]) -> Tensor:
+        """Σ log |draw/du| over what has a prior."""
+        (slopes,) = torch.autograd.grad(sum(each.sum() for each in raw), u, create_graph=True)
+        elements = [prior.elements for prior in self.priors if prior.elements is not None]
+        if not elements or not slopes.requires_grad:
+            return slopes.new_zeros((), requires_grad=True) + 0.0 * u.sum()
+        return slopes[torch.cat(elements).to(slopes.device)].abs().log().sum()
+
+
+class PriorTerm:
+    """What a registered prior is on: t, of as many elements as those of u that it depends on, else `elements` is None.
+
+    :param hyperparameters: Those of the model it is registered in.
+    """
+
+    def __init__(self, prior: Prior, owner: nn.Module, closure: Callable, hyperparameters: Hyperparameters):
+        self.name = f"{type(prior).__name__} of {type(owner).__name__}"
+        self._owner, self._closure = owner, closure
+        self._parameters = hyperparameters.parameters
+        self.elements: Tensor | None = None
+        self._is_elementwise = False
+        self._find_elements()
+
+    def _find_elements(self) -> None:
+        slopes = self._slopes()
+        depends = (slopes != 0).any(0)
+        self.elements = depends.nonzero().squeeze(-1).cpu()
+        if len(self.elements) == 0:  # of what is not trained: a constant
+            return
+        if len(self.elements) != slopes.shape[0]:
+            self.elements = None
+            return
+        self._is_elementwise = bool(((slopes != 0).sum(0) <= 1).all() and ((slopes != 0).sum(1) == 1).all())
+
+    def log_slope(self) -> Tensor | float:
+        """log |det dt/draw|, differentiable in the raw parameters."""
+        if self.elements is None or len(self.elements) == 0:
+            return 0.0
+        if self._is_elementwise:
+            t = self._closure(self._owner)
+            slopes = self._flat(self._gradients(t.sum(), create_graph=True))
+            return slopes[self.elements.to(slopes.device)].abs().log().sum()
+        slopes = self._slopes(create_graph=True)
+        return torch.linalg.slogdet(slopes[:, self.elements.to(slopes.device)])[1]
+
+    def _slopes(self, create_graph: bool = False) -> Tensor:
+        """dt/draw, (elements of t, d)."""
+        with torch.enable_grad():
+            t = self._closure(self._owner).flatten()
+            rows = [self._flat(self._gradients(each, create_graph)) for each in t]
+        return torch.stack(rows)
+
+    def _gradients(self, value: Tensor, create_graph: bool = False) -> tuple[Any, ...]:
+        if not value.requires_grad:
+            return (None,) * len(self._parameters)
+        return torch.autograd.grad(
+            value, self._parameters, create_graph=create_graph, retain_graph=True, allow_unused=True
+        )
+
+    def _flat(self, gradients: tuple[Any, ...]) -> Tensor:
+        pieces = [
+            torch.zeros_like(p) if g is None else g.expand_as(p)
+            for p, g in zip(self._parameters, gradients, strict=True)
+        ]
+        return torch.cat([piece.flatten() for piece in pieces]).double()
+
+
+def _priors(model: ExactGP) -> list[tuple]:
+    """(name, owner, prior, closure, setting_closure) of each registered prior."""
+    return [(name, owner, prior, closure, setting) for name, owner, prior, closure, setting in model.named_priors()]
+
+
+def working_copy(model: ExactGP) -> ExactGP:
+    """A copy in float64 to set hyperparameters in, which shares the network's tensors and what was computed from it.
+
+    Neither prediction caches nor graphs are copied: there is nothing of the copy's own in the model afterwards.
+
+    :raises TypeError: If it is no ExactGP with a Gaussian likelihood.
+    :raises ValueError: If it has no training data or batches, or targets are NaN and not masked.
+    """
+    _check(model)
+    strategy = model.prediction_strategy
+    memo: dict[int, Any] = {} if strategy is None else {id(strategy): None}
+    new = copy.deepcopy(model, memo)
+    new.train_inputs = tuple(x.detach().double() for x in model.train_inputs)
+    new.train_targets = model.train_targets.detach().double()
+    return new.double()
+
+
+def _check(model: ExactGP) -> None:
+    if not isinstance(model, ExactGP):
+        raise TypeError(
+            f"Expected a gpytorch.models.ExactGP, got {type(model).__name__}. Of a list of models, average each."
+        )
+    ExactMarginalLogLikelihood(model.likelihood, model)  # refuses other likelihoods
+    if model.train_inputs is None or model.train_targets is None or model.train_targets.numel() == 0:
+        raise ValueError("The model has no training data. Call model.set_train_data() first.")
+    if any(x.dim() > 2 for x in model.train_inputs):
+        shapes = [tuple(x.shape) for x in model.train_inputs]
+        raise ValueError(f"Expected training inputs (n, d), got {shapes}: make a model for each batch.")
+    if gpytorch_settings.observation_nan_policy.value() == "ignore" and not model.train_targets.isfinite().all():
+        raise ValueError(
+            "Training targets are NaN or infinite. Remove them, or set "
+            "gpytorch.settings.observation_nan_policy('mask')."
+        )

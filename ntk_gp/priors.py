@@ -1,0 +1,356 @@
+"""Starting values and weak priors from the data, on the logarithms of what they scale."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from gpytorch import Module
+from gpytorch import settings as gpytorch_settings
+from gpytorch.kernels import AdditiveKernel, Kernel, ScaleKernel
+from gpytorch.models import ExactGP
+from gpytorch.priors import NormalPrior
+from torch import Tensor, nn
+
+# What scales a kernel, of GPyTorch's kernels and of this package's: each a factor of a part of its diagonal.
+SCALES = ("outputscale", "variance", "gain_variance", "offset_variance", "constant")
+
+
+def register_log_prior(module: Module, name: str, value: float | Tensor, width: float | Tensor) -> None:
+    r"""Sets a positive parameter θ to a value, and registers the prior :math:`\log θ \sim N(\log v, w^2)`.
+
+    The density that GPyTorch adds to its objective is that of log θ, so that its mode is the value in whatever way θ is
+    parametrised, and so is the median of θ. (:class:`~gpytorch.priors.LogNormalPrior` has its mode at
+    :math:`v e^{-w^2}` instead.) The prior is kept, saved and sampled from as every other of GPyTorch's, under the name
+    `log_{name}_prior`; a former one of this name is replaced.
+
+    :param module: What has the parameter: a kernel, a likelihood, a mean.
+    :param name: Of the parameter, without `raw_`: `"outputscale"`, `"lengthscale"`, `"noise"`, `"variance"`, ...
+    :param value: The value v, one number or what broadcasts to the parameter's shape.
+    :param width: The standard deviation w of log θ, in e-folds; the same shapes.
+    :raises AttributeError: If the module has no such parameter.
+    :raises ValueError: If value or width are not positive and finite, the value is outside the parameter's constraint,
+        or the parameter has another prior already.
+
+    Example:
+        >>> from gpytorch.kernels import RBFKernel, ScaleKernel
+        >>> kernel = ScaleKernel(RBFKernel())
+        >>> register_log_prior(kernel, "outputscale", 0.5, width=2.0)
+        >>> round(kernel.outputscale.item(), 6)
+        0.5
+    """
+    if not isinstance(module, Module) or not isinstance(getattr(module, name, None), Tensor):
+        raise AttributeError(f"{type(module).__name__} has no parameter {name!r} to have a prior.")
+    prior_name = f"log_{name}_prior"
+    _check_has_no_prior(module, name, except_for=prior_name)
+    present = getattr(module, name).detach()
+    values, widths = (_positive(each, what, name, present) for each, what in ((value, "value"), (width, "width")))
+    _set_within_constraint(module, name, values.expand_as(present))
+    # One number stays one: it is easier to read, and serves the parameter in every shape.
+    prior = NormalPrior(values.log(), widths.expand_as(values) if values.dim() else widths)
+    module.register_prior(
+        prior_name, prior, functools.partial(_log_of, name), functools.partial(_set_by_log, name)
+    )
+
+
+def scale_to_data(
+    model: ExactGP,
+    *,
+    noise: float = 0.01,
+    shares: Sequence[float] | None = None,
+    width: float = 2.0,
+    lengthscale_width: float = 1.0,
+) -> float:
+    r"""Gives a model of your own starting values in the scale of its data, and weak log-normal priors around them.
+
+    With :math:`v_0 = \operatorname{mean}\,(y - m(x))^2`, what the mean leaves unexplained:
+
+    * the noise starts at 1 % of :math:`v_0`;
+    * the scale of each term of the kernel starts at the term's share of :math:`v_0` over the mean of the term's
+      diagonal at the training inputs, so that the terms contribute their shares whatever their own units are. A scale
+      is the outputscale of a :class:`~gpytorch.kernels.ScaleKernel`, the `variance` of an
+      :class:`~ntk_gp.NTKKernel` with groups (one value for all of them), or another one in
+      :data:`ntk_gp.priors.SCALES`; where a term has several, such as gain and offset, they have equal parts;
+    * each lengthscale starts at half the spread of what the kernel sees: the median distance between the training
+      inputs where the kernel has a metric of its own (a method `median_distance(x)`), else half the diagonal
+      of the box around them; with ARD √d/2 times the range of each column, which is the same for columns alike.
+
+    All of them by :func:`register_log_prior`. A parameter that has a prior already, or is not trained, stays as it is.
+    The mean counts as it is: give a constant one its constant first.
+
+    :param model: An ExactGP with training data, a `mean_module` and a `covar_module`: one scaled term, or a sum of them.
+    :param noise: The noise variance as a part of v₀.
+    :param shares: The share of v₀ of each term, in the order of the sum. (Default: equal ones that add up to one.)
+    :param width: Of the priors on scales and noise, in e-folds.
+    :param lengthscale_width: Of the priors on lengthscales, in e-folds.
+    :return: v₀.
+    :raises TypeError: If the model is of another kind.
+    :raises ValueError: If it has no training data, batches, or a term without a scale, if targets are missing or the mean
+        explains them all, or where a value is outside its parameter's constraint.
+
+    Example:
+        >>> import gpytorch
+        >>> from ntk_gp import NetworkMean, NTKKernel
+        >>> class AdaptedGP(gpytorch.models.ExactGP):
+        ...     def __init__(self, x, y, network):
+        ...         super().__init__(x, y, gpytorch.likelihoods.GaussianLikelihood())
+        ...         self.mean_module = NetworkMean(network)
+        ...         self.covar_module = gpytorch.kernels.ScaleKernel(NTKKernel(network))
+        ...     def forward(self, x):
+        ...         return gpytorch.distributions.MultivariateNormal(self.mean_module(x), self.covar_module(x))
+        >>> network = torch.nn.Sequential(torch.nn.Linear(2, 10), torch.nn.Tanh(), torch.nn.Linear(10, 1))
+        >>> gp = AdaptedGP(torch.randn(20, 2), torch.randn(20), network)
+        >>> unexplained = scale_to_data(gp)
+        >>> bool(torch.isclose(gp.likelihood.noise, torch.tensor(0.01 * unexplained)))
+        True
+    """
+    x = _training_inputs(model)
+    unexplained = unexplained_variance(model)
+    terms = list(_terms(model.covar_module))
+    scales = [_scales(term) for term in terms]
+    portions = _portions(shares, terms)
+    values = [
+        portion * unexplained / _diagonal_per_scale(term, of, x) for term, of, portion in zip(terms, scales, portions)
+    ]
+    for of, each in zip(scales, values, strict=True):
+        for (kernel, name), value in zip(of, each.tolist(), strict=True):
+            _register_if_free(kernel, name, value, width)
+    for kernel, value in _lengthscales(model.covar_module, x, None):
+        _register_if_free(kernel, "lengthscale", value, lengthscale_width)
+    kinds = [name for name in ("noise", "task_noises") if _is_free(model.likelihood, name)]
+    for name in kinds:
+        _register_if_free(model.likelihood, name, noise * unexplained / len(kinds), width)
+    return unexplained
+
+
+def unexplained_variance(model: ExactGP) -> float:
+    """v₀, the mean of (y - m(x))² over the training data.
+
+    :raises ValueError: If it is zero, up to rounding, or not a finite number.
+    """
+    with torch.no_grad():
+        mean, y = model.mean_module(_training_inputs(model)), model.train_targets
+        squares = (y - mean).double().square()
+        missing = y.isnan() if gpytorch_settings.observation_nan_policy.value() != "ignore" else torch.zeros_like(y) > 0
+        v0 = float(squares[~missing].mean())
+        size = float(y[~missing].double().square().mean())
+    if not math.isfinite(v0):
+        raise ValueError(
+            f"What the mean leaves unexplained, mean (y - m(x))², is {v0}: targets or mean are NaN or infinite, or all "
+            "targets are missing. Remove such points, or set gpytorch.settings.observation_nan_policy('mask')."
+        )
+    if v0 <= torch.finfo(y.dtype).eps ** 2 * max(size, torch.finfo(y.dtype).tiny):
+        raise ValueError(
+            "The mean explains the targets exactly, mean (y - m(x))² = 0: there is nothing that scales could be taken "
+            "from. Use targets that the network was not trained on, or set the scales yourself."
+        )
+    return v0
+
+
+def _training_inputs(model: ExactGP) -> Tensor:
+    if not isinstance(model, ExactGP):
+        raise TypeError(f"Expected a gpytorch.models.ExactGP, got {type(model).__name__}.")
+    for name in ("mean_module", "covar_module"):
+        if not isinstance(getattr(model, name, None), nn.Module):
+            raise TypeError(
+                f"{type(model).__name__} has no {name}: its scales are those of its covar_module, where its mean_module "
+                "leaves something unexplained. Name them so, or call register_log_prior for each parameter."
+            )
+    if model.train_inputs is None or model.train_targets is None or model.train_targets.numel() == 0:
+        raise ValueError("The model has no training data to take scales from. Call model.set_train_data() first.")
+    (x,) = model.train_inputs
+    if x.dim() > 2 or getattr(model.covar_module, "batch_shape", ()):
+        raise ValueError(
+            f"Expected training inputs (n, d) and a kernel without batches, got {tuple(x.shape)} and "
+            f"{tuple(model.covar_module.batch_shape)}. Scale one model after the other, or call register_log_prior."
+        )
+    return x
+
+
+# Terms and their scales.
+
+
+def _terms(kernel: Kernel) -> Iterator[Kernel]:
+    if isinstance(kernel, AdditiveKernel):
+        for each in kernel.kernels:
+            yield from _terms(each)
+    else:
+        yield kernel
+
+
+def _scales(term: Kernel) -> list[tuple[Kernel, str]]:
+    """The kernels in it that have scales, and these scales' names."""
+    scales = [(term, name) for name in SCALES if _parameters_behind(term, name)]
+    kind = type(term).__name__
+    if not scales and not isinstance(term, ScaleKernel):  # such as a product with one scaled factor
+        scales = [each for kernel in term.sub_kernels() if kernel is not term for each in _own_scales(kernel)]
+        if len(scales) > 1:
+            raise ValueError(
+                f"The term {kind} has {len(scales)} scales inside of it. Leave one of them, around the whole term."
+            )
+    elif isinstance(term, ScaleKernel) and any(
+        _own_scales(kernel) for kernel in term.sub_kernels() if kernel is not term
+    ):
+        raise ValueError(
+            f"Inside the {kind} there is another scale, and of two that are multiplied neither is known. Leave one of "
+            "them: ScaleKernel(a) + ScaleKernel(b) in place of ScaleKernel(ScaleKernel(a) + ScaleKernel(b))."
+        )
+    if not scales:
+        raise ValueError(
+            f"The term {kind} has no scale that is trained. Put it in a gpytorch.kernels.ScaleKernel, or give an "
+            "NTKKernel its variance_groups."
+        )
+    return scales
+
+
+def _own_scales(kernel: Kernel) -> list[tuple[Kernel, str]]:
+    return [(kernel, name) for name in SCALES if _parameters_behind(kernel, name)]
+
+
+def _portions(shares: Sequence[float] | None, terms: list[Kernel]) -> list[float]:
+    if shares is None:
+        return [1 / len(terms)] * len(terms)
+    if len(shares) != len(terms) or not all(share > 0 and math.isfinite(share) for share in shares):
+        raise ValueError(
+            f"Expected {len(terms)} positive shares, one for each of {', '.join(type(t).__name__ for t in terms)}, "
+            f"got {list(shares)}."
+        )
+    return list(shares)
+
+
+def _diagonal_per_scale(term: Kernel, scales: list[tuple[Kernel, str]], x: Tensor) -> Tensor:
+    """The mean of the diagonal that each of the scales would have to be one for, times their number.
+
+    The diagonal is linear in the scales, so that a derivative tells the part of each.
+    """
+    with torch.enable_grad():
+        diagonal = term(x, diag=True).double().mean()
+        parts = []
+        for kernel, name in scales:
+            (raw,) = _parameters_behind(kernel, name)
+            (of_diagonal,) = torch.autograd.grad(diagonal, raw, retain_graph=True, allow_unused=True)
+            (of_scale,) = torch.autograd.grad(getattr(kernel, name).sum(), raw)
+            parts.append(0.0 if of_diagonal is None else float((of_diagonal.double() / of_scale.double()).sum()))
+    if not all(0 < part < math.inf for part in parts):
+        raise ValueError(
+            f"The diagonal of the term {type(term).__name__} at the training inputs is zero, or not finite, on average: "
+            "no scale makes it what the mean leaves unexplained. Leave the term out, or scale it yourself."
+        )
+    return torch.tensor(parts, dtype=torch.float64, device="cpu") * len(parts)
+
+
+# Lengthscales.
+
+
+def _lengthscales(kernel: nn.Module, x: Tensor, metric: Any) -> Iterator[tuple[Kernel, Tensor]]:
+    """Each kernel with a lengthscale, and what half the spread of its inputs is, in the lengthscale's shape."""
+    metric = getattr(kernel, "median_distance", metric)
+    if isinstance(kernel, Kernel) and kernel.has_lengthscale:
+        yield kernel, _half_spread(kernel, x) if metric is None else torch.as_tensor(float(metric(x)))
+    for child in kernel.children():
+        yield from _lengthscales(child, x, metric)
+
+
+def _half_spread(kernel: Kernel, x: Tensor) -> Tensor:
+    columns = x if kernel.active_dims is None else x.index_select(-1, kernel.active_dims)
+    spread = (columns.amax(-2) - columns.amin(-2)).detach()
+    if kernel.ard_num_dims is None:
+        half = spread.square().sum().sqrt() / 2
+    else:
+        half = math.sqrt(spread.shape[-1]) / 2 * spread
+    # Where inputs do not differ, no lengthscale has an effect.
+    return torch.where(half > 0, half, torch.ones_like(half))
+
+
+# Parameters.
+
+
+def _log_of(name: str, module: Module) -> Tensor:
+    return getattr(module, name).log()
+
+
+def _set_by_log(name: str, module: Module, value: float | Tensor) -> None:
+    present = getattr(module, name)
+    setattr(module, name, torch.as_tensor(value).to(present).exp().expand_as(present))
+
+
+def _parameters_behind(module: nn.Module, name: str) -> list[nn.Parameter]:
+    """The trained parameters that an attribute of a module is computed from; none where there is no such attribute."""
+    with torch.enable_grad():
+        value = getattr(module, name, None)
+        return _parameters_in(value, module) if isinstance(value, Tensor) and value.requires_grad else []
+
+
+def _parameters_in(value: Tensor, module: nn.Module) -> list[nn.Parameter]:
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(value.sum(), parameters, allow_unused=True) if parameters else ()
+    return [parameter for parameter, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
+
+
+def _prior_on(module: Module, name: str, except_for: str | None = None) -> str | None:
+    """The name of a prior on what this parameter is computed from."""
+    parameters = {id(parameter) for parameter in _parameters_behind(module, name)}
+    with torch.enable_grad():
+        for prior_name, owner, _, closure, _ in module.named_priors():
+            value = closure(owner)
+            behind = _parameters_in(value, owner) if value.requires_grad else []
+            if prior_name != except_for and parameters & {id(parameter) for parameter in behind}:
+                return prior_name
+    return None
+
+
+def _check_has_no_prior(module: Module, name: str, except_for: str) -> None:
+    other = _prior_on(module, name, except_for)
+    if other is not None:
+        raise ValueError(
+            f"{type(module).__name__}.{name} has the prior {other!r} already, and with both the mode would be at "
+            f"neither. Make the {type(module).__name__} without it."
+        )
+
+
+def _is_free(module: Module, name: str) -> bool:
+    return bool(_parameters_behind(module, name)) and _prior_on(module, name, f"log_{name}_prior") is None
+
+
+def _register_if_free(module: Module, name: str, value: float | Tensor, width: float) -> None:
+    if _is_free(module, name):
+        register_log_prior(module, name, value, width)
+
+
+def _positive(value: float | Tensor, what: str, name: str, like: Tensor) -> Tensor:
+    tensor = torch.as_tensor(value).detach().to(like)
+    if not ((tensor > 0) & (tensor < math.inf)).all():
+        raise ValueError(f"The {what} for {name} must be positive and finite, got {value}.")
+    try:
+        tensor.expand_as(like)
+    except RuntimeError as error:
+        raise ValueError(
+            f"The {what} for {name} has the shape {tuple(tensor.shape)}, which does not broadcast to the parameter's, "
+            f"{tuple(like.shape)}."
+        ) from error
+    return tensor
+
+
+def _set_within_constraint(module: Module, name: str, value: Tensor) -> None:
+    before = [(parameter, parameter.detach().clone()) for parameter in module.parameters()]
+    try:
+        setattr(module, name, value)
+        is_set = torch.allclose(getattr(module, name).detach(), value, rtol=1e-3, atol=0.0)
+    except RuntimeError:
+        is_set = False
+    if is_set:
+        return
+    with torch.no_grad():
+        for parameter, old in before:
+            parameter.copy_(old)
+    limits = [
+        str(constraint) for key, constraint in module.named_constraints() if key.endswith(f"raw_{name}_constraint")
+    ]
+    raise ValueError(
+        f"{type(module).__name__}.{name} cannot be {value.flatten().tolist()}: its constraint is "
+        f"{', '.join(limits) or 'another'}. Make the {type(module).__name__} with a wider one, such as "
+        f"{name}_constraint=gpytorch.constraints.Positive(), or scale the data."
+    )
