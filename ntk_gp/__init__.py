@@ -3,7 +3,7 @@
 from . import bridge, settings
 from .explain import solver_report
 from .jacobian.rules import register_rule
-from .kernels import NTKKernel
+from .kernels import FeatureKernel, NTKKernel, TangentMaternKernel, TangentRBFKernel
 from .means import NetworkMean
 from .operators import JacobianLinearOperator, NTKLinearOperator
 from .sampling import LinearizedFunctions, LinearizedNetwork, adapted_network, draw_functions
@@ -13,12 +13,15 @@ __version__ = "0.1.0"
 bridge.install()
 
 __all__ = [
+    "FeatureKernel",
     "JacobianLinearOperator",
     "LinearizedFunctions",
     "LinearizedNetwork",
     "NTKKernel",
     "NTKLinearOperator",
     "NetworkMean",
+    "TangentMaternKernel",
+    "TangentRBFKernel",
     "adapted_network",
     "draw_functions",
     "register_rule",

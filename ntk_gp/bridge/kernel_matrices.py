@@ -57,12 +57,13 @@ def _ntk_without_parameters(kernel: Kernel) -> NeuralTangentKernel | None:
 def evaluate_kernel(default: Callable[..., Any], matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
     """As GPyTorch does, but without what other threads would meet meanwhile: lazy evaluation switched off for the whole
     process, and a kernel whose `active_dims` are gone."""
-    return _evaluated(matrix) if contains_ntk(matrix) else default(matrix)
+    return evaluated(matrix) if contains_ntk(matrix) else default(matrix)
 
 
 @cached(name="kernel_eval")
 @recall_grad_state
-def _evaluated(matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
+def evaluated(matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
+    """The same for any kernel."""
     kernel = object.__new__(type(matrix.kernel))  # GPyTorch's own copies share their attributes
     buffers = {**buffers_in(matrix.kernel), "active_dims": None}  # x₁ and x₂ are those columns already
     kernel.__dict__.update({**matrix.kernel.__dict__, BUFFERS: buffers})

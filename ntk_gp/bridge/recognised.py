@@ -13,6 +13,8 @@ from ..operators._densely_solved import DenselySolved
 from ..operators.ntk_block_linear_operators import NTKBlockDiagLinearOperator, NTKBlockInterleavedLinearOperator
 from ..operators.ntk_interpolated_linear_operator import NTKInterpolatedLinearOperator
 from ..operators.ntk_kronecker_linear_operator import NTKKroneckerLinearOperator
+from ..operators.ntk_stationary_linear_operator import NTKStationaryLinearOperator
+from ..operators.of_network_linear_operator import OfNetworkLinearOperator
 
 # Solved by this package as they are.
 SOLVED_OPERATORS = (
@@ -23,12 +25,15 @@ SOLVED_OPERATORS = (
     NTKKroneckerLinearOperator,
 )
 
+# The matrices of a network's kernels themselves; each knows the state of its network.
+_OF_NETWORKS = (NTKLinearOperator, NTKStationaryLinearOperator, OfNetworkLinearOperator)
+
 # An evaluated matrix that an NTK is a part of has one of these in it.
-_NTK_OPERATORS = (NTKLinearOperator, DenselySolved, *SOLVED_OPERATORS)
+_NTK_OPERATORS = (*_OF_NETWORKS, DenselySolved, *SOLVED_OPERATORS)
 
 
 class NeuralTangentKernel(Kernel):
-    """What a neural tangent kernel is recognised by: it is of this class."""
+    """What a neural tangent kernel, or another kernel of a network, is recognised by: it is of this class."""
 
 
 def contains_ntk(whole: nn.Module | LinearOperator) -> bool:
@@ -42,8 +47,8 @@ def contains_ntk(whole: nn.Module | LinearOperator) -> bool:
 
 def networks_of(matrix: LinearOperator) -> set[int]:
     """The states of the networks whose kernels are parts of this matrix, as numbers."""
-    if isinstance(matrix, NTKLinearOperator):
-        return {matrix.network_state}
+    if isinstance(matrix, _OF_NETWORKS):
+        return set() if matrix.network_state is None else {matrix.network_state}
     return set().union(*(networks_of(part) for part in parts_of(matrix)))
 
 

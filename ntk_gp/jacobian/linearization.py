@@ -165,7 +165,6 @@ class Linearization:
         new.network = copy.deepcopy(self.network, memo)
         new.autodiff = copy.deepcopy(self.autodiff, memo)
         new.engine = copy.deepcopy(self.engine, memo)
-        # Entries and solvers say which state of the network they belong to.
-        new._cache, new._solvers = self._cache, self._solvers
-        new._grams = KeptGrams(new.network.num_groups)
+        # Entries, solvers and Jacobians say which state of the network they belong to.
+        new._cache, new._solvers, new._grams = self._cache, self._solvers, self._grams
         return new

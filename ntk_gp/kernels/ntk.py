@@ -16,8 +16,8 @@ from torch import Size, Tensor, nn
 from .._compat import parameters_in
 from ..bridge.prediction_strategies import NTKPredictionStrategy
 from ..bridge.recognised import NeuralTangentKernel
-from ..jacobian.linearization import Linearization
-from ..network import FrozenNetwork, NetworkFunction, ParameterSelection, check_tensor
+from ..jacobian.shared import linearization_of
+from ..network import NetworkFunction, ParameterSelection, check_tensor
 from ..operators import JacobianLinearOperator, NTKLinearOperator
 from ..stock import mark_botorchs
 
@@ -97,15 +97,16 @@ class NTKKernel(NeuralTangentKernel):
         mark_botorchs()
         _refuse_in_botorch()
         super().__init__(batch_shape=batch_shape, active_dims=active_dims, **kwargs)
-        self.network = FrozenNetwork(
+        self._linearization = linearization_of(
             network,
+            engine,
             parameters=parameters,
             input_shape=input_shape,
             output=output,
             group_by=_group_function(variance_groups),
         )
+        self.network = self._linearization.network
         self._engine = engine
-        self._linearization = Linearization(self.network, engine)
         if variance_groups is None:
             if variance_prior is not None or variance_constraint is not None:
                 raise ValueError("variance_prior and variance_constraint need variance_groups, such as 'layer'.")
@@ -157,14 +158,15 @@ class NTKKernel(NeuralTangentKernel):
 
         A model's prediction caches are its own: call `model.train()` and `model.eval()` after this.
         """
-        renewed = self.network.renewed(network)
-        if "raw_variance" in parameters_in(self) and renewed.group_names != self.network.group_names:
+        renewed = linearization_of(network, self._engine, **self.network.options)
+        groups = renewed.network.group_names
+        if "raw_variance" in parameters_in(self) and groups != self.network.group_names:
             raise ValueError(
-                f"The network's variance groups are {renewed.group_names}, this kernel's {self.network.group_names}. "
+                f"The network's variance groups are {groups}, this kernel's {self.network.group_names}. "
                 "Make a new kernel for a network of another form."
             )
-        self.network = renewed
-        self._linearization = Linearization(self.network, self._engine)
+        self.network = renewed.network
+        self._linearization = renewed
 
     def jacobian(self, x: Tensor) -> JacobianLinearOperator:
         """J(x) as a lazy matrix, (*batch, n·C, P), without the prior variances; columns in the order of

@@ -1,7 +1,8 @@
 """The network to be linearised: a frozen copy of the user's module, its parameters chosen, grouped and flattened."""
 
 from .checks import check_finite, check_tensor, is_finite
-from .frozen import FrozenNetwork, preserved_random_state
+from .features import PENULTIMATE, head_of, layer_features
+from .frozen import FrozenNetwork, is_same_snapshot, preserved_random_state
 from .function import NetworkFunction
 from .graph import LEAF, nodes_below
 from .rows import some_rows
@@ -13,6 +14,7 @@ from .tensors import full_precision, normal_tensor
 __all__ = [
     "ALL_OUTPUTS",
     "LEAF",
+    "PENULTIMATE",
     "FrozenNetwork",
     "NetworkFunction",
     "ParameterSelection",
@@ -20,7 +22,10 @@ __all__ = [
     "check_finite",
     "check_tensor",
     "full_precision",
+    "head_of",
     "is_finite",
+    "is_same_snapshot",
+    "layer_features",
     "nodes_below",
     "normal_tensor",
     "preserved_random_state",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,8 @@ _serial_numbers = itertools.count(1)
 
 # Sums run over every 1021st word. A prime, so that no row of a matrix is so long that exchanging rows leaves them.
 _STRIDE = 1021
+# States that copies may have in common; each holds a checksum for each tensor.
+_STATES = 4
 
 
 class Fingerprint:
@@ -30,6 +33,7 @@ class Fingerprint:
     def __init__(self) -> None:
         self._seen: list[_Seen] = []
         self._serial = 0
+        self._known = _KnownStates()
         self._lock = threading.Lock()
 
     def number(self, tensors: Sequence[Tensor], thorough: bool = False) -> int:
@@ -44,18 +48,18 @@ class Fingerprint:
             )
             if not unchanged:
                 self._seen = [_Seen(tensor) for tensor in tensors]
-                self._serial = next(_serial_numbers)
+                self._serial = self._known.number(self._seen)
             elif thorough:
                 edited = [not seen.has_same_contents() for seen in self._seen]
                 if any(edited):
-                    self._serial = next(_serial_numbers)
+                    self._serial = self._known.number(self._seen)
             return self._serial
 
     def copy(self) -> Fingerprint:
-        """For a copy that has the same tensors so far."""
+        """For a copy that has the same tensors so far. Where both come to share others, they have one number again."""
         new = Fingerprint()
         with self._lock:
-            new._seen, new._serial = [seen.copy() for seen in self._seen], self._serial
+            new._seen, new._serial, new._known = [seen.copy() for seen in self._seen], self._serial, self._known
         return new
 
     def __getstate__(self) -> dict:
@@ -66,6 +70,24 @@ class Fingerprint:
 
     def __deepcopy__(self, memo: dict) -> Fingerprint:
         return self.copy()
+
+
+class _KnownStates:
+    """The last states of a fingerprint and of its copies: kernels of one network are converted one after the other."""
+
+    def __init__(self) -> None:
+        self._states: deque[tuple[list[_Seen], int]] = deque(maxlen=_STATES)
+        self._lock = threading.Lock()
+
+    def number(self, seen: list[_Seen]) -> int:
+        """That of the state in which tensors have just been seen, a new one if none of the copies has seen it."""
+        with self._lock:
+            for known, serial in self._states:
+                if len(known) == len(seen) and all(map(_Seen.is_as, known, seen)):
+                    return serial
+            serial = next(_serial_numbers)
+            self._states.append(([each.without_memory() for each in seen], serial))
+            return serial
 
 
 class _Seen:
@@ -89,6 +111,26 @@ class _Seen:
     def _sums(self) -> bytes:
         """Exact sums of the tensor's words, in integers: a change of one of them changes its sum."""
         return b"".join(_sums(words) for words in self._words)
+
+    def is_as(self, other: _Seen) -> bool:
+        """Whether the other is of the same tensor, then in the same state."""
+        return self.tensor is not None and self.tensor is other.tensor and self.signature == other.signature
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """None once it is gone."""
+        return self._tensor()
+
+    @property
+    def signature(self) -> tuple[int, int, bytes]:
+        """What it was like when it was last looked at."""
+        return self._version, self._address, self._checksum
+
+    def without_memory(self) -> _Seen:
+        """A copy that cannot look again, and holds nothing alive."""
+        new = self.copy()
+        new._words = []
+        return new
 
     def copy(self) -> _Seen:
         new = _Seen.__new__(_Seen)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import settings
 from .._compat import CHILDREN, buffers_in, children_in
 from .checks import check_finite, check_tensor
+from .equality import same_module
 from .fingerprint import Fingerprint
 from .function import Findings, NetworkFunction
 from .probe import probe
@@ -122,6 +123,15 @@ class FrozenNetwork(nn.Module):
     def renewed(self, network: nn.Module) -> FrozenNetwork:
         """A snapshot of another network, or of this one's new weights, with the same options."""
         return FrozenNetwork(network, **self._options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it was made with, beside the network."""
+        return dict(self._options)
+
+    def take_options(self, other: FrozenNetwork) -> None:
+        """Those of another snapshot, which is the same as this one, for :meth:`renewed`."""
+        self._options = other.options
 
     @property
     def num_groups(self) -> int:
@@ -345,6 +355,21 @@ class FrozenNetwork(nn.Module):
         )
         new.tensors = self.tensors.shared_copy()
         return new
+
+
+def is_same_snapshot(one: FrozenNetwork, other: FrozenNetwork) -> bool:
+    """Whether two are of the same function, with the same parameters chosen, and share every tensor.
+
+    Snapshots of one module share what is equal (:mod:`.sharing`), so that the objects say it.
+    """
+    ours, theirs = dict(one.named_buffers()), dict(other.named_buffers())
+    same_tensors = ours.keys() == theirs.keys() and all(ours[name] is theirs[name] for name in ours)
+    return (
+        same_tensors
+        and one.specification == other.specification
+        and one._aliases == other._aliases
+        and same_module(one._skeleton[0], other._skeleton[0])
+    )
 
 
 class _Places:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import memory, settings
 from .._compat import version_of
@@ -18,6 +18,8 @@ from . import switches
 from .skeleton import Skeletons
 from .specification import Specification
 from .tensors import convert, full_precision
+
+Watch = Callable[[nn.Module], AbstractContextManager]
 
 
 @dataclass(frozen=True)
@@ -87,20 +89,24 @@ class NetworkFunction:
 
     def __call__(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """f(w, x): (n, d) to (n, C). Call it inside :meth:`tracing`."""
-        out = self._call(parameters, x).reshape(x.shape[0], -1).to(x.dtype)
+        out = self.watched(parameters, x).reshape(x.shape[0], -1).to(x.dtype)
         return out[:, self.output].unsqueeze(-1) if isinstance(self.output, int) else out
 
-    def _call(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def watched(self, parameters: Mapping[str, Tensor], x: Tensor, watch: Watch | None = None) -> Tensor:
+        """What the network returns, whatever that is, at x (n, d).
+
+        :param watch: Gives a context for the module that runs, a copy that is this call's alone.
+        """
         tensors = {**self.constants, **parameters}
         for name in tuple(self._written):
             tensors[name] = tensors[name].clone()
         before = versions(tensors)
-        out = self.call_with(tensors, x)
+        out = self.call_with(tensors, x, watch)
         if versions(tensors) != before:
             self._check_writes(tensors, before)
         return out
 
-    def call_with(self, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def call_with(self, tensors: Mapping[str, Tensor], x: Tensor, watch: Watch | None = None) -> Tensor:
         """What the network returns, whatever that is, for tensors by their canonical names."""
         x = x.clone()  # the network may write to it
         if self.inner_dtype is not None:
@@ -108,9 +114,12 @@ class NetworkFunction:
             tensors = {name: convert(tensor, self.inner_dtype) for name, tensor in tensors.items()}
         if self.specification.input_shape is not None:
             x = x.reshape(x.shape[0], *self.specification.input_shape)
+        watch = nullcontext if watch is None else watch
         if self.runs_again:
-            return self.skeletons.given(tensors)(x)
-        with self.skeletons.lent(tensors) as module:
+            module = self.skeletons.given(tensors)
+            with watch(module):
+                return module(x)
+        with self.skeletons.lent(tensors) as module, watch(module):
             return module(x)
 
     def _check_writes(self, tensors: Mapping[str, Tensor], before: list[int]) -> None:

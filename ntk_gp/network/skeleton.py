@@ -115,6 +115,10 @@ class Skeletons:
         self._aliases = aliases
         self._free: list[_Skeleton] = []
 
+    def layer_names(self) -> list[str]:
+        """The names of the modules within the module."""
+        return [name for name, _ in self._original.named_modules() if name]
+
     def given(self, tensors: Mapping[str, Tensor]) -> nn.Module:
         """A copy with these tensors for good: for graphs that run the module again when they are differentiated."""
         skeleton = _Skeleton(copy.deepcopy(self._original), self._aliases)

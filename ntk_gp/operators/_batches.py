@@ -45,6 +45,38 @@ def is_everything(index: IndexType) -> bool:
     return isinstance(index, slice) and index == slice(None)
 
 
+def in_common_batches(x1: Tensor, x2: Tensor, variances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All three in the same batches; one set of inputs stays one."""
+    try:
+        batch_shape = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2], variances.shape[:-2])
+    except RuntimeError:
+        raise RuntimeError(
+            f"The batches of the inputs, {tuple(x1.shape)} and {tuple(x2.shape)}, and of the kernel's scale, "
+            f"{tuple(variances.shape[:-2])}, do not broadcast."
+        ) from None
+    expanded = expand(x1, batch_shape)
+    return expanded, expanded if x2 is x1 else expand(x2, batch_shape), expand(variances, batch_shape)
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    layouts = [(x.data_ptr(), x.shape, x.stride(), x.dtype, x.device) for x in (a, b)]
+    return layouts[0] == layouts[1]
+
+
+def points_of_rows(index: IndexType, num_rows: int, outputs: int) -> tuple[IndexType, IndexType]:
+    """The points that rows belong to, C rows each, and the index of those rows among all rows of these points."""
+    if outputs == 1:
+        return index, slice(None)
+    if isinstance(index, slice):
+        start, stop, step = index.indices(num_rows)
+        if step == 1 and start % outputs == 0 and stop % outputs == 0:
+            return slice(start // outputs, max(start, stop) // outputs), slice(None)
+        index = torch.arange(start, stop, step, device="cpu")
+    rows = index if isinstance(index, Tensor) else torch.as_tensor(index, device="cpu")
+    points, position = (rows // outputs).unique(return_inverse=True)
+    return points, position * outputs + rows % outputs
+
+
 class FoldedColumns:
     """Right-hand sides with more batches than the operator, as more columns for the same operator.
 

@@ -17,7 +17,16 @@ from .._compat import OPTIONS, added_diagonal
 from ..jacobian.base import Jacobian
 from ..jacobian.linearization import Linearization
 from ..network import NetworkFunction
-from ._batches import FoldedColumns, expand, flatten_batch, is_everything, select
+from ._batches import (
+    FoldedColumns,
+    expand,
+    flatten_batch,
+    in_common_batches,
+    is_everything,
+    points_of_rows,
+    same_memory,
+    select,
+)
 from .ntk_added_diag_linear_operator import NTKAddedDiagLinearOperator
 from .ntk_sum_linear_operator import NTKSumLinearOperator, entry_by_entry, product_over_batch
 
@@ -49,7 +58,7 @@ class NTKLinearOperator(LinearOperator):
     ):
         variances = variances.to(x1.dtype)
         if not x1.shape[:-2] == x2.shape[:-2] == variances.shape[:-2]:
-            x1, x2, variances = _in_common_batches(x1, x2, variances)
+            x1, x2, variances = in_common_batches(x1, x2, variances)
         super().__init__(x1, x2, variances, linearization=linearization, function=function)
         self._function = function
         self.x1 = x1
@@ -68,7 +77,7 @@ class NTKLinearOperator(LinearOperator):
         if self._jacobians_memo is not None and not (torch.is_grad_enabled() and self._inputs_require_grad):
             return self._jacobians_memo
         jacobian1 = self.linearization.jacobian(flatten_batch(self.x1))
-        same = self.x1 is self.x2 or (_same_memory(self.x1, self.x2) and not self._inputs_require_grad)
+        same = self.x1 is self.x2 or (same_memory(self.x1, self.x2) and not self._inputs_require_grad)
         jacobian2 = jacobian1 if same else self.linearization.jacobian(flatten_batch(self.x2))
         if not (torch.is_grad_enabled() and self._inputs_require_grad):
             self._jacobians_memo = (jacobian1, jacobian2)
@@ -121,7 +130,7 @@ class NTKLinearOperator(LinearOperator):
         :param points: A mask, (n,).
         """
         x1 = self.x1[..., points, :]
-        same = self.x1 is self.x2 or (_same_memory(self.x1, self.x2) and not self._inputs_require_grad)
+        same = self.x1 is self.x2 or (same_memory(self.x1, self.x2) and not self._inputs_require_grad)
         return self._like(x1, x1 if same else self.x2[..., points, :], self.variances)
 
     def _transpose_nonbatch(self) -> NTKLinearOperator:
@@ -187,8 +196,8 @@ class NTKLinearOperator(LinearOperator):
         return diagonal.expand(self.batch_shape.numel(), -1).reshape(self.shape[:-1])
 
     def _getitem(self, row_index: IndexType, col_index: IndexType, *batch_indices: IndexType) -> LinearOperator:
-        rows, row_rest = _points_of_rows(row_index, self.shape[-2], self._outputs)
-        columns, col_rest = _points_of_rows(col_index, self.shape[-1], self._outputs)
+        rows, row_rest = points_of_rows(row_index, self.shape[-2], self._outputs)
+        columns, col_rest = points_of_rows(col_index, self.shape[-1], self._outputs)
         x1, x2 = select(self.x1, batch_indices, rows), select(self.x2, batch_indices, columns)
         points = self._like(x1, x2, select(self.variances, batch_indices))
         if is_everything(row_rest) and is_everything(col_rest):
@@ -285,41 +294,9 @@ class NTKLinearOperator(LinearOperator):
         return NTKSumLinearOperator(*added.linear_ops) if type(added) is SumLinearOperator else added
 
 
-def _in_common_batches(x1: Tensor, x2: Tensor, variances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All three in the same batches; one set of inputs stays one."""
-    try:
-        batch_shape = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2], variances.shape[:-2])
-    except RuntimeError:
-        raise RuntimeError(
-            f"The batches of the inputs, {tuple(x1.shape)} and {tuple(x2.shape)}, and of the kernel's scale, "
-            f"{tuple(variances.shape[:-2])}, do not broadcast."
-        ) from None
-    expanded = expand(x1, batch_shape)
-    return expanded, expanded if x2 is x1 else expand(x2, batch_shape), expand(variances, batch_shape)
-
-
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    layouts = [(x.data_ptr(), x.shape, x.stride(), x.dtype, x.device) for x in (a, b)]
-    return layouts[0] == layouts[1]
-
-
 def _same_batches(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     shape = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     return a.expand(*shape, *a.shape[-2:]), b.expand(*shape, *b.shape[-2:])
-
-
-def _points_of_rows(index: IndexType, num_rows: int, outputs: int) -> tuple[IndexType, IndexType]:
-    """The points that rows belong to, C rows each, and the index of those rows among all rows of these points."""
-    if outputs == 1:
-        return index, slice(None)
-    if isinstance(index, slice):
-        start, stop, step = index.indices(num_rows)
-        if step == 1 and start % outputs == 0 and stop % outputs == 0:
-            return slice(start // outputs, max(start, stop) // outputs), slice(None)
-        index = torch.arange(start, stop, step, device="cpu")
-    rows = index if isinstance(index, Tensor) else torch.as_tensor(index, device="cpu")
-    points, position = (rows // outputs).unique(return_inverse=True)
-    return points, position * outputs + rows % outputs
 
 
 def _select_outputs(rows: Tensor, output: Tensor) -> Tensor:

@@ -1,0 +1,50 @@
+"""One linearization for all kernels that are made of one network: what one of them computes, the others need not."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+from weakref import WeakSet
+
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..network import FrozenNetwork, is_same_snapshot
+from ..network.snapshot import unwrap
+from .linearization import Linearization
+
+_lock = threading.Lock()
+# Holds neither networks nor linearizations alive.
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def linearization_of(network: nn.Module, engine: str | None = None, **options: Any) -> Linearization:
+    """The linearization of a snapshot of this network as it is now.
+
+    Where there is one already, of the same network in the same state, with the same options and engine, what is
+    returned is a copy of that, with its caches: Jacobians, Gram matrices and solvers are computed for both at once. It
+    is a copy all the same. Converting it, loading other weights into it or replacing it changes no other.
+
+    :param network: The user's module.
+    :param engine: As in :class:`Linearization`.
+    :param options: Those of :class:`~ntk_gp.network.FrozenNetwork`.
+    """
+    new = Linearization(FrozenNetwork(network, **options), engine)
+    source = unwrap(network)
+    with _lock:
+        others: WeakSet[Linearization] = _known.setdefault(source, WeakSet())
+        alive = list(others)
+    known = next((other for other in alive if _is_same(other, new)), None)
+    if known is not None:
+        shared = copy.deepcopy(known)
+        # A selection by a function may select otherwise in another network.
+        shared.network.take_options(new.network)
+        new = shared
+    with _lock:
+        others.add(new)
+    return new
+
+
+def _is_same(one: Linearization, other: Linearization) -> bool:
+    return type(one.engine) is type(other.engine) and is_same_snapshot(one.network, other.network)

@@ -1,0 +1,164 @@
+"""What kernels that are computed from a network have in common, beside the tangent kernel itself."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from gpytorch.kernels import Kernel
+from torch import Size, Tensor, nn
+
+from .._compat import parameters_in
+from ..bridge.prediction_strategies import NTKPredictionStrategy
+from ..bridge.recognised import NeuralTangentKernel
+from ..jacobian.linearization import Linearization
+from ..jacobian.shared import linearization_of
+from ..network import FrozenNetwork, NetworkFunction, check_tensor
+from ..stock import mark_botorchs
+
+# Points whose distances are looked at for a median.
+_POINTS = 1000
+
+
+class NetworkKernel(NeuralTangentKernel):
+    """A kernel of a frozen network, which it owns as buffers; with others made of the same network it shares what is
+    computed from it.
+
+    :param network: The trained network.
+    :param engine: See :class:`~ntk_gp.NTKKernel`.
+    :param network_options: What is chosen of it, see :class:`~ntk_gp.network.FrozenNetwork`.
+    :param kernel_options: Those of :class:`gpytorch.kernels.Kernel`.
+    """
+
+    network: FrozenNetwork
+
+    def __init__(self, network: nn.Module, engine: str | None, network_options: dict[str, Any], **kernel_options: Any):
+        mark_botorchs()
+        super().__init__(**kernel_options)
+        self._engine = engine
+        self._take(linearization_of(network, engine, **network_options))
+
+    def _take(self, linearization: Linearization) -> None:
+        self.network = linearization.network
+        self._linearization = linearization
+
+    def linearize(self, network: nn.Module) -> None:
+        """Takes a new snapshot, of this network, with the same options, and drops everything computed from the last.
+
+        A model's prediction caches are its own: call `model.train()` and `model.eval()` after this.
+        """
+        self._take(linearization_of(network, self._engine, **self.network.options))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the parameters, or of the network where there are none. Results are in the inputs' dtype."""
+        parameter = next(self.parameters(), None)
+        return self.network.dtype if parameter is None else parameter.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    def __call__(self, x1: Tensor, x2: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The kernel matrix of (*batch, n, d), or of (*batch, n, *input_shape)."""
+        if self.active_dims is None:
+            x1, x2 = self.network.flattened(x1), None if x2 is None else self.network.flattened(x2)
+        return super().__call__(x1, x2, *args, **kwargs)
+
+    def prediction_strategy(self, train_inputs, train_prior_dist, train_labels, likelihood) -> NTKPredictionStrategy:
+        """GPyTorch asks for it, and serves every prediction by it."""
+        return NTKPredictionStrategy(train_inputs, train_prior_dist, train_labels, likelihood)
+
+    def median_distance(self, x: Tensor) -> float:
+        """The median distance of two of these inputs, in the metric of this kernel, where its lengthscale belongs.
+
+        Among the pairs that are apart at all, of up to 1000 points, the same ones each time.
+
+        :param x: (*batch, n, d).
+        :raises ValueError: If no two of them are apart.
+        """
+        x = self._active(x)
+        points = x.reshape(-1, x.shape[-1])
+        if len(points) > _POINTS:
+            generator = torch.Generator(device="cpu").manual_seed(0)
+            chosen = torch.randperm(len(points), generator=generator, device="cpu")[:_POINTS]
+            points = points[chosen.sort().values.to(points.device)]
+        with torch.no_grad():
+            distances = self._distances(points)
+        distances = distances[distances > 0]
+        if distances.numel() == 0:
+            raise ValueError(
+                f"There is no median distance: {type(self).__name__} has all of the {len(points)} inputs in one place. "
+                "Give it two inputs at least that the network tells apart."
+            )
+        return float(distances.median())
+
+    @abstractmethod
+    def _distances(self, x: Tensor) -> Tensor:
+        """The distances of all pairs of x (n, d), in any shape."""
+
+    def _active(self, x: Tensor) -> Tensor:
+        """The columns that the network sees, of inputs as a user gives them."""
+        x = self.network.flattened(x) if self.active_dims is None else x.index_select(-1, self.active_dims)
+        return x.unsqueeze(-1) if x.dim() == 1 else x
+
+    def _bind(self, x1: Tensor, x2: Tensor) -> NetworkFunction:
+        """What serves both sets of inputs, which are looked at here, and once."""
+        if x2 is x1:
+            return self.network.bind(x1)
+        for given in (x1, x2):
+            check_tensor(given)
+        if (x1.dtype, x1.device) != (x2.dtype, x2.device):
+            raise ValueError(
+                f"The two sets of inputs differ: {x1.dtype} on {x1.device}, and {x2.dtype} on {x2.device}. "
+                "Convert one with .to() to the dtype and device of the other."
+            )
+        return self.network.bind(x1, x2)
+
+    def expand_batch(self, *sizes: Size | tuple[int, ...] | int) -> Kernel:
+        """The same kernel with a larger batch shape; shares the network."""
+        shape = Size([n for size in sizes for n in ([size] if isinstance(size, int) else size)])
+        if shape == self.batch_shape:
+            return self
+        return self._with_batches(
+            shape, lambda raw: raw.expand(*shape, *raw.shape[-2:]), lambda kernel: kernel.expand_batch(shape)
+        )
+
+    def __getitem__(self, index: Any) -> Kernel:
+        """The kernel of some of the batches; shares the network."""
+        if not self.batch_shape:
+            return self
+        index = index if isinstance(index, tuple) else (index,)
+        shape = torch.empty(self.batch_shape, device="meta")[index].shape
+        return self._with_batches(
+            shape, lambda raw: raw[(*index, slice(None), slice(None))], lambda kernel: kernel[index]
+        )
+
+    def _with_batches(
+        self, batch_shape: Size, transform: Callable[[Tensor], Tensor], inner: Callable[[Kernel], Kernel]
+    ) -> NetworkKernel:
+        """A copy with other batches.
+
+        :param transform: Of the parameters of its own.
+        :param inner: Of the kernels inside of it.
+        """
+        new = copy.deepcopy(self)  # cheap: the network's tensors are shared
+        new.batch_shape = batch_shape
+        for name, parameter in parameters_in(self).items():
+            if parameter is not None:
+                setattr(new, name, nn.Parameter(transform(parameter.detach()).clone()))
+        for name, kernel in self.named_sub_kernels():
+            setattr(new, name, inner(kernel.expand_batch(self.batch_shape)))
+        return new
+
+
+def refuse_last_dim_is_batch(last_dim_is_batch: bool) -> None:
+    """Raises where each column of the inputs is to have a kernel of its own."""
+    if last_dim_is_batch:
+        raise NotImplementedError(
+            "last_dim_is_batch asks for one kernel for each column of the inputs, and a trained network takes all of "
+            "them at once. Use active_dims for some columns, or batch_shape for a batch of kernels."
+        )
