@@ -104,8 +104,8 @@ def _warn(optimum: Optimum, result: WeightedDraws, draws: int) -> None:
         )
     if result.effective_sample_size < max(0.1 * draws, min(_FEW, 0.5 * draws)):
         warnings.warn(
-            f"{draws} draws of the hyperparameters are worth {result.effective_sample_size:.1f}: their posterior is far "
-            "from Gaussian in logarithms. Averages over them are rough. Take more draws, give every parameter a prior "
+            f"{draws} draws of the hyperparameters are worth {result.effective_sample_size:.1f}: their posterior is "
+            "far from Gaussian in logarithms. Averages over them are rough. Take more draws, give every parameter a prior "
             "(ntk_gp.priors.scale_to_data), or set requires_grad_(False) on those that the data do not determine.",
             RuntimeWarning,
             stacklevel=5,

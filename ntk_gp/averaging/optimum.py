@@ -74,7 +74,10 @@ def _search(
             high = step
         else:
             best = (new, new_value, new_gradient)
-            if float(new_gradient @ direction) <= 0.9 * slope or step * float(direction.abs().max()) > 2 * _LONGEST_STEP:
+            if (
+                float(new_gradient @ direction) <= 0.9 * slope
+                or step * float(direction.abs().max()) > 2 * _LONGEST_STEP
+            ):
                 return best
             low = step
         step = 2 * step if high == math.inf else (low + high) / 2

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-# Degrees of freedom: little is lost where the density is Gaussian, and weights stay bounded where its tails are heavier.
+# Degrees of freedom: little is lost where the density is Gaussian, and weights stay bounded where its tails are
+# heavier.
 _FREEDOM = 8.0
 
 
@@ -77,8 +78,7 @@ def uniform_points(dimension: int, draws: int, seed: int, like: Tensor) -> Tenso
 
 
 def reduced(weights: Tensor, count: int) -> Tensor:
-    """Weights of which at most `count` are not zero, and which have these as their mean where many are drawn: large ones
-    are kept, of the small ones some stand for the others (Fearnhead and Clifford, "On-line inference for hidden Markov
+    """Weights of which at most `count` are not zero: large ones are kept, of the small ones some stand for the others (Fearnhead and Clifford, "On-line inference for hidden Markov
     models via particle filters", 2003; drawn systematically).
 
     :param weights: (S,), that add up to one.
