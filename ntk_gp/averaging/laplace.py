@@ -6,13 +6,14 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import settings
 from .optimum import LogDensity, Optimum, maximise
-from .proposals import StudentT, reduced, uniform_points, with_moments
+from .proposals import Several, StudentT, reduced, uniform_points, with_moments
 
 # For second differences of gradients: of u's unit, an e-fold. Their error is of the order of its square.
 _STEP = 1e-3
@@ -28,6 +29,12 @@ _ROUNDS = 2
 _CANDIDATES = 4
 # A draw is on the way to another mode if its log density is this much above the mode's.
 _HIGHER = 0.1
+# A mode is left out if its log density is this much below the highest.
+_NEGLIGIBLE = 12.0
+_NOWHERE = (
+    "The marginal likelihood is not a finite number at the hyperparameters that the model has, nor at the means of "
+    "their priors. Set others, with more noise, or scale the data (ntk_gp.priors.scale_to_data)."
+)
 
 
 @dataclass(frozen=True)
@@ -54,48 +61,87 @@ def weighted_draws(
     starts: Sequence[Tensor],
     draws: int,
     seed: int,
+    other_starts: int = 4,
 ) -> WeightedDraws:
     """Draws from a Student's t distribution around the mode, weighted by density over proposal.
 
-    The mode is the highest that a search from each of the starts finds, and from the best of some points around; the
-    distribution has the curvature there, by central differences of gradients. Draws are quasi-random (scrambled Sobol
-    points). Where they are worth less than 30 % of their number, four times as many are drawn anew, from a distribution
-    with their moments, or around a higher mode where one of them was higher than the first; at most twice. As many as
-    were asked for then stand for them.
+    Modes are searched for from each of the starts, and from points around; the distribution has the curvature there, by
+    central differences of gradients, and several modes have a part of it each, with the weights of Laplace's
+    approximation. Draws are quasi-random (scrambled Sobol points). Where they are worth less than 30 % of their number,
+    four times as many are drawn anew, from a distribution with their moments, or around a higher mode where one of them
+    was higher than the first; at most twice. As many as were asked for then stand for them.
 
     :param log_density: Of u (d,): value, up to a constant, and gradient.
     :param value: Of u (d,): the value alone.
     :param starts: Where to search from, (d,) each; float64.
     :param draws: How many, S.
     :param seed: Of the scrambling.
+    :param other_starts: From how many points around the last of the starts to search as well, at least one.
     :raises RuntimeError: If the density is zero, or not a number, at every start or at every draw.
     """
-    optimum = best(log_density, [*starts, _best_around(value, starts[-1], seed)])
-    first = laplace(log_density, optimum.u)
-    candidates = [_Candidates(value, first, draws, seed)]
+    modes = _modes(log_density, [*starts, *_others(value, starts[-1], other_starts, seed)])
+    proposal: StudentT | Several = modes.proposal
+    candidates = [_Candidates(value, proposal, draws, seed)]
     for i in range(1, _ROUNDS + 1):
         last = candidates[-1]
         if last.size >= _ENOUGH * draws or not last.log_weights.isfinite().any():
             break
-        proposal = with_moments(last.u, last.log_weights, first)
-        if float(last.values.max()) > optimum.value + _HIGHER:
-            optimum = best(log_density, [last.u[int(last.values.argmax())]])
-            proposal = first = laplace(log_density, optimum.u)
+        if float(last.values.max()) > modes.value + _HIGHER:
+            modes = _modes(log_density, [last.u[int(last.values.argmax())], *modes.places])
+            proposal = modes.proposal
+        else:
+            proposal = with_moments(last.u, last.log_weights, modes.proposal.largest)
         candidates.append(_Candidates(value, proposal, _CANDIDATES * draws, seed + i))
     result = max(candidates, key=lambda each: each.size).result(draws)
-    _warn(optimum, result, draws)
+    _warn(modes.have_converged, result, draws)
     return result
 
 
-def _best_around(value: Callable[[Tensor], float], center: Tensor, seed: int) -> Tensor:
-    """The best of 16 points around one, two e-folds wide."""
+class _Modes(NamedTuple):
+    """The modes found: where, the highest value, whether all searches have ended at one, and what to draw from."""
+
+    places: list[Tensor]
+    value: float
+    have_converged: bool
+    proposal: Several
+
+
+def _modes(log_density: LogDensity, starts: Sequence[Tensor]) -> _Modes:
+    """Searches from each of the starts, which end where a mode found before is near."""
+    optima: list[Optimum] = []
+    parts: list[StudentT] = []
+    for start in settings.progress(starts, "Modes of hyperparameters"):
+        found = maximise(log_density, start, negligible=1e-4, is_known=lambda u: any(part.is_near(u) for part in parts))
+        highest = max((optimum.value for optimum in optima), default=-math.inf)
+        if found.is_new and math.isfinite(found.value) and found.value > highest - _NEGLIGIBLE:
+            optima.append(found)
+            parts.append(laplace(log_density, found.u))
+    if not optima:
+        raise RuntimeError(_NOWHERE)
+    volumes = torch.stack([torch.linalg.slogdet(part.root)[1] for part in parts])
+    weights = (volumes.new_tensor([optimum.value for optimum in optima]) + volumes).softmax(0)
+    return _Modes(
+        [optimum.u for optimum in optima],
+        max(optimum.value for optimum in optima),
+        all(optimum.has_converged for optimum in optima),
+        Several(tuple(parts), weights),
+    )
+
+
+def _others(value: Callable[[Tensor], float], center: Tensor, count: int, seed: int) -> list[Tensor]:
+    """Other points to start from: of 32 around one, two e-folds wide, some of the better half that are far apart."""
     wide = StudentT(center, 2 * torch.eye(len(center), dtype=center.dtype, device=center.device))
-    points = wide.draw(uniform_points(len(center) + 1, 16, seed, like=center))
-    return max(points, key=value)
+    points = list(wide.draw(uniform_points(len(center) + 1, 32, seed, like=center)))
+    values = [value(point) for point in settings.progress(points, "Starts for hyperparameters")]
+    better = [points[i] for i in sorted(range(len(points)), key=lambda i: -values[i])[: len(points) // 2]]
+    chosen = better[:1]
+    while len(chosen) < count:
+        chosen.append(max(better, key=lambda point: min(float((point - other).norm()) for other in chosen)))
+    return chosen
 
 
-def _warn(optimum: Optimum, result: WeightedDraws, draws: int) -> None:
-    if not optimum.has_converged:
+def _warn(have_converged: bool, result: WeightedDraws, draws: int) -> None:
+    if not have_converged:
         warnings.warn(
             "The search for the mode of the hyperparameters' density has not converged. Draws are weighted by that "
             "density all the same; if they are worth little, give every parameter a prior (ntk_gp.priors).",
@@ -105,8 +151,8 @@ def _warn(optimum: Optimum, result: WeightedDraws, draws: int) -> None:
     if result.effective_sample_size < max(0.1 * draws, min(_FEW, 0.5 * draws)):
         warnings.warn(
             f"{draws} draws of the hyperparameters are worth {result.effective_sample_size:.1f}: their posterior is "
-            "far from Gaussian in logarithms. Averages over them are rough. Take more draws, give every parameter a prior "
-            "(ntk_gp.priors.scale_to_data), or set requires_grad_(False) on those that the data do not determine.",
+            "far from Gaussian in logarithms. Averages over them are rough. Take more draws, give every parameter a "
+            "prior (ntk_gp.priors.scale_to_data), or set requires_grad_(False) on those that data do not determine.",
             RuntimeWarning,
             stacklevel=5,
         )
@@ -115,7 +161,7 @@ def _warn(optimum: Optimum, result: WeightedDraws, draws: int) -> None:
 class _Candidates:
     """Points drawn from a proposal, with weights."""
 
-    def __init__(self, value: Callable[[Tensor], float], proposal: StudentT, count: int, seed: int):
+    def __init__(self, value: Callable[[Tensor], float], proposal: StudentT | Several, count: int, seed: int):
         center = proposal.center
         self.u = proposal.draw(uniform_points(len(center) + 1, count, seed, like=center))
         steps = settings.progress(list(self.u), "Draws of hyperparameters")
@@ -147,10 +193,7 @@ def best(log_density: LogDensity, starts: Sequence[Tensor]) -> Optimum:
     found = [maximise(log_density, start) for start in settings.progress(starts, "Mode of hyperparameters")]
     optimum = max(found, key=lambda optimum: optimum.value)
     if not math.isfinite(optimum.value):
-        raise RuntimeError(
-            "The marginal likelihood is not a finite number at the hyperparameters that the model has, nor at the "
-            "means of their priors. Set others, with more noise, or scale the data (ntk_gp.priors.scale_to_data)."
-        )
+        raise RuntimeError(_NOWHERE)
     return optimum
 
 

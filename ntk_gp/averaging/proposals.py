@@ -1,4 +1,4 @@
-"""What hyperparameters are drawn from before they are weighted: Student's t distributions."""
+"""What hyperparameters are drawn from before they are weighted: Student's t distributions, one for each mode."""
 
 from __future__ import annotations
 
@@ -33,10 +33,53 @@ class StudentT:
     def log_density(self, u: Tensor) -> Tensor:
         """At u (S, d): (S,)."""
         d = u.shape[-1]
-        standard = torch.linalg.solve(self.root, (u - self.center).mT).square().sum(0)
+        standard = self._standard(u).square().sum(0)
         constant = math.lgamma((_FREEDOM + d) / 2) - math.lgamma(_FREEDOM / 2) - d / 2 * math.log(_FREEDOM * math.pi)
         log_volume = torch.linalg.slogdet(self.root)[1]
         return constant - log_volume - (_FREEDOM + d) / 2 * (standard / _FREEDOM).log1p()
+
+    def is_near(self, u: Tensor) -> bool:
+        """Whether u (d,) is within a standard deviation of the centre."""
+        return float(self._standard(u.unsqueeze(0)).norm()) < 1.0
+
+    def _standard(self, u: Tensor) -> Tensor:
+        return torch.linalg.solve(self.root, (u - self.center).mT)
+
+
+@dataclass(frozen=True)
+class Several:
+    """A mixture of t distributions, one around each of several modes.
+
+    :ivar parts: The distributions.
+    :ivar weights: (K,), that add up to one.
+    """
+
+    parts: tuple[StudentT, ...]
+    weights: Tensor
+
+    @property
+    def center(self) -> Tensor:
+        """Of the part with the largest weight."""
+        return self.largest.center
+
+    @property
+    def largest(self) -> StudentT:
+        return self.parts[int(self.weights.argmax())]
+
+    def draw(self, uniform: Tensor) -> Tensor:
+        """One draw for each row of uniform numbers (S, d + 1); as many from each part as its weight says."""
+        pieces = uniform.split(self._counts(len(uniform)))
+        return torch.cat([part.draw(piece) for part, piece in zip(self.parts, pieces, strict=True)])
+
+    def log_density(self, u: Tensor) -> Tensor:
+        """At the draws u (S, d): (S,)."""
+        parts = torch.stack([part.log_density(u) for part in self.parts])
+        shares = parts.new_tensor(self._counts(len(u))) / len(u)
+        return (parts + shares.log().unsqueeze(-1)).logsumexp(0)
+
+    def _counts(self, draws: int) -> list[int]:
+        ends = (self.weights.cumsum(0) * draws).round().long().tolist()
+        return [end - begin for begin, end in zip([0, *ends[:-1]], [*ends[:-1], draws], strict=True)]
 
 
 def with_moments(u: Tensor, log_weights: Tensor, first: StudentT) -> StudentT:
@@ -78,8 +121,9 @@ def uniform_points(dimension: int, draws: int, seed: int, like: Tensor) -> Tenso
 
 
 def reduced(weights: Tensor, count: int) -> Tensor:
-    """Weights of which at most `count` are not zero: large ones are kept, of the small ones some stand for the others (Fearnhead and Clifford, "On-line inference for hidden Markov
-    models via particle filters", 2003; drawn systematically).
+    """Weights of which at most `count` are not zero: large ones are kept, and some of the small ones stand for the
+    others (Fearnhead and Clifford, "On-line inference for hidden Markov models via particle filters", 2003; drawn
+    systematically).
 
     :param weights: (S,), that add up to one.
     """
