@@ -167,8 +167,8 @@ class NTKKernel(NeuralTangentKernel):
     def linearize(self, network: nn.Module) -> None:
         """Takes a new snapshot, of this network, with the same options, and drops everything computed from the last.
 
-        A model's prediction caches are its own: call `model.train()` and `model.eval()` after this. A mean diagonal that
-        the kernel is divided by is that of the next inputs.
+        A model's prediction caches are its own: call `model.train()` and `model.eval()` after this. If the kernel is
+        divided by its mean diagonal, that is the one at the next inputs.
         """
         renewed = linearization_of(network, self._engine, **self.network.options)
         groups = renewed.network.group_names
@@ -228,8 +228,8 @@ class NTKKernel(NeuralTangentKernel):
         return kernel_matrix._diagonal() if diag else kernel_matrix
 
     def normalize_at(self, x: Tensor) -> None:
-        """Divides the kernel by its mean diagonal at these inputs, (*batch, n, d), from now on, as `normalize=True` does
-        at the first ones.
+        """From now on, divides the kernel by its mean diagonal at these inputs, (*batch, n, d); `normalize=True` alone
+        takes the first ones.
 
         :raises RuntimeError: For a kernel that is not normalised.
         :raises ValueError: If that mean is zero.
