@@ -3,7 +3,7 @@
 from . import bridge, settings
 from .explain import solver_report
 from .jacobian.rules import register_rule
-from .kernels import NTKKernel
+from .kernels import GainKernel, NTKKernel
 from .means import NetworkMean
 from .operators import JacobianLinearOperator, NTKLinearOperator
 from .sampling import LinearizedFunctions, LinearizedNetwork, adapted_network, draw_functions
@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 bridge.install()
 
 __all__ = [
+    "GainKernel",
     "JacobianLinearOperator",
     "LinearizedFunctions",
     "LinearizedNetwork",
