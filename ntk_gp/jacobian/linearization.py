@@ -131,6 +131,14 @@ class Linearization:
         return GramProduct.apply(variances, jacobian1, jacobian2)
 
     @_in_full_precision
+    def unit_grams(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor | None:
+        """Those of all groups with variance one, (G, N₁, N₂), or (B, N₁, N₂) where there is one group: the matrices that
+        are kept, not to be written to. None where there is no room for them."""
+        if jacobian1.x.requires_grad or jacobian2.x.requires_grad or not self._grams.fits(jacobian1, jacobian2):
+            return None
+        return self._grams.matrix(jacobian1, jacobian2, self.keep)
+
+    @_in_full_precision
     def diagonal(self, jacobian1: Jacobian, jacobian2: Jacobian, variances: Tensor) -> Tensor:
         """The diagonal of J₁ Σ_w J₂ᵀ, (B or W, N), differentiable with respect to the variances."""
         return gram_diagonal(jacobian1, jacobian2, variances)
