@@ -11,7 +11,7 @@ from torch import Size, Tensor
 
 from ..jacobian.memory import empty
 from ..solvers.cholesky import cholesky_solve, factorise_in_place, invert_in_place
-from ._parts import Arguments, Gradients, Part, Values, blocks_of_rows, part_of
+from ._parts import Arguments, Gradients, GramMatrices, Part, Sum, Values, blocks_of_rows, part_of
 
 
 class Assembly:
@@ -46,6 +46,16 @@ class Assembly:
         """A in float64 with its graph."""
         return self.part.rows(values, slice(0, self.shape[-2])).expand(self.shape)
 
+    @property
+    def keeps_grams(self) -> bool:
+        """Whether A is a sum with a neural tangent kernel's matrix whose Gram matrices are kept."""
+        return isinstance(self.part, Sum) and any(isinstance(part, GramMatrices) for part in self.part.parts)
+
+    def positive_factor(self, values: Values) -> Tensor | None:
+        """The Cholesky factor L of A, without a graph, if it has one."""
+        factor, info = factorise_in_place(self.dense(values))
+        return None if info.any() else factor
+
     def factor(self, values: Values) -> tuple[Tensor, Tensor]:
         """The Cholesky factor L of A, without a graph, and the largest entry of A's diagonal."""
         matrix = self.dense(values)
@@ -59,9 +69,9 @@ class Assembly:
 class MarginalTerms(torch.autograd.Function):
     r"""rhsᵀ A⁻¹ rhs for each column, (*batch, r), and log |A|, (*batch), with their exact derivatives.
 
-    Those are −αᵀ ∂A α with :math:`\alpha = A^{-1} b`, and tr(A⁻¹ ∂A): with ⟨C, ∂A⟩ for one matrix C of cotangents, the
-    parts of A are passed on a few rows of it at a time. Nothing is differentiated through the factorisation. A, its factor,
-    its inverse and, where one part can have it, C share one piece of memory.
+    Those are −αᵀ ∂A α with :math:`\alpha = A^{-1} b`, and tr(A⁻¹ ∂A): together ⟨C, ∂A⟩ for one matrix C of cotangents,
+    of which the parts of A are passed a few rows at a time. Nothing is differentiated through the factorisation. A, its
+    factor, its inverse and, where one part can have it, C share one piece of memory.
     """
 
     @staticmethod

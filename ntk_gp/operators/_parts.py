@@ -11,8 +11,8 @@ part            matrix
 `Product`       A ∘ B, entry by entry
 ==============  ======================================================================================
 
-A part knows its arguments by their numbers in a list of tensors, so that a function of autograd's can be given that list.
-Every part says how to add its rows to others, and how to pass on the cotangent of its rows: what is added up in either
+A part knows its arguments by their numbers in a list of tensors, which is what a function of autograd's is given. Every
+part says how to add its rows to others, and how to pass on the cotangent of its rows: what is added up in either
 direction stays in cache, and no intermediate result is as large as the matrix.
 """
 

@@ -61,8 +61,8 @@ def invert_in_place(factor: Tensor) -> Tensor:
     """(L Lᵀ)⁻¹, symmetric to rounding, in the memory of L, (*batch, N, N): 2 N³/3 flops.
 
     By blocks of columns, from the last to the first: with S the inverse for the rows and columns after a block, and
-    W = L₂₁ L₁₁⁻¹, the block's part of the inverse is −S W below the diagonal, and L₁₁⁻ᵀ L₁₁⁻¹ + Wᵀ S W on it. That is one
-    large product for each block, where LAPACK's inverse is many small ones, for which threads wait for one another.
+    W = L₂₁ L₁₁⁻¹, the block's part of the inverse is −S W below the diagonal, and L₁₁⁻ᵀ L₁₁⁻¹ + Wᵀ S W on it. That is
+    one large product for each block, where LAPACK's inverse is many small ones, for which threads wait for one another.
     """
     if factor.device.type != "cpu" or factor.shape[-1] <= _INVERTED:
         return factor.copy_(torch.cholesky_inverse(factor))
