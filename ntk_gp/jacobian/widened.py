@@ -201,6 +201,10 @@ class WidenedLinearization(Linearization):
         with full_precision(jacobian1.x.device):
             return plus_product(gram, jacobian1.columns * own.unsqueeze(-2), jacobian2.columns)
 
+    def unit_grams(self, jacobian1: Jacobian, jacobian2: Jacobian) -> None:
+        """None: those of the columns are not kept, a product makes them at once."""
+        return None
+
     def kernel_matmul(self, jacobian1: Jacobian, jacobian2: Jacobian, rhs: Tensor, variances: Tensor) -> Tensor:
         assert isinstance(jacobian1, WidenedJacobian) and isinstance(jacobian2, WidenedJacobian)
         first, _ = jacobian1.split_variances(variances)

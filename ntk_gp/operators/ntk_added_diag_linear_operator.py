@@ -17,8 +17,11 @@ from torch import Size, Tensor
 from .. import settings
 from .._compat import added_diagonal, without_diagonal
 from ..solvers import Solver, SolverReport, Spectrum, System, choose_solver, report_on, solver_class
+from ..solvers.function_space import FunctionSpaceSolver
+from ..solvers.rounding import accuracy, rounding_error
 from ..solvers.spectrum import Groups, SpectrumBeside
 from ._batches import FoldedColumns, flatten_batch
+from ._marginal_terms import Assembly, MarginalTerms
 from ._solve import Solve
 from ._solving_operators import SolvesWithLogdet
 from .ntk_sum_linear_operator import NTKSumLinearOperator, entry_by_entry
@@ -128,10 +131,12 @@ class NTKAddedDiagLinearOperator(SolvesWithLogdet, AddedDiagLinearOperator):
         out_shape, rhs, variances, noise = self._flat_arguments(rhs)
         fitted = torch.is_grad_enabled() and (variances.requires_grad or noise.requires_grad)
         constant = isinstance(added_diagonal(self), ConstantDiagLinearOperator)
-        served = fitted and (constant or not noise.requires_grad) and Groups(system.jacobian.function).are_few
+        served = (constant or not noise.requires_grad) and Groups(system.jacobian.function).are_few
         terms = None
-        if served and _spectrum_fits(system) and self._spectrum_pays(system):
+        if fitted and served and _spectrum_fits(system) and self._spectrum_pays(system):
             terms = self._spectrum_terms(system, rhs, variances, noise, constant)
+        elif fitted and not served:
+            terms = self._assembled_terms(system, rhs.reshape(*out_shape, *rhs.shape[-2:]))
         inv_quad, logdet = _MarginalTerms.apply(variances, noise, rhs, self.solver) if terms is None else terms
         return inv_quad.reshape(*out_shape, -1), logdet.reshape(out_shape)
 
@@ -173,6 +178,18 @@ class NTKAddedDiagLinearOperator(SolvesWithLogdet, AddedDiagLinearOperator):
         if not spectrum.resolves(scale, own_noise, beside.trace(small)):
             return None
         return beside.inv_quad_logdet(rhs, scale, own_noise, small)
+
+    def _assembled_terms(self, system: System, rhs: Tensor) -> tuple[Tensor, Tensor] | None:
+        """From the Gram matrix of each group, kept, and one N×N matrix beside them, where function space is the
+        cheapest and K + D can be factorised there without loss: nothing is kept of a step that no other asks for."""
+        if settings.solver.value() is not None or solver_class(system) is not FunctionSpaceSolver:
+            return None
+        assembly, tensors = Assembly.of(self, 0.0)
+        with torch.no_grad():
+            factor = assembly.positive_factor(tensors) if assembly.keeps_grams else None
+        if factor is None or rounding_error(factor) > accuracy(system):
+            return None
+        return MarginalTerms.apply(assembly, factor, rhs, True, *tensors)
 
     def _dense_marginal_terms(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
         """By autograd through a dense Cholesky factor, all of it in float64: inputs that require gradients."""

@@ -31,6 +31,7 @@ from ._batches import (
     same_memory,
     select,
 )
+from ._parts import Arguments, GramMatrices, Numbers, Part, part_of
 from .ntk_added_diag_linear_operator import NTKAddedDiagLinearOperator
 from .ntk_sum_linear_operator import NTKSumLinearOperator, entry_by_entry, product_over_batch
 
@@ -308,6 +309,23 @@ class NTKLinearOperator(LinearOperator):
             return NTKSumLinearOperator(self, other)
         added = super().__add__(other)
         return NTKSumLinearOperator(*added.linear_ops) if type(added) is SumLinearOperator else added
+
+
+@part_of.register
+def _of_tangent_kernel(matrix: NTKLinearOperator, arguments: Arguments) -> Part:
+    """In float64, by the Gram matrices that are kept where there is room for them."""
+    if torch.is_grad_enabled() and matrix._inputs_require_grad:
+        x1, x2, variances = (tensor.double() for tensor in (matrix.x1, matrix.x2, matrix.variances))
+        return Numbers(arguments.add(matrix._like(x1, x2, variances).to_dense()))
+    x1 = matrix.x1.detach().double()
+    same = matrix.x1 is matrix.x2 or same_memory(matrix.x1, matrix.x2)
+    double = matrix._like(x1, x1 if same else matrix.x2.detach().double(), matrix.variances.double())
+    grams = matrix.linearization.unit_grams(*double._jacobians)
+    if grams is None:
+        return Numbers(arguments.add(double.to_dense()))
+    if matrix.variances.shape[-1] == 1:
+        grams = grams[0] if len(grams) == 1 else grams.reshape(double.shape)
+    return GramMatrices(arguments.add(matrix.variances), grams)
 
 
 def _same_batches(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
