@@ -2,7 +2,7 @@
 
 from .checks import check_finite, check_tensor, is_finite
 from .frozen import FrozenNetwork, preserved_random_state
-from .function import NetworkFunction
+from .function import NO_MODE, NetworkFunction
 from .graph import LEAF, nodes_below
 from .rows import some_rows
 from .snapshot import ParameterSelection
@@ -13,6 +13,7 @@ from .tensors import full_precision, normal_tensor
 __all__ = [
     "ALL_OUTPUTS",
     "LEAF",
+    "NO_MODE",
     "FrozenNetwork",
     "NetworkFunction",
     "ParameterSelection",

@@ -6,7 +6,7 @@ import copy
 import math
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from .. import settings
 from .._compat import CHILDREN, buffers_in, children_in
 from .checks import check_finite, check_tensor
 from .fingerprint import Fingerprint
-from .function import Findings, NetworkFunction
+from .function import NO_MODE, Findings, NetworkFunction
 from .probe import probe
 from .rows import check_values
 from .sharing import share_snapshot
@@ -40,7 +40,6 @@ from .specification import ALL_OUTPUTS, check_output_argument, specify
 from .tensors import convert, normal_tensor
 from .trial import FEW, Trial
 
-_NO_MODE = nullcontext()
 _random_state = threading.RLock()
 
 
@@ -187,11 +186,11 @@ class FrozenNetwork(nn.Module):
         """f(x) at the frozen weights: (*batch, n, d) to (*batch, n), or (*batch, n, C) with `output="all"`."""
         return self.values(x, self.fingerprint(thorough=True))
 
-    def values(self, x: Tensor, state: int, mode: AbstractContextManager = _NO_MODE) -> Tensor:
+    def values(self, x: Tensor, state: int, mode: AbstractContextManager[object] = NO_MODE) -> Tensor:
         """The same, for callers that have looked for edits of the snapshot themselves.
 
         :param state: What they found: the present fingerprint.
-        :param mode: A context for the passes through the network, and for nothing else.
+        :param mode: A context for what the network itself calls, and for nothing else.
         """
         check_finite(x)
         function = self._tried(x, state)
@@ -203,8 +202,7 @@ class FrozenNetwork(nn.Module):
             with function.tracing():
                 chunks = normal_tensor(flat).split(function.points_per_pass())
                 steps = settings.progress(chunks, "Network")
-                with mode:
-                    pieces = [function(function.parameters, chunk) for chunk in steps]
+                pieces = [function(function.parameters, chunk, mode) for chunk in steps]
                 check_values(function, chunks[0], pieces[0], len(flat))
             out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         shape = x.shape[:-1] if self.output != ALL_OUTPUTS else (*x.shape[:-1], function.num_outputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +18,8 @@ from . import switches
 from .skeleton import Skeletons
 from .specification import Specification
 from .tensors import convert, full_precision
+
+NO_MODE = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -85,22 +87,29 @@ class NetworkFunction:
         self._written |= findings.written
         self.runs_again = self.runs_again or findings.runs_again
 
-    def __call__(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """f(w, x): (n, d) to (n, C). Call it inside :meth:`tracing`."""
-        out = self._call(parameters, x).reshape(x.shape[0], -1).to(x.dtype)
+    def __call__(
+        self, parameters: Mapping[str, Tensor], x: Tensor, mode: AbstractContextManager[object] = NO_MODE
+    ) -> Tensor:
+        """f(w, x): (n, d) to (n, C). Call it inside :meth:`tracing`.
+
+        :param mode: A context for what the network itself calls, and for nothing else.
+        """
+        out = self._call(parameters, x, mode).reshape(x.shape[0], -1).to(x.dtype)
         return out[:, self.output].unsqueeze(-1) if isinstance(self.output, int) else out
 
-    def _call(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def _call(self, parameters: Mapping[str, Tensor], x: Tensor, mode: AbstractContextManager[object]) -> Tensor:
         tensors = {**self.constants, **parameters}
         for name in tuple(self._written):
             tensors[name] = tensors[name].clone()
         before = versions(tensors)
-        out = self.call_with(tensors, x)
+        out = self.call_with(tensors, x, mode)
         if versions(tensors) != before:
             self._check_writes(tensors, before)
         return out
 
-    def call_with(self, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def call_with(
+        self, tensors: Mapping[str, Tensor], x: Tensor, mode: AbstractContextManager[object] = NO_MODE
+    ) -> Tensor:
         """What the network returns, whatever that is, for tensors by their canonical names."""
         x = x.clone()  # the network may write to it
         if self.inner_dtype is not None:
@@ -109,8 +118,10 @@ class NetworkFunction:
         if self.specification.input_shape is not None:
             x = x.reshape(x.shape[0], *self.specification.input_shape)
         if self.runs_again:
-            return self.skeletons.given(tensors)(x)
-        with self.skeletons.lent(tensors) as module:
+            module = self.skeletons.given(tensors)
+            with mode:
+                return module(x)
+        with self.skeletons.lent(tensors) as module, mode:
             return module(x)
 
     def _check_writes(self, tensors: Mapping[str, Tensor], before: list[int]) -> None:

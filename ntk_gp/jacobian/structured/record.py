@@ -133,8 +133,8 @@ def record(function: NetworkFunction, x: Tensor, names: Sequence[str]) -> Record
 def _record(function: NetworkFunction, x: Tensor, names: Sequence[str], copy: bool) -> Recording:
     leaves = {name: function.parameters[name].detach().contiguous().requires_grad_() for name in names}
     recorder = _Recorder(function, leaves, copy)
-    with torch.enable_grad(), recorder:
-        output = function({**function.parameters, **leaves}, x)
+    with torch.enable_grad():
+        output = function({**function.parameters, **leaves}, x, recorder)
     reached, is_rounded = _below(output)
     unseen = tuple(name for name, leaf in leaves.items() if id(leaf) in reached)
     return Recording(recorder.uses, output, unseen, is_rounded, recorder.is_foreign, recorder.is_hooked)
