@@ -108,9 +108,11 @@ class RegisteredRule:
     parameters: tuple[str, ...]
     elementwise: bool = False
     is_own: bool = False
+    name: str = field(init=False)
     signature: inspect.Signature = field(init=False)
 
     def __post_init__(self) -> None:
+        self.name = self.rule.__name__
         parameters = list(inspect.signature(self.rule).parameters.values())[1:]
         self.signature = inspect.Signature(parameters)
         positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -120,10 +122,6 @@ class RegisteredRule:
         self._is_plain = all(
             p in positional or (p.kind is p.KEYWORD_ONLY and p.default is not p.empty) for p in parameters
         )
-
-    @property
-    def name(self) -> str:
-        return self.rule.__name__
 
     def bind(self, args: tuple, kwargs: dict) -> dict[str, Any] | None:
         """The call's arguments by name, or None if this is not a call that the rule is for."""

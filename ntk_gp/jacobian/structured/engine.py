@@ -133,14 +133,13 @@ class StructuredEngine(JacobianEngine):
             capture = Capture.make(function, plan, x.reshape(-1, x.shape[-1]))
             if capture is None:
                 return None
+            parts = capture.terms()
             rows = capture.telling_rows()
             if len(rows):
                 self._verify_again(function, plan, rows)
-            parts = capture.terms()
             capture.check(parts)
         terms = [term for part in parts for term in part]
-        shape = x.shape[:2]
-        return [term.map(lambda t: t.squeeze(0).unflatten(0, shape)) for term in merge_terms(terms)]
+        return [term.in_batches(*x.shape[:2]) for term in merge_terms(terms)]
 
     def _verify_again(self, function: NetworkFunction, plan: Plan, rows: Tensor) -> None:
         """At more inputs, those that rules not yet put to the test have something to say about."""

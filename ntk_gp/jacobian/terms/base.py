@@ -120,6 +120,10 @@ class Term(ABC):
             setattr(new, name, function(getattr(self, name)))
         return new
 
+    def in_batches(self: Self, batch: int, n: int) -> Self:
+        """Of a term at B·n points, (1, B·n, …), the points in batches, (B, n, …)."""
+        return self.map(lambda tensor: tensor.squeeze(0).unflatten(0, (batch, n)))
+
     def concatenate(self: Self, others: Sequence[Self]) -> Self:
         """The points of several terms after one another."""
         new = copy.copy(self)
