@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..network import FrozenNetwork, full_precision, normal_tensor
+from ..network import FrozenNetwork, full_precision
 from . import rules
 from .autodiff import AutodiffEngine
 from .base import Jacobian, JacobianEngine
@@ -31,7 +31,7 @@ def _in_full_precision(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(method)
     def wrapped(self: Linearization, jacobian: Jacobian, *args: Any, **kwargs: Any) -> Tensor:
-        with full_precision(jacobian.x.device):
+        with full_precision(jacobian.x.device.type):
             return method(self, jacobian, *args, **kwargs)
 
     return wrapped
@@ -109,7 +109,7 @@ class Linearization:
         function = self.network.at(x)
         if torch.is_grad_enabled() and x.requires_grad:
             return self.autodiff.linearize(x, function)
-        x = normal_tensor(x.detach())
+        x = x.detach()
         if not keep:
             return self.engine.linearize(x, function)
         return self.keep("jacobian", (x,), lambda copied: self.engine.linearize(copied, function), function.state)

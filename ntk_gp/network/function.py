@@ -17,7 +17,7 @@ from ..replacements.elementary import ElementaryOperations
 from . import switches
 from .skeleton import Skeletons
 from .specification import Specification
-from .tensors import convert, full_precision
+from .tensors import convert_each, full_precision
 
 NO_MODE = nullcontext()
 
@@ -114,7 +114,7 @@ class NetworkFunction:
         x = x.clone()  # the network may write to it
         if self.inner_dtype is not None:
             x = x.to(self.inner_dtype)
-            tensors = {name: convert(tensor, self.inner_dtype) for name, tensor in tensors.items()}
+            tensors = convert_each(tensors, self.inner_dtype)
         if self.specification.input_shape is not None:
             x = x.reshape(x.shape[0], *self.specification.input_shape)
         if self.runs_again:
@@ -220,7 +220,7 @@ class NetworkFunction:
         on_gpu = self.device.type == "cuda"
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(full_precision(self.device))
+            stack.enter_context(full_precision(self.device.type))
             stack.enter_context(switches.PLAIN_ATTENTION)
             if self.specification.is_recurrent:
                 stack.enter_context(switches.WITHOUT_CUDNN if on_gpu else switches.WITHOUT_ONEDNN)

@@ -14,7 +14,7 @@ from .layout import points_first
 from .passes import RecordedPasses
 from .plan import Plan
 from .record import record
-from .verification import MISPLACED, NUM_ROWS, misplaced, reasons_of, wrong_derivatives, wrong_products
+from .verification import NUM_ROWS, misplaced, wrong_derivatives, wrong_products
 
 
 class Refuted(Exception):
@@ -45,7 +45,7 @@ class Capture:
     def telling_rows(self) -> Tensor:
         """Some of the rows at which the output depends on uses that it did not depend on where they were verified.
 
-        Asked once there are terms: shapes follow then.
+        Asked where the plan has such uses, and once there are terms: shapes follow then.
         """
         found = []
         for i in self.plan.unproven:
@@ -53,7 +53,7 @@ class Capture:
             assert place is not None
             alive = points_first(self.passes.gradients[i], (place[0] + 1, place[1]), len(self.rows)).flatten(1).any(-1)
             found.append(alive.nonzero().squeeze(-1)[:NUM_ROWS])
-        return self.rows[torch.cat(found).unique()] if found else self.rows[:0]
+        return self.rows[torch.cat(found).unique()]
 
     def terms(self) -> list[list[Term]]:
         """Those of every use, (1, n, …) each. Raises Refuted where shapes do not follow, or a rule has no formula."""
@@ -67,7 +67,7 @@ class Capture:
         reasons = {}
         if self.plan.is_due(len(self.rows)):
             reasons = wrong_derivatives(self.function, self.rows, self.passes, terms)
-        reasons |= reasons_of(misplaced(self.passes), MISPLACED)
+        reasons |= misplaced(self.passes)
         names = dict.fromkeys(name for name in self._names_to_compare() if name not in reasons)
         if names:
             try:

@@ -14,7 +14,7 @@ from ..terms import Term, merge_terms
 from .layout import Layout, compare_layouts
 from .passes import RecordedPasses
 from .record import record
-from .verification import MISPLACED, misplaced, reasons_of, wrong_products
+from .verification import misplaced, wrong_products
 
 logger = logging.getLogger("ntk_gp")
 
@@ -201,7 +201,7 @@ def _try(function: NetworkFunction, rows: Tensor, names: tuple[str, ...]) -> _Tr
     silent: set[str] = set()
     if not failed:
         names_in_uses = {name for use in whole.uses for name in use.names}
-        failed |= reasons_of(misplaced(passes), MISPLACED)
+        failed |= misplaced(passes)
         wrong, silent = wrong_products(function, rows, passes, names_in_uses)
         failed |= wrong
     return _Trial(names, passes, terms, failed, silent)
