@@ -6,6 +6,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -62,8 +63,8 @@ class Use:
         if not isinstance(weight, ParameterView):
             return [self._bias(bias, g)] if isinstance(bias, ParameterView) else []
         a = inputs.reshape(inputs.shape[0], -1, 1, inputs.shape[-1])
-        bias = bias.unflatten(0, (1, -1)) if isinstance(bias, ParameterView) else None
-        return [MatrixTerm(weight.unflatten(0, (1, -1)), bias, a.unsqueeze(0), g.unsqueeze(0))]
+        bias = _one_block(bias) if isinstance(bias, ParameterView) else None
+        return [MatrixTerm(_one_block(weight), bias, a.unsqueeze(0), g.unsqueeze(0))]
 
     @staticmethod
     def _bias(bias: ParameterView, g: Tensor) -> Term:
@@ -91,6 +92,12 @@ class Use:
             shape.insert(0, 1)
         dims = [2 + i for i, size in enumerate(shape) if size == 1 and values.shape[2 + i] > 1]
         return values.sum(dims, keepdim=True) if dims else values
+
+
+@lru_cache(maxsize=1024)  # of more parameters than networks have: each recording has the same ones again
+def _one_block(view: ParameterView) -> ParameterView:
+    """A matrix or its bias, (d_out, …), as a matrix term has it, (H, d_out, …): of one block."""
+    return view.unflatten(0, (1, -1))
 
 
 Rule = Callable[..., Iterable[Term]]

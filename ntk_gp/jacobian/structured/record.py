@@ -80,6 +80,7 @@ class Recording:
     """All uses in one forward pass.
 
     :param output: f, (n, C).
+    :param nodes: Of autograd's graph, all that f was computed by.
     :param unseen: The parameters that the output depends on in other ways too, in the order of the names asked for.
     :param is_rounded: Whether a part of it was computed in another dtype.
     :param is_foreign: Whether a decomposition that is not this package's own took part.
@@ -88,6 +89,7 @@ class Recording:
 
     uses: list[RecordedUse]
     output: Tensor
+    nodes: list[Any]
     unseen: tuple[str, ...]
     is_rounded: bool = False
     is_foreign: bool = False
@@ -137,9 +139,11 @@ def _record(function: NetworkFunction, x: Tensor, names: Sequence[str], copy: bo
     recorder = _Recorder(function, leaves, copy)
     with torch.enable_grad():
         output = function({**function.parameters, **leaves}, x, recorder)
-    reached, is_rounded = _below(output)
+    nodes = list(nodes_below(output))
+    reached = {id(node.variable) for node in nodes if node.name() == LEAF}
     unseen = tuple(name for name, leaf in leaves.items() if id(leaf) in reached)
-    return Recording(recorder.uses, output, unseen, is_rounded, recorder.is_foreign, recorder.is_hooked)
+    is_rounded = any(node.name() == "ToCopyBackward0" for node in nodes)
+    return Recording(recorder.uses, output, nodes, unseen, is_rounded, recorder.is_foreign, recorder.is_hooked)
 
 
 @dataclass(frozen=True)
@@ -273,10 +277,3 @@ def _is_plain_view(value: Tensor) -> bool:
             return False
         node = node.next_functions[0][0] if node.next_functions else None
     return True
-
-
-def _below(output: Tensor) -> tuple[set[int], bool]:
-    """The ids of all the leaves that a tensor was computed from, and whether there was a change of dtype on the way."""
-    nodes = list(nodes_below(output))
-    leaves = {id(node.variable) for node in nodes if node.name() == LEAF}
-    return leaves, any(node.name() == "ToCopyBackward0" for node in nodes)

@@ -115,7 +115,7 @@ class Term(ABC):
         """About how many flops one point costs in J u, or in Jᵀ v, for one vector."""
 
     def compact(self) -> Term:
-        """The same block in the form that takes least: this term, or another one in its place."""
+        """The same block in the form that products are quickest with: this term, or another one in its place."""
         return self
 
     # Points
