@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..network import FrozenNetwork, full_precision, normal_tensor
+from ..network import FrozenNetwork, full_precision
 from . import rules
 from .autodiff import AutodiffEngine
 from .base import Jacobian, JacobianEngine
@@ -33,7 +33,7 @@ def _in_full_precision(method: Callable[..., _Result]) -> Callable[..., _Result]
 
     @functools.wraps(method)
     def wrapped(self: Linearization, jacobian: Jacobian, *args: Any, **kwargs: Any) -> _Result:
-        with full_precision(jacobian.x.device):
+        with full_precision(jacobian.x.device.type):
             return method(self, jacobian, *args, **kwargs)
 
     return wrapped
@@ -116,7 +116,7 @@ class Linearization:
         function = self.network.at(x)
         if torch.is_grad_enabled() and x.requires_grad:
             return self.autodiff.linearize(x, function)
-        x = normal_tensor(x.detach())
+        x = x.detach()
         if not keep:
             return self.engine.linearize(x, function)
         return self.keep("jacobian", (x,), lambda copied: self.engine.linearize(copied, function), function.state)

@@ -198,7 +198,7 @@ class WidenedLinearization(Linearization):
         assert isinstance(jacobian1, WidenedJacobian) and isinstance(jacobian2, WidenedJacobian)
         first, own = jacobian1.split_variances(variances)
         gram = self.base.gram(jacobian1.base, jacobian2.base, first, keep)
-        with full_precision(jacobian1.x.device):
+        with full_precision(jacobian1.x.device.type):
             return plus_product(gram, jacobian1.columns * own.unsqueeze(-2), jacobian2.columns)
 
     def unit_grams(self, jacobian1: Jacobian, jacobian2: Jacobian) -> None:
@@ -209,7 +209,7 @@ class WidenedLinearization(Linearization):
         assert isinstance(jacobian1, WidenedJacobian) and isinstance(jacobian2, WidenedJacobian)
         first, _ = jacobian1.split_variances(variances)
         product = self.base.kernel_matmul(jacobian1.base, jacobian2.base, rhs, first)
-        with full_precision(jacobian1.x.device):
+        with full_precision(jacobian1.x.device.type):
             return product + jacobian1.columns_matmul(jacobian2, rhs, variances)
 
     def __getstate__(self) -> dict:
