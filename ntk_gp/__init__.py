@@ -5,7 +5,7 @@ from .adapted import AdaptedGP
 from .averaging import averaged, compare
 from .explain import solver_report
 from .jacobian.rules import register_rule
-from .kernels import FeatureKernel, NTKKernel, TangentMaternKernel, TangentRBFKernel
+from .kernels import FeatureKernel, GainKernel, NTKKernel, TangentMaternKernel, TangentRBFKernel
 from .means import NetworkMean
 from .operators import JacobianLinearOperator, NTKLinearOperator
 from .priors import register_log_prior, scale_to_data
@@ -18,6 +18,7 @@ bridge.install()
 __all__ = [
     "AdaptedGP",
     "FeatureKernel",
+    "GainKernel",
     "JacobianLinearOperator",
     "LinearizedFunctions",
     "LinearizedNetwork",

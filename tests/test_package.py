@@ -135,7 +135,10 @@ def theirs() -> set[str]:
 def private_names(module: ast.Module) -> Iterator[tuple[int, str]]:
     """The line and name of whatever is private to another package: imported, called or read; also in a string, or as a
     keyword's name, by which attributes can be set as well."""
+    pieces = {id(piece) for node in ast.walk(module) if isinstance(node, ast.JoinedStr) for piece in node.values}
     for node in ast.walk(module):
+        if id(node) in pieces:  # of a name that is put together
+            continue
         if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0):
             origin = getattr(node, "module", "")
             for alias in node.names:
@@ -178,6 +181,7 @@ def test_private_names_are_found(line):
         "super()._apply(f)",
         "x.__dict__",
         "'_ntk_gp'",
+        "f'{name}_constraint'",
     ],
 )
 def test_other_names_are_not(line):

@@ -520,9 +520,9 @@ class CountingRows:
         function = ntk_gp.network.NetworkFunction
         original = function._call
 
-        def counting(this, parameters, x):
+        def counting(this, parameters, x, *mode):
             self.calls.append(x.shape[0])
-            return original(this, parameters, x)
+            return original(this, parameters, x, *mode)
 
         monkeypatch.setattr(function, "_call", counting)
 

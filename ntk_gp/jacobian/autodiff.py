@@ -65,7 +65,7 @@ class AutodiffEngine(JacobianEngine):
                         rows = some_rows(flat, _TRIED, partial(function, function.parameters))[:_TRIED]
                         function(function.parameters, rows)  # what raises is not what others are tried at
                     self._modes[key] = Modes(function, rows)
-        modes = self._modes.get(key, Modes())
+        modes = self._modes[key] if key in self._modes else Modes()
         if not x.requires_grad:  # inducing points need rows only, and the first forward mode in a process takes a while
             modes.try_products()
         return AutodiffJacobian(function, normal_tensor(x), modes)

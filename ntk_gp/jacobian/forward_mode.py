@@ -81,16 +81,20 @@ dual_level = DualLevel()
 
 
 def value_and_tangent(
-    at: Callable[[dict[str, Tensor]], Tensor], parameters: dict[str, Tensor], tangents: dict[str, Tensor]
+    at: Callable[..., Tensor], parameters: dict[str, Tensor], tangents: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """What `torch.func.jvp` gives: by itself where other derivatives are taken as well, and otherwise from dual numbers
-    without its bookkeeping, and with faster linear layers."""
+    without its bookkeeping, and with faster linear layers.
+
+    :param at: A function of the parameters, and of `mode`: a context for what a network calls, if there is one.
+    """
     transformed = innermost_transform() is not None or dual_level.is_of_others()
     if transformed or torch.is_grad_enabled():
         with dual_level.alone():
             value, tangent = jvp(at, (parameters,), (tangents,))  # type: ignore[misc]
             return value, tangent
-    with dual_level.shared(), FullRateLayers():
-        out = at({name: forward_ad.make_dual(tensor, tangents[name]) for name, tensor in parameters.items()})
+    with dual_level.shared():
+        duals = {name: forward_ad.make_dual(tensor, tangents[name]) for name, tensor in parameters.items()}
+        out = at(duals, mode=FullRateLayers())
         value, tangent = forward_ad.unpack_dual(out)
     return value, torch.zeros_like(value) if tangent is None else tangent

@@ -6,12 +6,12 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..network import FrozenNetwork, full_precision, normal_tensor
+from ..network import FrozenNetwork, full_precision
 from . import rules
 from .autodiff import AutodiffEngine
 from .base import Jacobian, JacobianEngine
@@ -25,13 +25,15 @@ from .structured import StructuredEngine
 # The engine where none is named, read whenever one is made. The test suite sets it, to run as a whole with either.
 default_engine = "structured"
 
+_Result = TypeVar("_Result")
 
-def _in_full_precision(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+
+def _in_full_precision(method: Callable[..., _Result]) -> Callable[..., _Result]:
     """Of a method whose first argument is a Jacobian: the user's autocast does not reach in."""
 
     @functools.wraps(method)
-    def wrapped(self: Linearization, jacobian: Jacobian, *args: Any, **kwargs: Any) -> Tensor:
-        with full_precision(jacobian.x.device):
+    def wrapped(self: Linearization, jacobian: Jacobian, *args: Any, **kwargs: Any) -> _Result:
+        with full_precision(jacobian.x.device.type):
             return method(self, jacobian, *args, **kwargs)
 
     return wrapped
@@ -82,6 +84,11 @@ class Linearization:
         self._grams = KeptGrams(self.network.num_groups)
         self._solvers = SolversInUse()
 
+    @property
+    def of_network(self) -> Linearization:
+        """That of the network alone, without what stands beside it."""
+        return self
+
     def add_solver(self, solver: Any) -> None:
         """Others may start from this one while it is in use."""
         self._solvers.add(solver)
@@ -109,7 +116,7 @@ class Linearization:
         function = self.network.at(x)
         if torch.is_grad_enabled() and x.requires_grad:
             return self.autodiff.linearize(x, function)
-        x = normal_tensor(x.detach())
+        x = x.detach()
         if not keep:
             return self.engine.linearize(x, function)
         return self.keep("jacobian", (x,), lambda copied: self.engine.linearize(copied, function), function.state)
@@ -129,6 +136,16 @@ class Linearization:
                 return gram * variances.unsqueeze(-1)
             return torch.mul(gram, variances.unsqueeze(-1), out=empty(gram.shape, like=gram))
         return GramProduct.apply(variances, jacobian1, jacobian2)
+
+    @_in_full_precision
+    def unit_grams(self, jacobian1: Jacobian, jacobian2: Jacobian) -> Tensor | None:
+        """Those of all groups with variance one, (G, N₁, N₂), or (B, N₁, N₂) where there is one group.
+
+        They are the ones that are kept, not to be written to; None where there is no room for them.
+        """
+        if jacobian1.x.requires_grad or jacobian2.x.requires_grad or not self._grams.fits(jacobian1, jacobian2):
+            return None
+        return self._grams.matrix(jacobian1, jacobian2, self.keep)
 
     @_in_full_precision
     def diagonal(self, jacobian1: Jacobian, jacobian2: Jacobian, variances: Tensor) -> Tensor:

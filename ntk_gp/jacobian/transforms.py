@@ -6,14 +6,14 @@ The first reverse-mode derivative by one, and the first vmap, import for seconds
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
 from .._compat import set_vmap_warns_of_loops
-from ..network import NetworkFunction, Switch
+from ..network import NO_MODE, NetworkFunction, Switch
 from .forward_mode import value_and_tangent
 
 # vmap warns once for every operator that it has to loop over; the answer is the same. (PyTorch does not tell whether it
@@ -24,8 +24,8 @@ _quiet = Switch((lambda: True, set_vmap_warns_of_loops, False))
 def pushforward(function: NetworkFunction, x: Tensor) -> Callable[[Tensor], Tensor]:
     """u (P,) to J u (m·C,) at the points x (m, d), by forward mode."""
 
-    def at(parameters: dict[str, Tensor]) -> Tensor:
-        return function(parameters, x).reshape(-1)
+    def at(parameters: dict[str, Tensor], mode: AbstractContextManager[object] = NO_MODE) -> Tensor:
+        return function(parameters, x, mode).reshape(-1)
 
     return lambda tangent: value_and_tangent(at, function.parameters, function.split(tangent))[1]
 

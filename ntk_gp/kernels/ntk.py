@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from gpytorch.constraints import Interval, Positive
-from gpytorch.kernels import Kernel
 from gpytorch.priors import Prior
 from torch import Size, Tensor, nn
 
 from .._compat import parameters_in
-from ..bridge.prediction_strategies import NTKPredictionStrategy
-from ..bridge.recognised import NeuralTangentKernel
 from ..jacobian.shared import linearization_of
-from ..network import NetworkFunction, ParameterSelection, check_tensor
+from ..network import ParameterSelection
 from ..operators import JacobianLinearOperator, NTKLinearOperator
-from ..stock import mark_botorchs
+from ..operators._batches import flatten_batch
+from .base import NetworkKernel
+from .normalization import Normalization
 
 
-class NTKKernel(NeuralTangentKernel):
+class NTKKernel(NetworkKernel):
     r"""The empirical neural tangent kernel of a trained network.
 
     .. math::
@@ -57,10 +55,15 @@ class NTKKernel(NeuralTangentKernel):
     :param variance_constraint: Constraint on these variances. (Default: :class:`~gpytorch.constraints.Positive`.)
     :param engine: `"structured"` (default) uses the recorded uses of each parameter, and autodiff for those that no
         rule covers (:meth:`engine_report` tells); `"autodiff"` uses `torch.func` throughout.
+    :param normalize: True divides the kernel by its mean diagonal, with prior variances of one, at the inputs that it
+        sees first, so that its variance there is about that of a :class:`~gpytorch.kernels.ScaleKernel` around it. The
+        constant is a buffer, `normalization.value`, in the state of the model, and stays what it is until
+        :meth:`normalize_at` or :meth:`linearize` is called. A number divides it by that number.
     :param batch_shape: The batch shape of the kernel.
     :param active_dims: The columns of the inputs that the network sees.
 
-    :ivar torch.Tensor variance: The prior variances, (*batch_shape, 1, G); all one without `variance_groups`.
+    :ivar torch.Tensor variance: The prior variances, (*batch_shape, 1, G); all one without `variance_groups`. Not
+        divided by anything.
 
     :raises TypeError: For the base class's options for lengthscales, such as `ard_num_dims`: the network scales its own
         inputs.
@@ -75,6 +78,7 @@ class NTKKernel(NeuralTangentKernel):
         torch.Size([5, 5])
     """
 
+    is_linear_in_weights = True
     raw_variance: nn.Parameter
     raw_variance_constraint: Interval
 
@@ -89,24 +93,19 @@ class NTKKernel(NeuralTangentKernel):
         variance_prior: Prior | None = None,
         variance_constraint: Interval | None = None,
         engine: str | None = None,
+        normalize: bool | float = False,
         batch_shape: Size | None = None,
         active_dims: tuple[int, ...] | None = None,
         **kwargs,
     ):
         _check_no_lengthscale(kwargs)
-        mark_botorchs()
         _refuse_in_botorch()
-        super().__init__(batch_shape=batch_shape, active_dims=active_dims, **kwargs)
-        self._linearization = linearization_of(
-            network,
-            engine,
-            parameters=parameters,
-            input_shape=input_shape,
-            output=output,
-            group_by=_group_function(variance_groups),
-        )
-        self.network = self._linearization.network
-        self._engine = engine
+        selection = {"parameters": parameters, "input_shape": input_shape, "output": output}
+        options = {**selection, "group_by": _group_function(variance_groups)}
+        super().__init__(network, engine, options, batch_shape=batch_shape, active_dims=active_dims, **kwargs)
+        self.normalization: Normalization | None = None
+        if normalize is not False:
+            self.normalization = Normalization(normalize, self.network.dtype, self.network.device)
         if variance_groups is None:
             if variance_prior is not None or variance_constraint is not None:
                 raise ValueError("variance_prior and variance_constraint need variance_groups, such as 'layer'.")
@@ -135,28 +134,11 @@ class NTKKernel(NeuralTangentKernel):
     def variance(self, value: float | Tensor) -> None:
         _set_variance(self, value)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the parameters and of the network, which `.to()` keeps the same, single precision at least.
-
-        Results are in the inputs' dtype.
-        """
-        parameters = (torch.promote_types(parameter.dtype, torch.float32) for parameter in self.parameters())
-        dtypes = {self.network.dtype, *parameters}
-        if len(dtypes) > 1:
-            raise RuntimeError(
-                f"The kernel's parameters have multiple dtypes: {dtypes}. Convert the kernel with .to(dtype)."
-            )
-        return dtypes.pop()
-
-    @property
-    def device(self) -> torch.device:
-        return self.network.device
-
     def linearize(self, network: nn.Module) -> None:
         """Takes a new snapshot, of this network, with the same options, and drops everything computed from the last.
 
-        A model's prediction caches are its own: call `model.train()` and `model.eval()` after this.
+        A model's prediction caches are its own: call `model.train()` and `model.eval()` after this. If the kernel is
+        divided by its mean diagonal, that is the one at the next inputs.
         """
         renewed = linearization_of(network, self._engine, **self.network.options)
         groups = renewed.network.group_names
@@ -165,8 +147,9 @@ class NTKKernel(NeuralTangentKernel):
                 f"The network's variance groups are {groups}, this kernel's {self.network.group_names}. "
                 "Make a new kernel for a network of another form."
             )
-        self.network = renewed.network
-        self._linearization = renewed
+        self._take(renewed)
+        if self.normalization is not None:
+            self.normalization.forget()
 
     def jacobian(self, x: Tensor) -> JacobianLinearOperator:
         """J(x) as a lazy matrix, (*batch, n·C, P), without the prior variances; columns in the order of
@@ -191,8 +174,6 @@ class NTKKernel(NeuralTangentKernel):
     def __call__(self, x1: Tensor, x2: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """The kernel matrix of (*batch, n, d), or of (*batch, n, *input_shape)."""
         _refuse_in_botorch()
-        if self.active_dims is None:
-            x1, x2 = self.network.flattened(x1), None if x2 is None else self.network.flattened(x2)
         return super().__call__(x1, x2, *args, **kwargs)
 
     def forward(
@@ -208,56 +189,34 @@ class NTKKernel(NeuralTangentKernel):
             x1, x2 = (x.transpose(-1, -2).unsqueeze(-1) for x in (x1, x2))
             variance = variance.unsqueeze(-3)
         function = self._bind(x1, x2)
+        if self.normalization is not None and x1.numel():
+            variance = variance / self.normalization.at(lambda: self._mean_diagonal(x1)).to(variance)
         kernel_matrix = NTKLinearOperator(x1, x2, variance, linearization=self._linearization, function=function)
         return kernel_matrix._diagonal() if diag else kernel_matrix
 
-    def prediction_strategy(self, train_inputs, train_prior_dist, train_labels, likelihood) -> NTKPredictionStrategy:
-        """GPyTorch asks for it, and serves every prediction by it."""
-        return NTKPredictionStrategy(train_inputs, train_prior_dist, train_labels, likelihood)
+    def normalize_at(self, x: Tensor) -> None:
+        """From now on, divides the kernel by its mean diagonal at these inputs, (*batch, n, d); `normalize=True` alone
+        takes the first ones.
 
-    def named_sub_kernels(self) -> Iterator[tuple[str, Kernel]]:
-        """None; GPyTorch would look for some among the modules of the network, whenever it needs the batch shape."""
-        return iter(())
+        :raises RuntimeError: For a kernel that is not normalised.
+        :raises ValueError: If that mean is zero.
+        """
+        if self.normalization is None:
+            raise RuntimeError("This kernel is not normalised: make it with normalize=True.")
+        x = self._active(x)
+        self.network.bind(x)
+        self.normalization.settle(self._mean_diagonal(x))
 
-    def _bind(self, x1: Tensor, x2: Tensor) -> NetworkFunction:
-        """What serves both sets of inputs, which are looked at here, and once."""
-        if x2 is x1:
-            return self.network.bind(x1)
-        for given in (x1, x2):
-            check_tensor(given)
-        if (x1.dtype, x1.device) != (x2.dtype, x2.device):
-            raise ValueError(
-                f"The two sets of inputs differ: {x1.dtype} on {x1.device}, and {x2.dtype} on {x2.device}. "
-                "Convert one with .to() to the dtype and device of the other."
-            )
-        return self.network.bind(x1, x2)
+    def _mean_diagonal(self, x: Tensor) -> float:
+        """That of the kernel at x with prior variances of one."""
+        jacobian = self._linearization.jacobian(flatten_batch(x.detach()))
+        ones = jacobian.x.new_ones(1, self.network.num_groups)
+        with torch.no_grad():
+            return float(self._linearization.diagonal(jacobian, jacobian, ones).double().mean())
 
-    def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
-        """C with `output="all"`, else 1."""
-        if self.active_dims is None:  # asked for before anything else, also by the kernels this one is in
-            return self.network.num_outputs_per_row(x1)
-        return self.network.num_outputs(x1)
-
-    def expand_batch(self, *sizes: Size | tuple[int, ...] | int) -> NTKKernel:
-        """The same kernel with a larger batch shape; shares the network."""
-        shape = Size([n for size in sizes for n in ([size] if isinstance(size, int) else size)])
-        if shape == self.batch_shape:
-            return self
-        return self._with_batch_shape(shape, lambda raw: raw.expand(*shape, *raw.shape[-2:]))
-
-    def __getitem__(self, index) -> NTKKernel:
-        """The kernel of some of the batches; shares the network."""
-        if not self.batch_shape:
-            return self
-        index = index if isinstance(index, tuple) else (index,)
-        shape = torch.empty(self.batch_shape, device="meta")[index].shape
-        return self._with_batch_shape(shape, lambda raw: raw[(*index, slice(None), slice(None))])
-
-    def _with_batch_shape(self, batch_shape: Size, transform: Callable[[Tensor], Tensor]) -> NTKKernel:
-        new = copy.deepcopy(self)  # cheap: the network's tensors are shared
-        new.batch_shape = batch_shape
-        if "raw_variance" in parameters_in(self):
-            new.raw_variance = nn.Parameter(transform(self.raw_variance.detach()).clone())
+    def _with_batches(self, *args: Any) -> NTKKernel:
+        new = super()._with_batches(*args)
+        new.normalization = self.normalization  # one for all of its batches
         return new
 
 
@@ -290,7 +249,7 @@ def _check_no_lengthscale(arguments: dict[str, Any]) -> None:
     if arguments.keys() - set(_OF_LENGTHSCALES):
         raise TypeError(
             f"NTKKernel has no option {', '.join(sorted(arguments.keys() - set(_OF_LENGTHSCALES)))}; its options are "
-            "parameters, input_shape, output, variance_groups, variance_prior, variance_constraint, engine, "
+            "parameters, input_shape, output, variance_groups, variance_prior, variance_constraint, engine, normalize, "
             "batch_shape and active_dims."
         )
 

@@ -3,7 +3,7 @@
 from .checks import check_finite, check_tensor, is_finite
 from .features import PENULTIMATE, head_of, layer_features
 from .frozen import FrozenNetwork, is_same_snapshot, preserved_random_state
-from .function import NetworkFunction
+from .function import NO_MODE, NetworkFunction
 from .graph import LEAF, nodes_below
 from .rows import some_rows
 from .snapshot import ParameterSelection
@@ -14,6 +14,7 @@ from .tensors import full_precision, normal_tensor
 __all__ = [
     "ALL_OUTPUTS",
     "LEAF",
+    "NO_MODE",
     "PENULTIMATE",
     "FrozenNetwork",
     "NetworkFunction",

@@ -28,6 +28,22 @@ def check_tensor(x: Any) -> None:
         )
 
 
+def check_inputs(*given: Any) -> None:
+    """Raises for inputs that do not serve, or that do not go together: what they are is looked at before what is in
+    them."""
+    for x in given:
+        check_tensor(x)
+    first = given[0]
+    for x in given:
+        if (x.dtype, x.device) != (first.dtype, first.device):
+            raise ValueError(
+                f"The two sets of inputs differ: {first.dtype} on {first.device}, and {x.dtype} on {x.device}. "
+                "Convert one with .to() to the dtype and device of the other."
+            )
+    for x in given:
+        check_finite(x)
+
+
 def check_finite(x: Tensor) -> None:
     """Raises where the inputs are NaN or infinite."""
     if is_finite(x):

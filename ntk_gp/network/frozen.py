@@ -6,7 +6,7 @@ import copy
 import math
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from .. import settings
 from .._compat import CHILDREN, buffers_in, children_in
-from .checks import check_finite, check_tensor
+from .checks import check_finite, check_inputs, check_tensor
 from .equality import same_module
 from .fingerprint import Fingerprint
-from .function import Findings, NetworkFunction
+from .function import NO_MODE, Findings, NetworkFunction
 from .probe import probe
 from .rows import check_values
 from .sharing import share_snapshot
@@ -38,10 +38,9 @@ from .snapshot import (
     unwrap,
 )
 from .specification import ALL_OUTPUTS, check_output_argument, specify
-from .tensors import convert, normal_tensor
+from .tensors import convert_each, normal_tensor
 from .trial import FEW, Trial
 
-_NO_MODE = nullcontext()
 _random_state = threading.RLock()
 
 
@@ -184,9 +183,8 @@ class FrozenNetwork(nn.Module):
     ) -> NetworkFunction:
         """The same, made anew; where the network computes in a precision of its own, say in which."""
         with torch.inference_mode(False), torch.no_grad():
-            tensors = {
-                name.removeprefix("tensors."): convert(buffer, dtype, device) for name, buffer in self.named_buffers()
-            }
+            buffers = {name.removeprefix("tensors."): buffer for name, buffer in self.named_buffers()}
+            tensors = convert_each(buffers, dtype, device)
             # Calls must not reach the snapshot.
             for name in tensors.keys() - set(self.parameter_names):
                 tensors[name] = tensors[name].clone()
@@ -197,11 +195,11 @@ class FrozenNetwork(nn.Module):
         """f(x) at the frozen weights: (*batch, n, d) to (*batch, n), or (*batch, n, C) with `output="all"`."""
         return self.values(x, self.fingerprint(thorough=True))
 
-    def values(self, x: Tensor, state: int, mode: AbstractContextManager = _NO_MODE) -> Tensor:
+    def values(self, x: Tensor, state: int, mode: AbstractContextManager[object] = NO_MODE) -> Tensor:
         """The same, for callers that have looked for edits of the snapshot themselves.
 
         :param state: What they found: the present fingerprint.
-        :param mode: A context for the passes through the network, and for nothing else.
+        :param mode: A context for what the network itself calls, and for nothing else.
         """
         check_finite(x)
         function = self._tried(x, state)
@@ -213,9 +211,9 @@ class FrozenNetwork(nn.Module):
             with function.tracing():
                 chunks = normal_tensor(flat).split(function.points_per_pass())
                 steps = settings.progress(chunks, "Network")
-                with mode:
-                    pieces = [function(function.parameters, chunk) for chunk in steps]
-                check_values(function, chunks[0], pieces[0], len(flat))
+                pieces = [function(function.parameters, chunk, mode) for chunk in steps]
+                if not function.has_checked(len(flat)):
+                    check_values(function, chunks[0], pieces[0], len(flat))
             out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         shape = x.shape[:-1] if self.output != ALL_OUTPUTS else (*x.shape[:-1], function.num_outputs)
         return out.reshape(shape)
@@ -250,13 +248,12 @@ class FrozenNetwork(nn.Module):
         network).
 
         :raises TypeError: If they are no tensors, or no floating-point numbers.
-        :raises ValueError: If some are NaN or infinite, and where :meth:`at` does.
+        :raises ValueError: If some are NaN or infinite, or not of one dtype and on one device, and where :meth:`at`
+            does.
         """
-        for given in (x, *others):
-            check_tensor(given)
+        check_inputs(x, *others)
         state = self.fingerprint(thorough=True)
         for given in (x, *others):
-            check_finite(given)
             function = self.at(given, state)
         return function
 
@@ -323,7 +320,17 @@ class FrozenNetwork(nn.Module):
 
     def check_width(self, x: Tensor) -> None:
         """Raises where inputs are no rows of floating-point numbers of the width that `input_shape` needs."""
-        self.specification.check_width(x)
+        if not x.is_floating_point():
+            raise TypeError(
+                f"Expected inputs of a floating-point dtype, got {x.dtype}. Cast them, e.g. with x.float(); a network "
+                "that wants integers can cast them back in its forward."
+            )
+        if self.input_shape is not None and x.shape[-1] != math.prod(self.input_shape):
+            raise ValueError(
+                f"Got inputs of width {x.shape[-1]} (shape {tuple(x.shape)}), but input_shape={self.input_shape} needs "
+                f"{math.prod(self.input_shape)} features. Flatten each input to one row, e.g. x.flatten(1) for the "
+                "whole model (GPyTorch takes all but the last two dimensions for batches), or change input_shape."
+            )
 
     def __getstate__(self) -> dict:
         made_again: dict[str, Any] = {"_functions": {}, "_checked": set(), "_exact_findings": {}}

@@ -17,9 +17,15 @@ from ..replacements.elementary import ElementaryOperations
 from . import switches
 from .skeleton import Skeletons
 from .specification import Specification
-from .tensors import convert, full_precision
+from .tensors import convert_each, full_precision
 
-Watch = Callable[[nn.Module], AbstractContextManager]
+NO_MODE = nullcontext()
+
+Watch = Callable[[nn.Module], AbstractContextManager[object]]
+
+
+def _unwatched(_: nn.Module) -> AbstractContextManager[object]:
+    return NO_MODE
 
 
 @dataclass(frozen=True)
@@ -87,12 +93,17 @@ class NetworkFunction:
         self._written |= findings.written
         self.runs_again = self.runs_again or findings.runs_again
 
-    def __call__(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """f(w, x): (n, d) to (n, C). Call it inside :meth:`tracing`."""
-        out = self.watched(parameters, x).reshape(x.shape[0], -1).to(x.dtype)
+    def __call__(
+        self, parameters: Mapping[str, Tensor], x: Tensor, mode: AbstractContextManager[object] = NO_MODE
+    ) -> Tensor:
+        """f(w, x): (n, d) to (n, C). Call it inside :meth:`tracing`.
+
+        :param mode: A context for what the network itself calls, and for nothing else.
+        """
+        out = self.watched(parameters, x, lambda _: mode).reshape(x.shape[0], -1).to(x.dtype)
         return out[:, self.output].unsqueeze(-1) if isinstance(self.output, int) else out
 
-    def watched(self, parameters: Mapping[str, Tensor], x: Tensor, watch: Watch | None = None) -> Tensor:
+    def watched(self, parameters: Mapping[str, Tensor], x: Tensor, watch: Watch) -> Tensor:
         """What the network returns, whatever that is, at x (n, d).
 
         :param watch: Gives a context for the module that runs, a copy that is this call's alone.
@@ -106,15 +117,14 @@ class NetworkFunction:
             self._check_writes(tensors, before)
         return out
 
-    def call_with(self, tensors: Mapping[str, Tensor], x: Tensor, watch: Watch | None = None) -> Tensor:
+    def call_with(self, tensors: Mapping[str, Tensor], x: Tensor, watch: Watch = _unwatched) -> Tensor:
         """What the network returns, whatever that is, for tensors by their canonical names."""
         x = x.clone()  # the network may write to it
         if self.inner_dtype is not None:
             x = x.to(self.inner_dtype)
-            tensors = {name: convert(tensor, self.inner_dtype) for name, tensor in tensors.items()}
+            tensors = convert_each(tensors, self.inner_dtype)
         if self.specification.input_shape is not None:
             x = x.reshape(x.shape[0], *self.specification.input_shape)
-        watch = nullcontext if watch is None else watch
         if self.runs_again:
             module = self.skeletons.given(tensors)
             with watch(module):
@@ -218,7 +228,7 @@ class NetworkFunction:
         on_gpu = self.device.type == "cuda"
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(full_precision(self.device))
+            stack.enter_context(full_precision(self.device.type))
             stack.enter_context(switches.PLAIN_ATTENTION)
             if self.specification.is_recurrent:
                 stack.enter_context(switches.WITHOUT_CUDNN if on_gpu else switches.WITHOUT_ONEDNN)

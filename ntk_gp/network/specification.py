@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 ALL_OUTPUTS = "all"
 
@@ -44,20 +43,6 @@ class Specification:
         """For each parameter, the number of its group."""
         names = self.group_names
         return tuple(names.index(label) for label in self.group_labels)
-
-    def check_width(self, x: Tensor) -> None:
-        """Raises where inputs are no rows of floating-point numbers of the width that `input_shape` needs."""
-        if not x.is_floating_point():
-            raise TypeError(
-                f"Expected inputs of a floating-point dtype, got {x.dtype}. Cast them, e.g. with x.float(); a network "
-                "that wants integers can cast them back in its forward."
-            )
-        if self.input_shape is not None and x.shape[-1] != math.prod(self.input_shape):
-            raise ValueError(
-                f"Got inputs of width {x.shape[-1]} (shape {tuple(x.shape)}), but input_shape={self.input_shape} needs "
-                f"{math.prod(self.input_shape)} features. Flatten each input to one row, e.g. x.flatten(1) for the "
-                "whole model (GPyTorch takes all but the last two dimensions for batches), or change input_shape."
-            )
 
 
 def specify(

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
+
 import torch
 from torch import Tensor
+
+
+def convert_each(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | None = None
+) -> dict[str, Tensor]:
+    """Tensors by their names, each as :func:`convert` gives it."""
+    return {name: convert(tensor, dtype, device) for name, tensor in tensors.items()}
 
 
 def convert(tensor: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
@@ -13,9 +23,9 @@ def convert(tensor: Tensor, dtype: torch.dtype, device: torch.device | None = No
     return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
 
-def full_precision(device: torch.device) -> torch.autocast:
-    """A context outside the user's autocast, which would round the factors of products to half precision."""
-    return torch.autocast(device.type, enabled=False)
+full_precision: Callable[[str], torch.autocast] = partial(torch.autocast, enabled=False)
+"""A context outside the user's autocast, which would round the factors of products to half precision; for a type of
+device."""
 
 
 def normal_tensor(x: Tensor) -> Tensor:

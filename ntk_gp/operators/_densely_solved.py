@@ -18,6 +18,7 @@ from .. import memory
 from .._compat import InvQuadLogdet
 from ..solvers.iterative import tolerance
 from ..stock import STOCK_CHOLESKY_SIZES, chosen_cholesky_size
+from ._marginal_terms import Assembly, MarginalTerms
 from ._roots import square_root, warn_of_low_rank
 from ._solve import Solve
 from ._solving_operators import Factorised
@@ -39,15 +40,27 @@ class DenselySolved(Factorised):
         elements = 3 * self.shape.numel()
         return 8 * elements <= memory.SYSTEM.bytes(self._place)
 
+    def _assembly(self) -> tuple[Assembly, list[Tensor]]:
+        """How the matrix is formed in float64, and the tensors that it is a function of."""
+        return Assembly.of(self, gpytorch_settings.cholesky_jitter.value(self.dtype))
+
     def _double(self) -> Tensor:
         """The matrix in float64."""
-        return self.to_dense().double()
+        assembly, tensors = self._assembly()
+        if torch.is_grad_enabled() and self.requires_grad:
+            return assembly.differentiable(tensors)
+        return assembly.dense(tensors)
 
     def _factorise(self) -> Tensor:
         """The Cholesky factor, (*batch, N, N)."""
-        matrix = self._double()
-        factor = psd_safe_cholesky(matrix, jitter=gpytorch_settings.cholesky_jitter.value(self.dtype))
-        _warn_of_lost_digits(matrix, factor, self.dtype)
+        if torch.is_grad_enabled() and self.requires_grad:
+            matrix = self._double()
+            factor = psd_safe_cholesky(matrix, jitter=gpytorch_settings.cholesky_jitter.value(self.dtype))
+            largest = matrix.detach().diagonal(dim1=-2, dim2=-1).amax()
+        else:
+            assembly, tensors = self._assembly()
+            factor, largest = assembly.factor(tensors)
+        _warn_of_lost_digits(largest, factor, self.dtype)
         return factor
 
     def _solve_columns(self, rhs: Tensor) -> Tensor:
@@ -75,6 +88,8 @@ class DenselySolved(Factorised):
 
     def _exact_terms(self, rhs: Tensor | None, logdet: bool) -> tuple[Tensor, Tensor]:
         """rhsᵀ A⁻¹ rhs for each column, (*batch, r), and log |A|, (*batch)."""
+        if torch.is_grad_enabled() and self.requires_grad:
+            return self._differentiable_terms(rhs, logdet)
         factor = self._factor
         inv_quad = log_determinant = self._zeros()
         if rhs is not None:
@@ -82,6 +97,16 @@ class DenselySolved(Factorised):
         if logdet:
             log_determinant = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return inv_quad, log_determinant
+
+    def _differentiable_terms(self, rhs: Tensor | None, logdet: bool) -> tuple[Tensor, Tensor]:
+        """The same, with derivatives that are written out."""
+        assembly, tensors = self._assembly()
+        with torch.no_grad():
+            factor, largest = assembly.factor(tensors)
+        _warn_of_lost_digits(largest, factor, self.dtype)
+        columns = factor.new_zeros(*self.shape[:-1], 1) if rhs is None else rhs.double()
+        inv_quad, log_determinant = MarginalTerms.apply(assembly, factor, columns, logdet, *tensors)
+        return self._zeros() if rhs is None else inv_quad, log_determinant if logdet else self._zeros()
 
     def _estimated_terms(self, rhs: Tensor | None, logdet: bool) -> tuple[Tensor, Tensor]:
         """The same, the log-determinant by Lanczos quadrature."""
@@ -116,8 +141,9 @@ class DenselySolved(Factorised):
         return RootLinearOperator(square_root(self._double()).to(self.dtype))
 
 
-def _warn_of_lost_digits(matrix: Tensor, factor: Tensor, dtype: torch.dtype) -> None:
-    rounding = torch.finfo(dtype).eps * matrix.detach().diagonal(dim1=-2, dim2=-1).amax()
+def _warn_of_lost_digits(largest: Tensor, factor: Tensor, dtype: torch.dtype) -> None:
+    """Warns where a matrix, the largest entry of whose diagonal is given, is not known well enough for its factor."""
+    rounding = torch.finfo(dtype).eps * largest
     smallest = factor.detach().diagonal(dim1=-2, dim2=-1).amin().square()
     if 0.1 * smallest < rounding:
         warnings.warn(

@@ -55,7 +55,7 @@ class JacobianLinearOperator(LinearOperator):
         columns = FoldedColumns(rhs, self.batch_shape)
         jacobian = self._jacobian
         product = jacobian.vjp if self.transposed else jacobian.jvp
-        with full_precision(rhs.device):
+        with full_precision(rhs.device.type):
             return columns.unfold(product(columns.flat.mT).mT)
 
     def _getitem(self, row_index: IndexType, col_index: IndexType, *batch_indices: IndexType) -> LinearOperator:
@@ -87,7 +87,7 @@ class JacobianLinearOperator(LinearOperator):
         return torch.cat(pieces).reshape(row_index.shape) if pieces else self.x.new_zeros(row_index.shape)
 
     def to_dense(self) -> Tensor:
-        with full_precision(self.x.device):
+        with full_precision(self.x.device.type):
             dense = self._jacobian.rows()
         dense = dense.expand(self.batch_shape.numel(), *dense.shape[-2:]).reshape(*self.batch_shape, *dense.shape[-2:])
         return dense.mT if self.transposed else dense

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from linear_operator.operators import (
     DiagLinearOperator,
@@ -15,7 +17,9 @@ from torch import Size, Tensor
 from .. import memory
 from .._compat import OPTIONS, added_diagonal
 from ..jacobian.base import Jacobian
+from ..jacobian.columns import Column
 from ..jacobian.linearization import Linearization
+from ..jacobian.widened import WidenedLinearization, widened_function
 from ..network import NetworkFunction
 from ._batches import (
     FoldedColumns,
@@ -27,6 +31,7 @@ from ._batches import (
     same_memory,
     select,
 )
+from ._parts import Arguments, GramMatrices, Numbers, Part, part_of
 from .ntk_added_diag_linear_operator import NTKAddedDiagLinearOperator
 from .ntk_sum_linear_operator import NTKSumLinearOperator, entry_by_entry, product_over_batch
 
@@ -109,6 +114,18 @@ class NTKLinearOperator(LinearOperator):
 
     def _like(self, x1: Tensor, x2: Tensor, variances: Tensor) -> NTKLinearOperator:
         return self.__class__(x1, x2, variances, linearization=self.linearization, function=self._function)
+
+    def widened(self, columns: Sequence[Column], variances: Tensor) -> NTKLinearOperator:
+        """The sum of this matrix and those of known features: again a neural tangent kernel's, of more groups.
+
+        :param columns: The features.
+        :param variances: Their prior variances, (*batch, 1, groups); the batches broadcast with this matrix's.
+        """
+        shape = torch.broadcast_shapes(self.variances.shape[:-1], variances.shape[:-1])
+        own = [part.expand(*shape, part.shape[-1]) for part in (self.variances, variances.to(self.variances))]
+        function = None if self._function is None else widened_function(self._function, columns)
+        linearization = WidenedLinearization(self.linearization, columns)
+        return self.__class__(self.x1, self.x2, torch.cat(own, -1), linearization=linearization, function=function)
 
     def __getstate__(self) -> dict:
         state = {**self.__dict__, "_function": None, "_jacobians_memo": None}  # states are those of one process
@@ -292,6 +309,23 @@ class NTKLinearOperator(LinearOperator):
             return NTKSumLinearOperator(self, other)
         added = super().__add__(other)
         return NTKSumLinearOperator(*added.linear_ops) if type(added) is SumLinearOperator else added
+
+
+@part_of.register
+def _of_tangent_kernel(matrix: NTKLinearOperator, arguments: Arguments) -> Part:
+    """In float64, by the Gram matrices that are kept where there is room for them."""
+    if torch.is_grad_enabled() and matrix._inputs_require_grad:
+        x1, x2, variances = (tensor.double() for tensor in (matrix.x1, matrix.x2, matrix.variances))
+        return Numbers(arguments.add(matrix._like(x1, x2, variances).to_dense()))
+    x1 = matrix.x1.detach().double()
+    same = matrix.x1 is matrix.x2 or same_memory(matrix.x1, matrix.x2)
+    double = matrix._like(x1, x1 if same else matrix.x2.detach().double(), matrix.variances.double())
+    grams = matrix.linearization.unit_grams(*double._jacobians)
+    if grams is None:
+        return Numbers(arguments.add(double.to_dense()))
+    if matrix.variances.shape[-1] == 1:
+        grams = grams[0] if len(grams) == 1 else grams.reshape(double.shape)
+    return GramMatrices(arguments.add(matrix.variances), grams)
 
 
 def _same_batches(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .._compat import added_diagonal
 from ._densely_solved import DenselySolved
+from ._parts import Arguments, Part, Product, part_of
 
 
 class _Combined(DenselySolved):
@@ -123,6 +124,11 @@ class NTKProductLinearOperator(_Combined):
 
     def __add__(self, other: Tensor | LinearOperator | float) -> LinearOperator | Tensor:
         return NTKSumLinearOperator(self) + other
+
+
+@part_of.register
+def _of_product(matrix: NTKProductLinearOperator, arguments: Arguments) -> Part:
+    return Product(part_of(matrix.left, arguments), part_of(matrix.right, arguments))
 
 
 def entry_by_entry(left: LinearOperator, right: Tensor | LinearOperator) -> LinearOperator:

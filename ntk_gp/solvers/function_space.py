@@ -7,9 +7,10 @@ from torch import Tensor
 
 from .. import memory
 from ..jacobian.base import Jacobian
+from ..jacobian.memory import empty
 from ..jacobian.products import TransposedJacobianProduct
 from .base import Solver
-from .cholesky import cholesky, cholesky_solve, numbers_held, positive_factor
+from .cholesky import cholesky, cholesky_solve, invert_in_place, numbers_held, positive_factor
 from .orthogonal import FunctionSpaceBasis
 from .rounding import (
     accuracy,
@@ -113,12 +114,10 @@ class FunctionSpaceSolver(Solver):
 
     def logdet_derivatives(self) -> tuple[Tensor, Tensor]:
         system = self.system
-        inverse = torch.cholesky_inverse(self.cholesky)
+        inverse = invert_in_place(empty(self.cholesky.shape, like=self.cholesky).copy_(self.cholesky))
         groups = torch.eye(system.variances.shape[1], dtype=torch.float64, device=system.x.device)
-        by_group = [
-            (inverse * system.linearization.gram(system.jacobian, system.jacobian, one[None])).sum((-2, -1))
-            for one in groups
-        ]
+        grams = (system.linearization.gram(system.jacobian, system.jacobian, one[None]) for one in groups)
+        by_group = [_inner_product(inverse, gram) for gram in grams]
         return torch.stack(by_group, dim=-1), inverse.diagonal(dim1=-2, dim2=-1)
 
     @property
@@ -204,6 +203,11 @@ class FunctionSpaceSolver(Solver):
         explained = TransposedJacobianProduct.apply(alpha, system.jacobian)
         features = (jacobian.rows() - explained) * system.root_variances.unsqueeze(-2)
         return torch.cat([features, system.noise.sqrt().unsqueeze(-2) * alpha], dim=-1)
+
+
+def _inner_product(left: Tensor, right: Tensor) -> Tensor:
+    """The sum of the products of all entries, (B,), of (B, N, N) and (B or 1, N, N)."""
+    return torch.einsum("bij,bij->b", left, right.expand_as(left))
 
 
 def _factorised(system: System) -> Tensor | None:

@@ -59,17 +59,17 @@ class System:
         """J(X), (B, N, P)."""
         return self.linearization.jacobian(self.x)
 
-    @property
+    @cached_property
     def batch(self) -> int:
         """B."""
         return max(self.x.shape[0], self.variances.shape[0], self.noise.shape[0])
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         """N."""
         return self.jacobian.num_rows
 
-    @property
+    @cached_property
     def num_parameters(self) -> int:
         """P."""
         return self.jacobian.function.num_parameters

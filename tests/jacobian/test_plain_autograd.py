@@ -360,10 +360,10 @@ def test_forward_mode_from_threads_that_fail_now_and_then():
     expected = x.cos() * w
     wrong: list[float] = []
 
-    def sine(p: dict[str, Tensor]) -> Tensor:
+    def sine(p: dict[str, Tensor], **_: object) -> Tensor:
         return p["x"].sin()
 
-    def fail(p: dict[str, Tensor]) -> Tensor:
+    def fail(p: dict[str, Tensor], **_: object) -> Tensor:
         return p["x"] / (1 / 0)
 
     def work(number: int) -> None:

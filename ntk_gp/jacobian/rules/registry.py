@@ -6,6 +6,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -62,8 +63,8 @@ class Use:
         if not isinstance(weight, ParameterView):
             return [self._bias(bias, g)] if isinstance(bias, ParameterView) else []
         a = inputs.reshape(inputs.shape[0], -1, 1, inputs.shape[-1])
-        bias = bias.unflatten(0, (1, -1)) if isinstance(bias, ParameterView) else None
-        return [MatrixTerm(weight.unflatten(0, (1, -1)), bias, a.unsqueeze(0), g.unsqueeze(0))]
+        bias = _one_block(bias) if isinstance(bias, ParameterView) else None
+        return [MatrixTerm(_one_block(weight), bias, a.unsqueeze(0), g.unsqueeze(0))]
 
     @staticmethod
     def _bias(bias: ParameterView, g: Tensor) -> Term:
@@ -93,6 +94,12 @@ class Use:
         return values.sum(dims, keepdim=True) if dims else values
 
 
+@lru_cache(maxsize=1024)  # of more parameters than networks have: each recording has the same ones again
+def _one_block(view: ParameterView) -> ParameterView:
+    """A matrix or its bias, (d_out, …), as a matrix term has it, (H, d_out, …): of one block."""
+    return view.unflatten(0, (1, -1))
+
+
 Rule = Callable[..., Iterable[Term]]
 
 
@@ -108,9 +115,11 @@ class RegisteredRule:
     parameters: tuple[str, ...]
     elementwise: bool = False
     is_own: bool = False
+    name: str = field(init=False)
     signature: inspect.Signature = field(init=False)
 
     def __post_init__(self) -> None:
+        self.name = self.rule.__name__
         parameters = list(inspect.signature(self.rule).parameters.values())[1:]
         self.signature = inspect.Signature(parameters)
         positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -120,10 +129,6 @@ class RegisteredRule:
         self._is_plain = all(
             p in positional or (p.kind is p.KEYWORD_ONLY and p.default is not p.empty) for p in parameters
         )
-
-    @property
-    def name(self) -> str:
-        return self.rule.__name__
 
     def bind(self, args: tuple, kwargs: dict) -> dict[str, Any] | None:
         """The call's arguments by name, or None if this is not a call that the rule is for."""

@@ -10,11 +10,11 @@ from torch import Tensor
 from ...network import NetworkFunction
 from ..rules import UnsupportedUse
 from ..terms import Term
-from .layout import Layout, points_first
-from .passes import RecordedPasses, use_terms
+from .layout import points_first
+from .passes import RecordedPasses
 from .plan import Plan
-from .record import Recording, record
-from .verification import MISPLACED, NUM_ROWS, misplaced, reasons_of, wrong_derivatives, wrong_products
+from .record import record
+from .verification import NUM_ROWS, misplaced, wrong_derivatives, wrong_products
 
 
 class Refuted(Exception):
@@ -36,32 +36,28 @@ class Capture:
 
     @classmethod
     def make(cls, function: NetworkFunction, plan: Plan, rows: Tensor) -> Capture | None:
-        """None where the network does not do what the plan says. Raises Refuted where shapes do not follow."""
+        """None where the network does not do what the plan says."""
         recording = record(function, rows, plan.served)
         if recording.signature != plan.signature:
             return None
-        _check_layouts(recording, plan.layouts)
         return cls(function, plan, rows, RecordedPasses(recording, recording.gradients(), plan.layouts))
 
     def telling_rows(self) -> Tensor:
-        """Some of the rows at which the output depends on uses that it did not depend on where they were verified."""
+        """Some of the rows at which the output depends on uses that it did not depend on where they were verified.
+
+        Asked where the plan has such uses, and once there are terms: shapes follow then.
+        """
         found = []
         for i in self.plan.unproven:
             place = self.plan.layouts[i].result.place
             assert place is not None
             alive = points_first(self.passes.gradients[i], (place[0] + 1, place[1]), len(self.rows)).flatten(1).any(-1)
             found.append(alive.nonzero().squeeze(-1)[:NUM_ROWS])
-        return self.rows[torch.cat(found).unique()] if found else self.rows[:0]
+        return self.rows[torch.cat(found).unique()]
 
     def terms(self) -> list[list[Term]]:
-        """Those of every use, (1, n, …) each. Raises Refuted where a rule has no formula."""
-        terms: list[list[Term]] = []
-        reasons: dict[str, str] = {}
-        for use, g, layout in self.passes.uses():
-            try:
-                terms.append(use_terms(use, g, self.passes.num_points, layout))
-            except UnsupportedUse as error:
-                reasons |= reasons_of([use], f"{use.rule.name}: {error}")
+        """Those of every use, (1, n, …) each. Raises Refuted where shapes do not follow, or a rule has no formula."""
+        terms, reasons = self.passes.terms_of_each()
         if reasons:
             raise Refuted(reasons)
         return terms
@@ -71,7 +67,7 @@ class Capture:
         reasons = {}
         if self.plan.is_due(len(self.rows)):
             reasons = wrong_derivatives(self.function, self.rows, self.passes, terms)
-        reasons |= reasons_of(misplaced(self.passes), MISPLACED)
+        reasons |= misplaced(self.passes)
         names = dict.fromkeys(name for name in self._names_to_compare() if name not in reasons)
         if names:
             try:
@@ -86,14 +82,3 @@ class Capture:
         recording = self.passes.recording
         foreign = [use for use in recording.uses if recording.is_foreign or not use.rule.is_own]
         return [name for use in foreign for name in use.names]
-
-
-def _check_layouts(recording: Recording, layouts: list[Layout]) -> None:
-    reasons: dict[str, str] = {}
-    for use, layout in zip(recording.uses, layouts, strict=True):
-        try:
-            layout.check(use, len(recording.output))
-        except UnsupportedUse as error:
-            reasons |= reasons_of([use], str(error))
-    if reasons:
-        raise Refuted(reasons)

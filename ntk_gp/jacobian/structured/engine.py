@@ -69,7 +69,7 @@ class StructuredEngine(JacobianEngine):
         bytes_per_point = max(1, plan.bytes_per_point * x.shape[0])
         if memory.FACTORS.bytes(x.device) // bytes_per_point < x.shape[1]:
             return self._chunked(function, x, max(1, memory.CHUNK.bytes(x.device) // bytes_per_point))
-        return self.capture(function, x)
+        return self.capture(function, x, plan)
 
     def _chunked(self, function: NetworkFunction, x: Tensor, size: int) -> ChunkedJacobian:
         capture, find_plan = partial(self.capture, function), partial(self.plan, function)
@@ -77,8 +77,7 @@ class StructuredEngine(JacobianEngine):
 
     def plan(self, function: NetworkFunction, x: Tensor) -> Plan:
         """What is known about the function; found out at some of the points `x`, the first time."""
-        with self._lock:
-            plan = self._plans.get(function)
+        plan = self._kept_plan(function)
         if plan is None or plan.version != rules.version():
             with function.tracing(), torch.no_grad():
                 rows = some_rows(x.reshape(-1, x.shape[-1]), NUM_ROWS, partial(function, function.parameters))
@@ -86,13 +85,20 @@ class StructuredEngine(JacobianEngine):
             self._remember(function, plan)
         return plan
 
+    def _kept_plan(self, function: NetworkFunction) -> Plan | None:
+        with self._lock:
+            return self._plans.get(function)
+
     def _remember(self, function: NetworkFunction, plan: Plan) -> None:
         with self._lock:
             self._plans[function] = plan
 
-    def capture(self, function: NetworkFunction, x: Tensor) -> StructuredJacobian:
-        """The factors at x (B, n, d), captured chunk by chunk."""
-        plan = self.plan(function, x)
+    def capture(self, function: NetworkFunction, x: Tensor, plan: Plan | None = None) -> StructuredJacobian:
+        """The factors at x (B, n, d), captured chunk by chunk.
+
+        :param plan: What is known about the function, where the caller has just asked for it.
+        """
+        plan = self.plan(function, x) if plan is None else plan
         while True:  # until the plan does not change: each time fewer parameters are served, or more rules proven
             parts = self._parts(function, plan, x)
             changed = self.plan(function, x)
@@ -119,7 +125,7 @@ class StructuredEngine(JacobianEngine):
             except Exception as error:  # the network's own will show again in autodiff
                 logger.debug("Recording the network failed (%s: %s).", type(error).__name__, error)
                 return None
-            if terms is None or self.plan(function, x) is not plan:
+            if terms is None or self._kept_plan(function) is not plan:
                 return None
             parts.append(terms)
             del terms
@@ -133,17 +139,17 @@ class StructuredEngine(JacobianEngine):
             capture = Capture.make(function, plan, x.reshape(-1, x.shape[-1]))
             if capture is None:
                 return None
-            rows = capture.telling_rows()
-            if len(rows):
-                self._verify_again(function, plan, rows)
             parts = capture.terms()
+            if plan.unproven:
+                self._verify_again(function, plan, capture.telling_rows())
             capture.check(parts)
-        terms = [term for part in parts for term in part]
-        shape = x.shape[:2]
-        return [term.map(lambda t: t.squeeze(0).unflatten(0, shape)) for term in merge_terms(terms)]
+        terms = merge_terms([term for part in parts for term in part])
+        return terms if x.shape[0] == 1 else [term.in_batches(*x.shape[:2]) for term in terms]
 
     def _verify_again(self, function: NetworkFunction, plan: Plan, rows: Tensor) -> None:
         """At more inputs, those that rules not yet put to the test have something to say about."""
+        if not len(rows):
+            return
         renewed = make_plan(self.network, function, torch.cat([plan.rows, rows]), plan.refuted)
         if (renewed.served, renewed.unproven) != (plan.served, plan.unproven):
             self._remember(function, renewed)

@@ -212,9 +212,7 @@ class _RightFactors:
             if isinstance(term, FeatureTerm):
                 factors[i] = [term.block(points).mT]
             else:
-                factors[i] = [
-                    (term.input_factor(k, points), term.output_factor(k, points).mT) for k in range(term.num_products)
-                ]
+                factors[i] = [(a, g.mT) for a, g in term.factors(points)]
         return factors
 
 
@@ -225,10 +223,7 @@ def _left_factors(terms: Sequence[Term], sweep: _Pass, rows: slice) -> dict[int,
         if isinstance(term, FeatureTerm):
             factors[i] = [term.block(rows, sweep.variances)]
         else:
-            factors[i] = [
-                (term.input_factor(k, rows, sweep.variances), term.output_factor(k, rows))
-                for k in range(term.num_products)
-            ]
+            factors[i] = term.factors(rows, sweep.variances)
     return factors
 
 

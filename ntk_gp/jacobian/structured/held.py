@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -111,7 +112,11 @@ class StructuredJacobian(Jacobian):
         if self.rest is not None and other.rest is not None:  # noqa: SIM102
             if list(self.rest.function.parameters) != list(other.rest.function.parameters):
                 return False
-        return [term.key() for term in self.terms] == [term.key() for term in other.terms]
+        return self._keys == other._keys
+
+    @cached_property
+    def _keys(self) -> list[Hashable]:
+        return [term.key() for term in self.terms]
 
     def _gram_by_rows(self, other: Jacobian, variances: Tensor) -> Tensor:
         """For Jacobians of a network that does different things at the two sets of inputs."""

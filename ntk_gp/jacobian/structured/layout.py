@@ -63,18 +63,32 @@ class Layout:
     @classmethod
     def compare(cls, use: RecordedUse, other: RecordedUse, n: int, m: int) -> Layout:
         """Of a use recorded at n points and at m."""
-        others = other.tensors()
-        arguments = {k: TensorLayout.compare(v.shape, others[k].shape, n, m) for k, v in use.tensors().items()}
+        arguments = {k: TensorLayout.compare(v.shape, other.tensors[k].shape, n, m) for k, v in use.tensors.items()}
         return cls(TensorLayout.compare(use.shape, other.shape, n, m), arguments)
 
     def check(self, use: RecordedUse, n: int) -> None:
         """Raises UnsupportedUse where a use recorded at n points is not laid out like this."""
         if self.result.place is None:
             raise UnsupportedUse("the result does not depend on the points one by one")
-        shapes = [(self.result, use.shape), *((self.arguments[k], v.shape) for k, v in use.tensors().items())]
+        shapes = [(self.result, use.shape), *((self.arguments[k], v.shape) for k, v in use.tensors.items())]
         for layout, shape in shapes:
             if tuple(shape) != layout.shape_at(n):
                 raise UnsupportedUse("shapes do not follow the number of points")
+
+    def points_first(self, use: RecordedUse, gradients: Tensor, n: int) -> tuple[dict[str, Tensor], Tensor]:
+        """The tensor arguments of a use at n points, (n, …) where they depend on them, and its gradients, (n, C, …).
+
+        :param gradients: g at the use's result, (C, *shape).
+        :raises UnsupportedUse: Where the use is not laid out like this.
+        """
+        self.check(use, n)
+        assert self.result.place is not None
+        if use.rule.elementwise:
+            arguments = {k: points_first(v.expand(use.shape), self.result.place, n) for k, v in use.tensors.items()}
+        else:
+            arguments = {k: self.arguments[k].first(v, n) for k, v in use.tensors.items()}
+        dim, split = self.result.place
+        return arguments, points_first(gradients, (dim + 1, split), n).movedim(1 + split, 1)
 
 
 def compare_layouts(first: Recording, second: Recording) -> list[Layout]:

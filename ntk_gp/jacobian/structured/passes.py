@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..rules import UnsupportedUse, Use
 from ..terms import Term
-from .layout import Layout, points_first, take_points
+from .layout import Layout, take_points
 from .record import RecordedUse, Recording
 
 
@@ -20,21 +20,14 @@ def use_terms(use: RecordedUse, gradients: Tensor, n: int, layout: Layout, squar
     :param gradients: g at the use's result, (C, *shape).
     :param squared: Of the squares of whatever the rule is given: sums of the squares of what is summed.
     """
-    layout.check(use, n)
+    tensors, g = layout.points_first(use, gradients, n)
+    if squared:
+        tensors = {name: value.square() if value.is_floating_point() else value for name, value in tensors.items()}
+        g = g.square()
     assert layout.result.place is not None
-    arguments = dict(use.arguments)
-    for name, value in use.tensors().items():
-        if use.rule.elementwise:
-            arguments[name] = points_first(value.expand(use.shape), layout.result.place, n)
-        else:
-            arguments[name] = layout.arguments[name].first(value, n)
-        if squared and value.is_floating_point():
-            arguments[name] = arguments[name].square()
     dim, split = layout.result.place
-    g = points_first(gradients.square() if squared else gradients, (dim + 1, split), n)
-    g = g.movedim(1 + split, 1)  # (n, C, positions from the split, …)
     try:
-        found = use.rule.call(use.rule.rule, arguments, Use(g, dim, len(use.shape), split))
+        found = use.rule.call(use.rule.rule, {**use.arguments, **tensors}, Use(g, dim, len(use.shape), split))
         if found is None:
             raise UnsupportedUse("it returned None; a rule returns a list of terms, such as use.matrix(...)")
         terms = list(found)
@@ -67,6 +60,17 @@ class RecordedPasses:
         """Every use, with its gradients and its layout."""
         yield from zip(self.recording.uses, self.gradients, self.layouts, strict=True)
 
+    def terms_of_each(self) -> tuple[list[list[Term]], dict[str, str]]:
+        """The terms of every use that there is a formula for, and the parameters in the others, with reasons."""
+        n, terms = self.num_points, []
+        reasons: dict[str, str] = {}
+        for use, g, layout in self.uses():
+            try:
+                terms.append(use_terms(use, g, n, layout))
+            except UnsupportedUse as error:
+                reasons |= dict.fromkeys(use.names, f"{use.rule.name}: {error}")
+        return terms, reasons
+
     def terms(self, names: Collection[str], squared: bool = False) -> Iterator[Term]:
         """Those of all uses of some parameters; if `squared`, of squares, where that can be told."""
         for use, g, layout in self.uses():
@@ -85,7 +89,7 @@ class RecordedPasses:
         """
         n, uses, gradients = self.num_points, [], []
         for use, g, layout in self.uses():
-            tensors = {name: layout.arguments[name].take(value, n, rows) for name, value in use.tensors().items()}
+            tensors = {name: layout.arguments[name].take(value, n, rows) for name, value in use.tensors.items()}
             shape = torch.Size(layout.result.shape_at(len(rows)))
             uses.append(replace(use, arguments={**use.arguments, **tensors}, shape=shape, versions=[]))
             assert layout.result.place is not None

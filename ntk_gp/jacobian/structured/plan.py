@@ -10,12 +10,11 @@ from torch import Tensor
 
 from ...network import FrozenNetwork, NetworkFunction
 from .. import rules
-from ..rules import UnsupportedUse
 from ..terms import Term, merge_terms
 from .layout import Layout, compare_layouts
-from .passes import RecordedPasses, use_terms
+from .passes import RecordedPasses
 from .record import record
-from .verification import MISPLACED, misplaced, reasons_of, wrong_products
+from .verification import misplaced, wrong_products
 
 logger = logging.getLogger("ntk_gp")
 
@@ -196,23 +195,13 @@ def _try(function: NetworkFunction, rows: Tensor, names: tuple[str, ...]) -> _Tr
     if not first.signature == second.signature == whole.signature:
         return None
     passes = RecordedPasses(whole, whole.gradients(), compare_layouts(first, second))
-    terms, failed = _terms_of_uses(passes)
+    parts, reasons = passes.terms_of_each()
+    terms = [term for part in parts for term in part]
+    failed = dict.fromkeys(whole.unseen, "it is used in ways that no rule knows") | reasons
     silent: set[str] = set()
     if not failed:
         names_in_uses = {name for use in whole.uses for name in use.names}
-        failed |= reasons_of(misplaced(passes), MISPLACED)
+        failed |= misplaced(passes)
         wrong, silent = wrong_products(function, rows, passes, names_in_uses)
         failed |= wrong
     return _Trial(names, passes, terms, failed, silent)
-
-
-def _terms_of_uses(passes: RecordedPasses) -> tuple[list[Term], dict[str, str]]:
-    """The terms of all uses, and the parameters for which there are not all of them, with the reason for each."""
-    terms: list[Term] = []
-    failed = dict.fromkeys(passes.recording.unseen, "it is used in ways that no rule knows")
-    for use, g, layout in passes.uses():
-        try:
-            terms += use_terms(use, g, passes.num_points, layout)
-        except UnsupportedUse as error:
-            failed |= reasons_of([use], f"{use.rule.name}: {error}")
-    return terms, failed

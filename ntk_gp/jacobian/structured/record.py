@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ..._compat import base_of, is_view, version_of
 from ...network import LEAF, NetworkFunction, nodes_below
 from ...replacements.recorded import RECORDED_AS
 from ..rules import find
-from ..rules.registry import RegisteredRule
+from ..rules.registry import RegisteredDecomposition, RegisteredRule
 from ..terms import ParameterView
 
 # How a network gets hold of its graph; `grad_fn` is a property.
@@ -49,11 +50,11 @@ class RecordedUse:
     edge: GradientEdge
     versions: list[tuple[Tensor, int]]
 
-    @property
+    @cached_property
     def parameters(self) -> list[ParameterView]:
         return [value for value in self.arguments.values() if isinstance(value, ParameterView)]
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """The names of these parameters."""
         return tuple(dict.fromkeys(view.name for view in self.parameters))
@@ -61,9 +62,10 @@ class RecordedUse:
     @property
     def signature(self) -> tuple:
         """What must be the same in every recording for what was found out about one to hold for the others."""
-        shapes = tuple((name, len(v.shape)) for name, v in self.tensors().items())
+        shapes = tuple((name, len(v.shape)) for name, v in self.tensors.items())
         return (self.rule.name, tuple(self.parameters), len(self.shape), shapes)
 
+    @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """The arguments that may depend on the points."""
         return {name: value for name, value in self.arguments.items() if isinstance(value, Tensor)}
@@ -78,6 +80,7 @@ class Recording:
     """All uses in one forward pass.
 
     :param output: f, (n, C).
+    :param nodes: Of autograd's graph, all that f was computed by.
     :param unseen: The parameters that the output depends on in other ways too, in the order of the names asked for.
     :param is_rounded: Whether a part of it was computed in another dtype.
     :param is_foreign: Whether a decomposition that is not this package's own took part.
@@ -86,6 +89,7 @@ class Recording:
 
     uses: list[RecordedUse]
     output: Tensor
+    nodes: list[Any]
     unseen: tuple[str, ...]
     is_rounded: bool = False
     is_foreign: bool = False
@@ -133,11 +137,27 @@ def record(function: NetworkFunction, x: Tensor, names: Sequence[str]) -> Record
 def _record(function: NetworkFunction, x: Tensor, names: Sequence[str], copy: bool) -> Recording:
     leaves = {name: function.parameters[name].detach().contiguous().requires_grad_() for name in names}
     recorder = _Recorder(function, leaves, copy)
-    with torch.enable_grad(), recorder:
-        output = function({**function.parameters, **leaves}, x)
-    reached, is_rounded = _below(output)
+    with torch.enable_grad():
+        output = function({**function.parameters, **leaves}, x, recorder)
+    nodes = list(nodes_below(output))
+    reached = {id(node.variable) for node in nodes if node.name() == LEAF}
     unseen = tuple(name for name, leaf in leaves.items() if id(leaf) in reached)
-    return Recording(recorder.uses, output, unseen, is_rounded, recorder.is_foreign, recorder.is_hooked)
+    is_rounded = any(node.name() == "ToCopyBackward0" for node in nodes)
+    return Recording(recorder.uses, output, nodes, unseen, is_rounded, recorder.is_foreign, recorder.is_hooked)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What becomes of the calls of a function.
+
+    :param recorded_as: What is called in its place.
+    :param rule: What takes note of those with a parameter among their arguments.
+    :param decomposition: What such calls are replaced by, if they can be.
+    """
+
+    recorded_as: Callable
+    rule: RegisteredRule | None = None
+    decomposition: RegisteredDecomposition | None = None
 
 
 class _Recorder(TorchFunctionMode):
@@ -150,14 +170,16 @@ class _Recorder(TorchFunctionMode):
         for size in function.sizes:
             starts.append(starts[-1] + size)
         places = dict(zip(function.parameters, zip(function.group_indices, starts, strict=False), strict=True))
-        self.leaves = {id(leaf): (name, *places[name], leaf) for name, leaf in leaves.items()}
+        self.leaves = {id(leaf): (_whole(name, *places[name], leaf), leaf) for name, leaf in leaves.items()}
+        self._known: dict[Callable, _Known] = {}  # by function, each looked up once in a recording
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         self.is_hooked |= function in _HOOKS
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
-        rule, decomposition = find(function)
+        known = self._look_up(function)
+        rule, decomposition = known.rule, known.decomposition
         if decomposition is not None and any(self.view(value) is not None for value in (*args, *kwargs.values())):
             with self:
                 result = decomposition.replacement(*args, **kwargs)
@@ -166,16 +188,28 @@ class _Recorder(TorchFunctionMode):
                 return result
         bound = None if rule is None else rule.bind(args, kwargs)
         if rule is None or bound is None:
-            return _call(function, *args, **kwargs)
+            return known.recorded_as(*args, **kwargs)
         found = {name: self.view(bound.get(name)) for name in rule.parameters}
         views = {name: view for name, view in found.items() if view is not None}
-        if not views:
-            return _call(function, *args, **kwargs)
-        result = self._use(function, rule, bound, views)
-        return _call(function, *args, **kwargs) if result is None else result
+        result = self._use(function, known.recorded_as, rule, bound, views) if views else None
+        return known.recorded_as(*args, **kwargs) if result is None else result
+
+    def _look_up(self, function: Callable) -> _Known:
+        try:
+            known = self._known.get(function)
+        except TypeError:  # a callable that cannot be hashed, so nothing is registered for it
+            return _Known(function)
+        if known is None:
+            known = self._known[function] = _Known(RECORDED_AS.get(function, function), *find(function))
+        return known
 
     def _use(
-        self, function: Callable, rule: RegisteredRule, bound: dict[str, Any], views: dict[str, ParameterView]
+        self,
+        function: Callable,
+        recorded_as: Callable,
+        rule: RegisteredRule,
+        bound: dict[str, Any],
+        views: dict[str, ParameterView],
     ) -> Tensor | None:
         """Makes the call and notes it down.
 
@@ -192,7 +226,7 @@ class _Recorder(TorchFunctionMode):
         for name in views:
             bound[name] = bound[name].detach()
         kept = {name: _kept(value, self.copy) for name, value in bound.items()}
-        result = rule.call(RECORDED_AS.get(function, function), bound)
+        result = rule.call(recorded_as, bound)
         if not isinstance(result, Tensor) or not result.is_floating_point():
             return None
         in_place = any(result is value for value in bound.values())
@@ -214,20 +248,19 @@ class _Recorder(TorchFunctionMode):
         leaf = value if base_of(value) is None else base_of(value)
         if id(leaf) not in self.leaves:
             return None
-        name, group, start, parameter = self.leaves[id(leaf)]
+        whole, parameter = self.leaves[id(leaf)]
+        if value is parameter:
+            return whole
         if value.dtype != parameter.dtype or value.is_conj() or value.is_neg() or not _is_plain_view(value):
             return None
-        offset = start + int(value.storage_offset()) - int(parameter.storage_offset())
-        view = ParameterView(name, group, offset, tuple(value.shape), tuple(value.stride()))
+        offset = whole.offset + int(value.storage_offset()) - int(parameter.storage_offset())
+        view = ParameterView(whole.name, whole.group, offset, tuple(value.shape), tuple(value.stride()))
         return None if view.overlaps_itself else view
 
 
-def _call(function: Callable, *args: Any, **kwargs: Any) -> Any:
-    try:
-        recorded_as = RECORDED_AS.get(function, function)
-    except TypeError:  # a callable that cannot be hashed
-        recorded_as = function
-    return recorded_as(*args, **kwargs)
+def _whole(name: str, group: int, start: int, leaf: Tensor) -> ParameterView:
+    """All of a parameter, which begins there in the vector of all of them."""
+    return ParameterView(name, group, start, tuple(leaf.shape), tuple(leaf.stride()))
 
 
 def _kept(value: Any, copy: bool) -> Any:
@@ -244,10 +277,3 @@ def _is_plain_view(value: Tensor) -> bool:
             return False
         node = node.next_functions[0][0] if node.next_functions else None
     return True
-
-
-def _below(output: Tensor) -> tuple[set[int], bool]:
-    """The ids of all the leaves that a tensor was computed from, and whether there was a change of dtype on the way."""
-    nodes = list(nodes_below(output))
-    leaves = {id(node.variable) for node in nodes if node.name() == LEAF}
-    return leaves, any(node.name() == "ToCopyBackward0" for node in nodes)

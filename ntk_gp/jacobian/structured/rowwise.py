@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..._compat import input_metadata, saved_dim, saved_dim0, saved_dim1, saved_normalized_shape
-from ...network import LEAF, nodes_below
+from ...network import LEAF
 from ...replacements.recorded import ROW_BY_ROW
 from .layout import Layout
 from .record import Recording
@@ -98,7 +98,7 @@ def keeps_rows_apart(recording: Recording, layouts: Sequence[Layout]) -> bool:
     if any(place is None or place[0] != 0 for place in places):
         return False
     n = len(recording.output)
-    return all(_keeps_rows_apart(node, n) for node in nodes_below(recording.output))
+    return all(_keeps_rows_apart(node, n) for node in recording.nodes)
 
 
 def _keeps_rows_apart(node: Any, n: int) -> bool:

@@ -33,7 +33,7 @@ from .rowwise import keeps_rows_apart
 # Rows at which derivatives are compared with autograd's, at most.
 NUM_ROWS = 8
 
-MISPLACED = "rows at its use are not the points' own, in their order"
+_MISPLACED = "rows at its use are not the points' own, in their order"
 _WRONG = "its gradients by the recorded uses differ from autograd's"
 # Weights are powers of two of so many sizes: with them, a backward pass is scaled without rounding.
 _SIZES = 16
@@ -48,7 +48,7 @@ _SUMMED = 100.0
 _NOISE = 16.0
 
 
-def reasons_of(uses: Iterable[RecordedUse], reason: str) -> dict[str, str]:
+def _reasons_of(uses: Iterable[RecordedUse], reason: str) -> dict[str, str]:
     """The same reason for every parameter in these uses."""
     return {name: reason for use in uses for name in use.names}
 
@@ -64,22 +64,22 @@ def combination(n: int, outputs: int, like: Tensor) -> Tensor:
     return torch.ldexp(signs.double(), sizes - _SIZES // 2).to(like)
 
 
-def misplaced(passes: RecordedPasses) -> list[RecordedUse]:
-    """The uses in whose results a row is not its point's alone.
+def misplaced(passes: RecordedPasses) -> dict[str, str]:
+    """The parameters in uses in whose results a row is not its point's alone, with the reason.
 
     Costs one backward pass, or none where the graph says it or all rows are the one point's.
     """
     recording, layouts = passes.recording, passes.layouts
     n, outputs = recording.output.shape
     if n == 1 or not (recording.uses and recording.output.requires_grad) or keeps_rows_apart(recording, layouts):
-        return []
+        return {}
     weights = combination(n, outputs, recording.output)
     differences = recording.combined(weights)
     for i, (_, g, layout) in enumerate(passes.uses()):
         differences[i] = _difference(differences[i], g, weights, layout)
     suspects = _nonzero(differences)
     if not suspects:
-        return []
+        return {}
     scales = [_scale(g, weights, layout) for _, g, layout in passes.uses()]
     eps = torch.finfo(recording.output.dtype).eps if outputs > 1 else 0.0
     noise = _NOISE * eps * torch.stack(scales).square().sum(0).sqrt()
@@ -88,7 +88,7 @@ def misplaced(passes: RecordedPasses) -> list[RecordedUse]:
     for i in suspects:
         if not (_row_norms(differences[i], layouts[i], n) <= tolerance * scales[i] + noise).all():
             wrong.append(recording.uses[i])
-    return wrong
+    return _reasons_of(wrong, _MISPLACED)
 
 
 def _rounding(recording: Recording) -> float:
@@ -183,7 +183,7 @@ def wrong_derivatives(
         expected = _autograd_by_use(function, v, few)
     except Exception as error:  # whatever goes wrong in a function that is called on its own, there is another way
         reason = f"its use could not be tried on its own ({type(error).__name__}: {error})"
-        return reasons_of(recording.uses, reason)
+        return _reasons_of(recording.uses, reason)
     return dict.fromkeys(_differing(function, recording, actual, expected, summed), _WRONG)
 
 

@@ -50,11 +50,15 @@ class Term(ABC):
 
     def check(self, n: int, outputs: int) -> None:
         """Raises ValueError where the shapes are not those of a term at n points: rules may be wrong."""
-        self._expect("gradients", self.gradients.shape[1:3], (n, outputs))
+        self._expect(gradients=(self.gradients.shape[1:3], (n, outputs)))
 
-    def _expect(self, name: str, actual: Sequence[int], expected: Sequence[int]) -> None:
-        if tuple(actual) != tuple(expected):
-            raise ValueError(f"{type(self).__name__}: {name} have sizes {tuple(actual)}, expected {tuple(expected)}")
+    def _expect(self, **sizes: tuple[Sequence[int], Sequence[int]]) -> None:
+        """Raises ValueError where sizes, given by the names of what has them, are not those that are expected."""
+        for name, (actual, expected) in sizes.items():
+            if tuple(actual) != tuple(expected):
+                raise ValueError(
+                    f"{type(self).__name__}: {name} have sizes {tuple(actual)}, expected {tuple(expected)}"
+                )
 
     @abstractmethod
     def jvp(self, tangents: Tensor) -> Tensor:
@@ -79,17 +83,16 @@ class Term(ABC):
         """How many factor pairs k there are; 0 where the term takes part by columns."""
         return 0
 
-    def input_factor(self, k: int, points: slice, variances: Tensor | None = None) -> Tensor:
-        """A_k at some points, (B, m, d), its columns multiplied by the prior variances if these are given."""
+    def factors(self, points: slice, variances: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+        """All pairs (A_k, G_k) at some points: A_k, (B, m, d), and G_k output-major, (B, C·m, d').
+
+        :param variances: Prior variances, (L, G), that the columns of A_k are multiplied by.
+        """
         raise NotImplementedError
 
     def input_product(self, left: Tensor, right: Tensor) -> Tensor:
         """The Gram matrix of two input factors: (B, m, m')."""
         return matmul(left, right.mT)
-
-    def output_factor(self, k: int, points: slice) -> Tensor:
-        """G_k at some points, output-major: (B, C·m, d)."""
-        raise NotImplementedError
 
     def pairs(self) -> Iterator[tuple[int, int]]:
         """Which A_k meet which A_l'."""
@@ -111,6 +114,10 @@ class Term(ABC):
     def product_cost(self) -> float:
         """About how many flops one point costs in J u, or in Jᵀ v, for one vector."""
 
+    def compact(self) -> Term:
+        """The same block in the form that products are quickest with: this term, or another one in its place."""
+        return self
+
     # Points
 
     def map(self: Self, function: Callable[[Tensor], Tensor]) -> Self:
@@ -119,6 +126,10 @@ class Term(ABC):
         for name in self.tensors:
             setattr(new, name, function(getattr(self, name)))
         return new
+
+    def in_batches(self: Self, batch: int, n: int) -> Self:
+        """Of a term at B·n points, (1, B·n, …), the points in batches, (B, n, …)."""
+        return self.map(lambda tensor: tensor.squeeze(0).unflatten(0, (batch, n)))
 
     def concatenate(self: Self, others: Sequence[Self]) -> Self:
         """The points of several terms after one another."""

@@ -52,8 +52,10 @@ class ConvolutionTerm(MatrixTerm):
     def check(self, n: int, outputs: int) -> None:
         heads, d_out, _ = self.weight.shape
         signals = self.inputs.shape[2]
-        self._expect("maps", self.maps.shape[1:5], (n, outputs, signals, heads * d_out))
-        self._expect("inputs", self.inputs.shape[1:3], (n, signals))
+        self._expect(
+            maps=(self.maps.shape[1:5], (n, outputs, signals, heads * d_out)),
+            inputs=(self.inputs.shape[1:3], (n, signals)),
+        )
 
     @property
     def gradients(self) -> Tensor:  # type: ignore[override]

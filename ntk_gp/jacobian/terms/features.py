@@ -45,7 +45,7 @@ class FeatureTerm(Term):
         return torch.cat([view.read(tangents).reshape(*lead, view.numel()) for view in self._views], dim=-1)
 
     def check(self, n: int, outputs: int) -> None:
-        self._expect("features", self.features.shape[1:], (n, outputs, sum(self.sizes)))
+        self._expect(features=(self.features.shape[1:], (n, outputs, sum(self.sizes))))
 
     def add_to(self, flat: Tensor, columns: Tensor) -> None:
         for view, part in zip(self._views, columns.split(self.sizes, dim=-1), strict=True):

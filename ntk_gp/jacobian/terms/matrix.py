@@ -10,10 +10,13 @@ from torch import Tensor
 
 from ...replacements.onednn import matmul
 from .base import Term, cached_elements, inner, split_points
+from .features import FeatureTerm
 from .view import ParameterView
 
 # Columns of a product that is efficient.
 _MIN_WIDTH = 128
+# A matrix whose per-point gradients are hardly wider than its two factors is kept as them: one product in place of two.
+_DENSE_MARGIN = 16
 
 
 class MatrixTerm(Term):
@@ -42,10 +45,11 @@ class MatrixTerm(Term):
     def check(self, n: int, outputs: int) -> None:
         heads, d_out, _ = self.weight.shape
         positions = self.num_positions
-        self._expect("inputs", self.inputs.shape[1:], (n, positions, heads, self.num_columns))
-        self._expect("gradients", self.gradients.shape[1:], (n, outputs, positions, heads, d_out))
-        if self.bias is not None:
-            self._expect("biases", self.bias.shape, (heads, d_out))
+        self._expect(
+            inputs=(self.inputs.shape[1:], (n, positions, heads, self.num_columns)),
+            gradients=(self.gradients.shape[1:], (n, outputs, positions, heads, d_out)),
+            biases=((heads, d_out) if self.bias is None else self.bias.shape, (heads, d_out)),
+        )
 
     @property
     def num_columns(self) -> int:
@@ -216,14 +220,27 @@ class MatrixTerm(Term):
             for t in range(self.num_positions):
                 yield k, t * heads + k % heads
 
-    def input_factor(self, k: int, points: slice, variances: Tensor | None = None) -> Tensor:
-        position, head = divmod(k, self.gradients.shape[4])
-        factor = self.inputs_at(points)[:, :, position, head]
-        return factor if variances is None else factor * self.column_variances(variances).unsqueeze(-2)
+    def factors(self, points: slice, variances: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+        a, g = self.inputs_at(points), self.gradients[:, points]
+        scale = None if variances is None else self.column_variances(variances).unsqueeze(-2)
+        factors = []
+        for k in range(self.num_products):
+            position, head = divmod(k, g.shape[4])
+            factor = a[:, :, position, head]
+            output_factor = g[:, :, :, position, head].transpose(1, 2).flatten(1, 2)
+            factors.append((factor if scale is None else factor * scale, output_factor))
+        return factors
 
-    def output_factor(self, k: int, points: slice) -> Tensor:
-        position, head = divmod(k, self.gradients.shape[4])
-        return self.gradients[:, points, :, position, head].transpose(1, 2).flatten(1, 2)
+    def compact(self) -> Term:
+        heads, d_out, _ = self.weight.shape
+        columns = self.num_columns
+        if self.num_positions > 1 or heads * d_out * columns > heads * (d_out + columns) + _DENSE_MARGIN:
+            return self
+        rows = self.gradient_rows(slice(None))  # (B, n, C, H, d_out, columns)
+        if self.bias is None or heads * d_out == 1:  # the columns are in the parameters' order
+            return FeatureTerm(self.views, rows.flatten(3))
+        parts = [rows[..., :-1].flatten(3), rows[..., -1].flatten(3)]
+        return FeatureTerm([self.weight, self.bias], torch.cat(parts, dim=-1))
 
     def columns(self, max_columns: int, variances: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         _, _, _, _, heads, d_out = self.gradients.shape

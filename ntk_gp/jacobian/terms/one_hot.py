@@ -34,8 +34,10 @@ class OneHotTerm(Term):
 
     def check(self, n: int, outputs: int) -> None:
         positions = self.indices.shape[2]
-        self._expect("indices", self.indices.shape[1:], (n, positions))
-        self._expect("gradients", self.gradients.shape[1:], (n, outputs, positions, self.weight.shape[1]))
+        self._expect(
+            indices=(self.indices.shape[1:], (n, positions)),
+            gradients=(self.gradients.shape[1:], (n, outputs, positions, self.weight.shape[1])),
+        )
 
     def jvp(self, tangents: Tensor) -> Tensor:
         table = self.weight.read(tangents)  # (B or 1, r, V, d)
@@ -83,7 +85,14 @@ class OneHotTerm(Term):
             for s in range(self.num_products):
                 yield t, s
 
-    def input_factor(self, k: int, points: slice, variances: Tensor | None = None) -> Tensor:
+    def factors(self, points: slice, variances: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+        g = self.gradients[:, points]
+        return [
+            (self._input_factor(k, points, variances), g[:, :, :, k].transpose(1, 2).flatten(1, 2))
+            for k in range(self.num_products)
+        ]
+
+    def _input_factor(self, k: int, points: slice, variances: Tensor | None) -> Tensor:
         """The indices, (B, m, 1); on the left with the variance beside them, (B, m, 2)."""
         indices = self.indices[:, points, k, None]
         if variances is None:
@@ -95,9 +104,6 @@ class OneHotTerm(Term):
 
     def input_product(self, left: Tensor, right: Tensor) -> Tensor:
         return (left[..., :1] == right.mT) * left[..., 1:]
-
-    def output_factor(self, k: int, points: slice) -> Tensor:
-        return self.gradients[:, points, :, k].transpose(1, 2).flatten(1, 2)
 
     def columns(self, max_columns: int, variances: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         step = max(1, max_columns // self.weight.shape[0])
