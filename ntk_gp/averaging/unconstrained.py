@@ -211,7 +211,8 @@ class Hyperparameters:
         output = model(*model.train_inputs)
         if not contains_ntk(model):  # where there is one, GPyTorch is exact as it is
             output = type(output)(output.mean, NTKSumLinearOperator(output.lazy_covariance_matrix))
-        return self._mll(output, model.train_targets, *model.train_inputs).double() * output.event_shape.numel()
+        value = self._mll(output, model.train_targets, *model.train_inputs).double() * output.event_shape.numel()
+        return value - sum(prior.constant() for prior in self.priors)
 
     def _of_priors(self) -> Tensor:
         """Σ log |dt/draw|."""
@@ -235,7 +236,7 @@ class PriorTerm:
 
     def __init__(self, prior: Prior, owner: nn.Module, closure: Callable, hyperparameters: Hyperparameters):
         self.name = f"{type(prior).__name__} of {type(owner).__name__}"
-        self._owner, self._closure = owner, closure
+        self._prior, self._owner, self._closure = prior, owner, closure
         self._parameters = hyperparameters.parameters
         self.elements: Tensor | None = None
         self._is_elementwise = False
@@ -251,6 +252,13 @@ class PriorTerm:
             self.elements = None
             return
         self._is_elementwise = bool(((slopes != 0).sum(0) <= 1).all() and ((slopes != 0).sum(1) == 1).all())
+
+    def constant(self) -> float:
+        """The log density of a prior on what is not trained: of a number that is given, it is none."""
+        if self.elements is None or len(self.elements) > 0:
+            return 0.0
+        with torch.no_grad():
+            return float(self._prior.log_prob(self._closure(self._owner)).sum())
 
     def log_slope(self) -> Tensor:
         """log |det dt/draw|, differentiable in the raw parameters."""
