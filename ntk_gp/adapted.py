@@ -217,6 +217,10 @@ class AdaptedGP(ExactGP):
         posterior = GPyTorchPosterior(distribution=distribution)
         return posterior if posterior_transform is None else posterior_transform(posterior=posterior, X=X)
 
+    def transform_inputs(self, X: Tensor, input_transform: Any = None) -> Tensor:
+        """X itself: there are no transforms."""
+        return X
+
     def condition_on_observations(self, X: Tensor, Y: Tensor, **kwargs: Any) -> ExactGP:
         """A model with more observations, X (*batch, n, d) and Y (*batch, n, 1), at the same hyperparameters."""
         self.posterior(X.reshape(-1, X.shape[-1])[:1])  # prepares the predictions that it starts from

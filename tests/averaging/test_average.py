@@ -54,7 +54,7 @@ def quadrature(model: PlainGP, free: tuple[str, ...]) -> tuple[float, list[tuple
 )
 def test_evidence_and_predictions_against_quadrature(free):
     """With 128 draws: evidence within four of its standard errors, which are below 0.1; first and second moments within
-    five of theirs, which are below a fifth of what they vary by with the hyperparameters."""
+    five of theirs, which are less than what they vary by with the hyperparameters."""
     model = rbf_model(free)
     average = averaged(model, draws=128, seed=1)
     evidence, moments = quadrature(model, free)
@@ -64,7 +64,7 @@ def test_evidence_and_predictions_against_quadrature(free):
     parts = [(c.mean, c.variance + c.mean.square()) for c in prediction.components]
     for value, each, (expected, spread) in zip(found, zip(*parts, strict=True), moments, strict=True):
         error = (average.weights[:, None].square() * (torch.stack(each) - value).square()).sum(0).sqrt()
-        assert (error < 0.2 * spread).all()
+        assert (error < 0.7 * spread).all()
         assert ((value - expected).abs() < 5 * error).all()
 
 
