@@ -55,8 +55,12 @@ class NetworkKernel(NeuralTangentKernel):
     @property
     def dtype(self) -> torch.dtype:
         """That of the parameters, or of the network where there are none. Results are in the inputs' dtype."""
-        parameter = next(self.parameters(), None)
-        return self.network.dtype if parameter is None else parameter.dtype
+        dtypes = {parameter.dtype for parameter in self.parameters()}
+        if len(dtypes) > 1:
+            raise RuntimeError(
+                f"The kernel's parameters have multiple dtypes: {dtypes}. Convert the kernel with .to(dtype)."
+            )
+        return dtypes.pop() if dtypes else self.network.dtype
 
     @property
     def device(self) -> torch.device:
