@@ -518,13 +518,13 @@ class CountingRows:
     def __init__(self, monkeypatch):
         self.calls: list[int] = []
         function = ntk_gp.network.NetworkFunction
-        original = function._call
+        original = function.watched
 
         def counting(this, parameters, x, *mode):
             self.calls.append(x.shape[0])
             return original(this, parameters, x, *mode)
 
-        monkeypatch.setattr(function, "_call", counting)
+        monkeypatch.setattr(function, "watched", counting)
 
     def clear(self) -> None:
         self.calls.clear()

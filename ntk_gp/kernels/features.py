@@ -87,9 +87,13 @@ class FeatureKernel(MetricKernel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the base kernel's parameters, or of the network where it has none."""
-        parameter = next(self.parameters(), None)
-        return self.network.dtype if parameter is None else parameter.dtype
+        """That of the base kernel's parameters, or of the network where it has none. Results are in the inputs' dtype."""
+        dtypes = {parameter.dtype for parameter in self.parameters()}
+        if len(dtypes) > 1:
+            raise RuntimeError(
+                f"The kernel's parameters have multiple dtypes: {dtypes}. Convert the kernel with .to(dtype)."
+            )
+        return dtypes.pop() if dtypes else self.network.dtype
 
     @property
     def is_stationary(self) -> bool:
