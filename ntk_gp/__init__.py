@@ -1,11 +1,14 @@
 """Trained PyTorch networks as Gaussian processes, adapted to a new domain in closed form; an extension of GPyTorch."""
 
 from . import bridge, settings
+from .adapted import AdaptedGP
+from .averaging import averaged, compare
 from .explain import solver_report
 from .jacobian.rules import register_rule
 from .kernels import FeatureKernel, GainKernel, NTKKernel, TangentMaternKernel, TangentRBFKernel
 from .means import NetworkMean
 from .operators import JacobianLinearOperator, NTKLinearOperator
+from .priors import register_log_prior, scale_to_data
 from .sampling import LinearizedFunctions, LinearizedNetwork, adapted_network, draw_functions
 
 __version__ = "0.1.0"
@@ -13,6 +16,7 @@ __version__ = "0.1.0"
 bridge.install()
 
 __all__ = [
+    "AdaptedGP",
     "FeatureKernel",
     "GainKernel",
     "JacobianLinearOperator",
@@ -24,8 +28,12 @@ __all__ = [
     "TangentMaternKernel",
     "TangentRBFKernel",
     "adapted_network",
+    "averaged",
+    "compare",
     "draw_functions",
+    "register_log_prior",
     "register_rule",
+    "scale_to_data",
     "settings",
     "solver_report",
 ]

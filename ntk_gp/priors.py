@@ -51,9 +51,7 @@ def register_log_prior(module: Module, name: str, value: float | Tensor, width: 
     _set_within_constraint(module, name, values.expand_as(present))
     # One number stays one: it is easier to read, and serves the parameter in every shape.
     prior = NormalPrior(values.log(), widths.expand_as(values) if values.dim() else widths)
-    module.register_prior(
-        prior_name, prior, functools.partial(_log_of, name), functools.partial(_set_by_log, name)
-    )
+    module.register_prior(prior_name, prior, functools.partial(_log_of, name), functools.partial(_set_by_log, name))
 
 
 def scale_to_data(
@@ -81,15 +79,16 @@ def scale_to_data(
     All of them by :func:`register_log_prior`. A parameter that has a prior already, or is not trained, stays as it is.
     The mean counts as it is: give a constant one its constant first.
 
-    :param model: An ExactGP with training data, a `mean_module` and a `covar_module`: one scaled term, or a sum of them.
+    :param model: An ExactGP with training data, a `mean_module` and a `covar_module`: one scaled term, or a sum of
+        them.
     :param noise: The noise variance as a part of v₀.
     :param shares: The share of v₀ of each term, in the order of the sum. (Default: equal ones that add up to one.)
     :param width: Of the priors on scales and noise, in e-folds.
     :param lengthscale_width: Of the priors on lengthscales, in e-folds.
     :return: v₀.
     :raises TypeError: If the model is of another kind.
-    :raises ValueError: If it has no training data, batches, or a term without a scale, if targets are missing or the mean
-        explains them all, or where a value is outside its parameter's constraint.
+    :raises ValueError: If it has no training data, batches, or a term without a scale, if targets are missing or the
+        mean explains them all, or where a value is outside its parameter's constraint.
 
     Example:
         >>> import gpytorch
@@ -113,7 +112,8 @@ def scale_to_data(
     scales = [_scales(term) for term in terms]
     portions = _portions(shares, terms)
     values = [
-        portion * unexplained / _diagonal_per_scale(term, of, x) for term, of, portion in zip(terms, scales, portions)
+        portion * unexplained / _diagonal_per_scale(term, of, x)
+        for term, of, portion in zip(terms, scales, portions, strict=True)
     ]
     for of, each in zip(scales, values, strict=True):
         for (kernel, name), value in zip(of, each.tolist(), strict=True):
@@ -156,7 +156,7 @@ def _training_inputs(model: ExactGP) -> Tensor:
     for name in ("mean_module", "covar_module"):
         if not isinstance(getattr(model, name, None), nn.Module):
             raise TypeError(
-                f"{type(model).__name__} has no {name}: its scales are those of its covar_module, where its mean_module "
+                f"{type(model).__name__} has no {name}: scales are those of its covar_module, where its mean_module "
                 "leaves something unexplained. Name them so, or call register_log_prior for each parameter."
             )
     if model.train_inputs is None or model.train_targets is None or model.train_targets.numel() == 0:
@@ -236,8 +236,8 @@ def _diagonal_per_scale(term: Kernel, scales: list[tuple[Kernel, str]], x: Tenso
             parts.append(0.0 if of_diagonal is None else float((of_diagonal.double() / of_scale.double()).sum()))
     if not all(0 < part < math.inf for part in parts):
         raise ValueError(
-            f"The diagonal of the term {type(term).__name__} at the training inputs is zero, or not finite, on average: "
-            "no scale makes it what the mean leaves unexplained. Leave the term out, or scale it yourself."
+            f"The diagonal of the term {type(term).__name__} at the training inputs is zero, or not finite, on "
+            "average: no scale makes it what the mean leaves unexplained. Leave the term out, or scale it yourself."
         )
     return torch.tensor(parts, dtype=torch.float64, device="cpu") * len(parts)
 
@@ -249,20 +249,28 @@ def _lengthscales(kernel: nn.Module, x: Tensor, metric: Any) -> Iterator[tuple[K
     """Each kernel with a lengthscale, and what half the spread of its inputs is, in the lengthscale's shape."""
     metric = getattr(kernel, "median_distance", metric)
     if isinstance(kernel, Kernel) and kernel.has_lengthscale:
-        yield kernel, _half_spread(kernel, x) if metric is None else torch.as_tensor(float(metric(x)))
+        half = _half_spread(kernel, x) if metric is None else torch.as_tensor(_median(metric, x))
+        present = kernel.lengthscale.detach()
+        half = half.to(present)
+        # Where inputs do not differ, as one alone does not, they say nothing of a lengthscale.
+        yield kernel, torch.where(half > 0, half, present)
     for child in kernel.children():
         yield from _lengthscales(child, x, metric)
+
+
+def _median(metric: Any, x: Tensor) -> float:
+    try:
+        return float(metric(x))
+    except ValueError:  # no two inputs are apart
+        return 0.0
 
 
 def _half_spread(kernel: Kernel, x: Tensor) -> Tensor:
     columns = x if kernel.active_dims is None else x.index_select(-1, kernel.active_dims)
     spread = (columns.amax(-2) - columns.amin(-2)).detach()
     if kernel.ard_num_dims is None:
-        half = spread.square().sum().sqrt() / 2
-    else:
-        half = math.sqrt(spread.shape[-1]) / 2 * spread
-    # Where inputs do not differ, no lengthscale has an effect.
-    return torch.where(half > 0, half, torch.ones_like(half))
+        return spread.square().sum().sqrt() / 2
+    return math.sqrt(spread.shape[-1]) / 2 * spread
 
 
 # Parameters.

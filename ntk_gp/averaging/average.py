@@ -16,6 +16,9 @@ from .laplace import WeightedDraws, weighted_draws
 from .mixture import Mixture
 from .unconstrained import Hyperparameters, working_copy
 
+# Beyond so many labels, the search for other modes is kept short: each step takes long, and there are fewer of them.
+_MANY = 500
+
 
 class AveragedPredictions:
     """What is predicted from weighted models: those of :class:`Averaged`, and of a comparison."""
@@ -127,7 +130,12 @@ def averaged(model: ExactGP, draws: int = 32, seed: int | None = None) -> Averag
     with torch.inference_mode(False):
         hyperparameters = Hyperparameters(working_copy(model))
         found = weighted_draws(
-            hyperparameters.log_density, hyperparameters.value, hyperparameters.starts(), draws, seed
+            hyperparameters.log_density,
+            hyperparameters.value,
+            hyperparameters.starts(),
+            draws,
+            seed,
+            other_starts=4 if hyperparameters.model.train_targets.numel() <= _MANY else 1,
         )
         return Averaged(hyperparameters, found)
 

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from gpytorch.models import ExactGP
-from torch import Tensor
 
 from .average import Averaged, AveragedPredictions, averaged
 
@@ -24,8 +23,8 @@ class ComparedModel(NamedTuple):
     """
 
     name: str
-    log_evidence: float
-    error: float
+    log_evidence: float | None
+    error: float | None
     weight: float
     effective_sample_size: float
 
@@ -60,9 +59,14 @@ class Comparison(AveragedPredictions):
     def __iter__(self) -> Iterator[ComparedModel]:
         return iter(self.rows)
 
-    def _cells(self) -> list[tuple[str, ...]]:
+    def _cells(self) -> Sequence[tuple[str, ...]]:
         return [("model", "log evidence", "weight", "effective draws")] + [
-            (row.name, f"{row.log_evidence:.2f} ± {row.error:.2f}", f"{row.weight:.3f}", f"{row.effective_sample_size:.1f}")
+            (
+                row.name,
+                f"{row.log_evidence:.2f} ± {row.error:.2f}",
+                f"{row.weight:.3f}",
+                f"{row.effective_sample_size:.1f}",
+            )
             for row in self.rows
         ]
 
@@ -70,7 +74,9 @@ class Comparison(AveragedPredictions):
         cells = self._cells()
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         return "\n".join(
-            "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
             for row in cells
         )
 
@@ -110,9 +116,11 @@ def compare(
     for name, each in averages.items():
         if each.log_evidence is None:
             raise ValueError(
-                f"The model {name!r} has no evidence: {each.no_evidence_because}. Give each parameter one proper prior, "
-                "as ntk_gp.priors.scale_to_data does, or set requires_grad_(False) on it."
+                f"The model {name!r} has no evidence: {each.no_evidence_because}. Give each parameter one proper "
+                "prior, as ntk_gp.priors.scale_to_data does, or set requires_grad_(False) on it."
             )
         if each._targets.shape != first._targets.shape or not torch.equal(each._targets, first._targets):
-            raise ValueError(f"The model {name!r} has other training targets: evidence compares models of the same data.")
+            raise ValueError(
+                f"The model {name!r} has other training targets: evidence compares models of the same data."
+            )
     return Comparison(averages)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from gpytorch.distributions import MultivariateNormal
@@ -68,7 +69,9 @@ class Mixture(Distribution):
         """Over all points, (n, n); or (n·C, n·C), in the order that the components' have."""
         means = torch.stack([component.loc.reshape(-1) for component in self.components])
         spread = means - self.weights @ means
-        within = sum(w * component.covariance_matrix for w, component in zip(self.weights, self.components, strict=True))
+        within = sum(
+            w * component.covariance_matrix for w, component in zip(self.weights, self.components, strict=True)
+        )
         return (within + (spread * self.weights.unsqueeze(-1)).mT @ spread).to(self.dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -119,7 +122,7 @@ class Mixture(Distribution):
         """The central interval with this probability, point by point: two tensors (n,)."""
         return self.quantile((1 - probability) / 2), self.quantile((1 + probability) / 2)
 
-    def rsample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+    def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Joint draws over all points, (*sample, n): each is one component's. Differentiable within components."""
         count = math.prod(sample_shape)
         chosen = torch.multinomial(self.weights.detach(), count, replacement=True)
@@ -129,11 +132,11 @@ class Mixture(Distribution):
             out = out.index_copy(0, places, self.components[index].rsample(Size([len(places)])))
         return out.reshape(*sample_shape, *self.batch_shape).to(self.dtype)
 
-    def sample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         with torch.no_grad():
             return self.rsample(sample_shape)
 
-    def expand(self, batch_shape: Size, _instance: Distribution | None = None) -> Mixture:
+    def expand(self, batch_shape: Size | list[int] | tuple[int, ...], _instance: Any = None) -> Mixture:
         raise NotImplementedError("A mixture is over the points that it was made for: predict at repeated inputs.")
 
     def __repr__(self) -> str:

@@ -13,8 +13,6 @@ LogDensity = Callable[[Tensor], tuple[float, Tensor]]
 
 # Of no coordinate more than this at a step: e-folds, where coordinates are logarithms.
 _LONGEST_STEP = 2.0
-# A mode is found where another step would gain less than this.
-_NEGLIGIBLE = 1e-9
 
 
 class Optimum(NamedTuple):
@@ -23,29 +21,41 @@ class Optimum(NamedTuple):
     :ivar u: (d,).
     :ivar value: The log density there.
     :ivar has_converged: Whether nothing is left to gain, as far as the curvature seen tells.
+    :ivar is_new: Whether the search has not ended because it came to what is known.
     """
 
     u: Tensor
     value: float
     has_converged: bool
+    is_new: bool = True
 
 
-def maximise(log_density: LogDensity, start: Tensor, max_steps: int = 200) -> Optimum:
+def maximise(
+    log_density: LogDensity,
+    start: Tensor,
+    max_steps: int = 200,
+    negligible: float = 1e-9,
+    is_known: Callable[[Tensor], bool] | None = None,
+) -> Optimum:
     """The mode by BFGS with a line search for the weak Wolfe conditions, by bisection (Lewis and Overton, "Nonsmooth
     optimization via quasi-Newton methods", 2013): where the density is -inf it steps back, as from any point too low.
 
     :param log_density: Of u (d,): value and gradient (d,).
     :param start: u (d,), float64.
     :param max_steps: Line searches.
+    :param negligible: A mode is found where another step would gain less than this.
+    :param is_known: Whether a point is near a mode that is known already, where the search ends.
     """
     u, (value, gradient) = start, log_density(start)
     if not math.isfinite(value):
         return Optimum(u, -math.inf, False)
     inverse, is_scaled = torch.eye(len(u), dtype=u.dtype, device=u.device), False
     for _ in range(max_steps):
+        if is_known is not None and is_known(u):
+            return Optimum(u, value, True, is_new=False)
         direction = inverse @ gradient
         gain = float(gradient @ direction)
-        if gain < 2 * _NEGLIGIBLE:
+        if gain < 2 * negligible:
             return Optimum(u, value, True)
         direction = direction * min(1.0, _LONGEST_STEP / float(direction.abs().max()))
         found = _search(log_density, u, value, gradient, direction)
@@ -74,7 +84,10 @@ def _search(
             high = step
         else:
             best = (new, new_value, new_gradient)
-            if float(new_gradient @ direction) <= 0.9 * slope or step * float(direction.abs().max()) > 2 * _LONGEST_STEP:
+            if (
+                float(new_gradient @ direction) <= 0.9 * slope
+                or step * float(direction.abs().max()) > 2 * _LONGEST_STEP
+            ):
                 return best
             low = step
         step = 2 * step if high == math.inf else (low + high) / 2

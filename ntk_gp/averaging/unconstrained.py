@@ -77,8 +77,8 @@ class Hyperparameters:
     """The trained parameters of an ExactGP and its likelihood as one vector u, (d,) in float64, and their density.
 
     The density is that of the posterior over u: the exact marginal likelihood, times the densities of the priors. A
-    prior on t(θ), be it θ, its logarithm or the raw parameter, is one on u with the density p(t(θ(u))) |dt/du|. What has
-    no prior is flat in u, and the posterior is then known up to a constant factor only.
+    prior on t(θ), be it θ, its logarithm or the raw parameter, is one on u with the density p(t(θ(u))) |dt/du|. What
+    has no prior is flat in u, and the posterior is then known up to a constant factor only.
 
     Setting u writes to the model, which is made for that: see :func:`working_copy`.
 
@@ -137,10 +137,10 @@ class Hyperparameters:
             except (NanError, NotPSDError, torch.linalg.LinAlgError):
                 return -math.inf, torch.full_like(u, math.nan)
             outer = [torch.zeros_like(r) if g is None else g.to(r) for g, r in zip(gradients, raw, strict=True)]
-            value, through = float(of_model), torch.autograd.grad(raw, u, outer, retain_graph=True)[0]
+            value, through = float(of_model.detach()), torch.autograd.grad(raw, u, outer, retain_graph=True)[0]
             if self._jacobians:
                 of_raw = self._log_slopes(u, raw)
-                value, through = value + float(of_raw), through + torch.autograd.grad(of_raw, u)[0]
+                value, through = value + float(of_raw.detach()), through + torch.autograd.grad(of_raw, u)[0]
         return value if math.isfinite(value) else -math.inf, through
 
     def value(self, u: Tensor) -> float:
@@ -153,7 +153,7 @@ class Hyperparameters:
                 with torch.enable_grad():
                     if self._jacobians:
                         u = u.detach().requires_grad_()
-                        value += float(self._of_priors()) + float(self._log_slopes(u, self._raw(u)))
+                        value += float(self._of_priors().detach()) + float(self._log_slopes(u, self._raw(u)).detach())
         except (NanError, NotPSDError, torch.linalg.LinAlgError):
             return -math.inf
         return value if math.isfinite(value) else -math.inf
@@ -203,13 +203,14 @@ class Hyperparameters:
             output = type(output)(output.mean, NTKSumLinearOperator(output.lazy_covariance_matrix))
         return self._mll(output, model.train_targets, *model.train_inputs).double() * output.event_shape.numel()
 
-    def _of_priors(self) -> Tensor | float:
+    def _of_priors(self) -> Tensor:
         """Σ log |dt/draw|."""
-        return sum(prior.log_slope() for prior in self.priors) if self._jacobians else 0.0
+        slopes = [prior.log_slope() for prior in self.priors] if self._jacobians else []
+        return torch.stack(slopes).sum() if slopes else torch.zeros((), dtype=torch.float64)
 
     def _log_slopes(self, u: Tensor, raw: list[Tensor]) -> Tensor:
         """Σ log |draw/du| over what has a prior."""
-        (slopes,) = torch.autograd.grad(sum(each.sum() for each in raw), u, create_graph=True)
+        (slopes,) = torch.autograd.grad([each.sum() for each in raw], u, create_graph=True)
         elements = [prior.elements for prior in self.priors if prior.elements is not None]
         if not elements or not slopes.requires_grad:
             return slopes.new_zeros((), requires_grad=True) + 0.0 * u.sum()
@@ -241,10 +242,10 @@ class PriorTerm:
             return
         self._is_elementwise = bool(((slopes != 0).sum(0) <= 1).all() and ((slopes != 0).sum(1) == 1).all())
 
-    def log_slope(self) -> Tensor | float:
+    def log_slope(self) -> Tensor:
         """log |det dt/draw|, differentiable in the raw parameters."""
         if self.elements is None or len(self.elements) == 0:
-            return 0.0
+            return torch.zeros((), dtype=torch.float64, device=self._parameters[0].device)
         if self._is_elementwise:
             t = self._closure(self._owner)
             slopes = self._flat(self._gradients(t.sum(), create_graph=True))
