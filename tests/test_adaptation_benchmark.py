@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gpytorch.distributions import MultivariateNormal
 from torch import Tensor
 
 from benchmarks.adaptation import fine_tuning, gaussian_processes, methods, predictions, real, run, synthetic, training
@@ -240,6 +241,17 @@ def test_terms_start_at_their_shares_of_what_the_mean_leaves(task):
         noise = float(model.likelihood.noise / unexplained)
     assert shares == pytest.approx([0.3, 0.3, 1.0], rel=1e-9)
     assert noise == pytest.approx(0.1, rel=1e-9)
+
+
+def test_densities_are_those_of_single_points():
+    class Model:
+        def predict(self, x: Tensor) -> MultivariateNormal:
+            covariance = torch.tensor([[2.0, 1.5], [1.5, 3.0]], dtype=torch.float64)
+            return MultivariateNormal(torch.zeros(2, dtype=torch.float64), covariance)
+
+    y = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    expected = [-0.5 * np.log(2 * np.pi * v) - 0.5 * z**2 / v for v, z in ((2.0, 1.0), (3.0, 2.0))]
+    assert gaussian_processes.observations(Model(), y).log_density(y).tolist() == pytest.approx(expected)
 
 
 def test_fine_tuning_the_last_layer_leaves_the_others(task):

@@ -185,7 +185,10 @@ class Distributed(NamedTuple):
 def observations(model: Any, x: Tensor) -> Prediction:
     """What an averaged model, or a ready one of this package's, predicts."""
     with torch.no_grad():
-        return Distributed(model.predict(x))
+        distribution = model.predict(x)
+        if isinstance(distribution, MultivariateNormal):  # its density is that of all points together
+            return Gaussian(distribution.mean, distribution.variance)
+        return Distributed(distribution)
 
 
 # ---- Pieces ----
