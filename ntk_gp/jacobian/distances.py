@@ -75,13 +75,10 @@ def _computed(linearization: Linearization, jacobian1: Jacobian, jacobian2: Jaco
             linearization.diagonal(jacobian, jacobian, ones).unflatten(-1, (-1, outputs)).mT
             for jacobian in (jacobian1, jacobian2)
         )
-    scale1, scale2 = scale1.unsqueeze(-1), scale2.unsqueeze(-2)
-    if gram.requires_grad:
-        distances = scale1 + scale2 - 2 * gram
-    else:  # in the memory of the Gram matrix, which is nobody else's
-        scale1, scale2 = scale1.clone(), scale2.clone()
-        distances = gram.mul_(-2.0).add_(scale1).add_(scale2)
-    equal = _equal_inputs(jacobian1.x, jacobian2.x, distances.detach() <= _MAY_BE_EQUAL * (scale1 + scale2).detach())
+    scales = scale1.unsqueeze(-1) + scale2.unsqueeze(-2)  # first, so that what is symmetric stays so to the last bit
+    # In the memory of the Gram matrix, which is nobody else's.
+    distances = scales - 2 * gram if gram.requires_grad else gram.mul_(-2.0).add_(scales)
+    equal = _equal_inputs(jacobian1.x, jacobian2.x, distances.detach() <= _MAY_BE_EQUAL * scales.detach())
     if gram.requires_grad:
         is_equal = torch.zeros_like(distances, dtype=torch.bool)
         is_equal[equal] = True

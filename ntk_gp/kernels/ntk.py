@@ -19,7 +19,9 @@ from ..bridge.recognised import NeuralTangentKernel
 from ..jacobian.shared import linearization_of
 from ..network import NetworkFunction, ParameterSelection, check_tensor
 from ..operators import JacobianLinearOperator, NTKLinearOperator
+from ..operators._batches import flatten_batch
 from ..stock import mark_botorchs
+from .normalization import Normalization
 
 
 class NTKKernel(NeuralTangentKernel):
@@ -57,10 +59,15 @@ class NTKKernel(NeuralTangentKernel):
     :param variance_constraint: Constraint on these variances. (Default: :class:`~gpytorch.constraints.Positive`.)
     :param engine: `"structured"` (default) uses the recorded uses of each parameter, and autodiff for those that no
         rule covers (:meth:`engine_report` tells); `"autodiff"` uses `torch.func` throughout.
+    :param normalize: True divides the kernel by its mean diagonal, with prior variances of one, at the inputs that it
+        sees first, so that its variance there is about that of a :class:`~gpytorch.kernels.ScaleKernel` around it. The
+        constant is a buffer, `normalization.value`, in the state of the model, and stays what it is until
+        :meth:`normalize_at` or :meth:`linearize` is called. A number divides it by that number.
     :param batch_shape: The batch shape of the kernel.
     :param active_dims: The columns of the inputs that the network sees.
 
-    :ivar torch.Tensor variance: The prior variances, (*batch_shape, 1, G); all one without `variance_groups`.
+    :ivar torch.Tensor variance: The prior variances, (*batch_shape, 1, G); all one without `variance_groups`. Not
+        divided by anything.
 
     :raises TypeError: For the base class's options for lengthscales, such as `ard_num_dims`: the network scales its own
         inputs.
@@ -89,6 +96,7 @@ class NTKKernel(NeuralTangentKernel):
         variance_prior: Prior | None = None,
         variance_constraint: Interval | None = None,
         engine: str | None = None,
+        normalize: bool | float = False,
         batch_shape: Size | None = None,
         active_dims: tuple[int, ...] | None = None,
         **kwargs,
@@ -107,6 +115,9 @@ class NTKKernel(NeuralTangentKernel):
         )
         self.network = self._linearization.network
         self._engine = engine
+        self.normalization: Normalization | None = None
+        if normalize is not False:
+            self.normalization = Normalization(normalize, self.network.dtype, self.network.device)
         if variance_groups is None:
             if variance_prior is not None or variance_constraint is not None:
                 raise ValueError("variance_prior and variance_constraint need variance_groups, such as 'layer'.")
@@ -156,7 +167,8 @@ class NTKKernel(NeuralTangentKernel):
     def linearize(self, network: nn.Module) -> None:
         """Takes a new snapshot, of this network, with the same options, and drops everything computed from the last.
 
-        A model's prediction caches are its own: call `model.train()` and `model.eval()` after this.
+        A model's prediction caches are its own: call `model.train()` and `model.eval()` after this. If the kernel is
+        divided by its mean diagonal, that is the one at the next inputs.
         """
         renewed = linearization_of(network, self._engine, **self.network.options)
         groups = renewed.network.group_names
@@ -167,6 +179,8 @@ class NTKKernel(NeuralTangentKernel):
             )
         self.network = renewed.network
         self._linearization = renewed
+        if self.normalization is not None:
+            self.normalization.forget()
 
     def jacobian(self, x: Tensor) -> JacobianLinearOperator:
         """J(x) as a lazy matrix, (*batch, n·C, P), without the prior variances; columns in the order of
@@ -208,8 +222,30 @@ class NTKKernel(NeuralTangentKernel):
             x1, x2 = (x.transpose(-1, -2).unsqueeze(-1) for x in (x1, x2))
             variance = variance.unsqueeze(-3)
         function = self._bind(x1, x2)
+        if self.normalization is not None and x1.numel():
+            variance = variance / self.normalization.at(lambda: self._mean_diagonal(x1)).to(variance)
         kernel_matrix = NTKLinearOperator(x1, x2, variance, linearization=self._linearization, function=function)
         return kernel_matrix._diagonal() if diag else kernel_matrix
+
+    def normalize_at(self, x: Tensor) -> None:
+        """From now on, divides the kernel by its mean diagonal at these inputs, (*batch, n, d); `normalize=True` alone
+        takes the first ones.
+
+        :raises RuntimeError: For a kernel that is not normalised.
+        :raises ValueError: If that mean is zero.
+        """
+        if self.normalization is None:
+            raise RuntimeError("This kernel is not normalised: make it with normalize=True.")
+        x = self.network.flattened(x) if self.active_dims is None else x.index_select(-1, self.active_dims)
+        self.network.bind(x)
+        self.normalization.settle(self._mean_diagonal(x))
+
+    def _mean_diagonal(self, x: Tensor) -> float:
+        """That of the kernel at x with prior variances of one."""
+        jacobian = self._linearization.jacobian(flatten_batch(x.detach()))
+        ones = jacobian.x.new_ones(1, self.network.num_groups)
+        with torch.no_grad():
+            return float(self._linearization.diagonal(jacobian, jacobian, ones).double().mean())
 
     def prediction_strategy(self, train_inputs, train_prior_dist, train_labels, likelihood) -> NTKPredictionStrategy:
         """GPyTorch asks for it, and serves every prediction by it."""
@@ -256,6 +292,7 @@ class NTKKernel(NeuralTangentKernel):
     def _with_batch_shape(self, batch_shape: Size, transform: Callable[[Tensor], Tensor]) -> NTKKernel:
         new = copy.deepcopy(self)  # cheap: the network's tensors are shared
         new.batch_shape = batch_shape
+        new.normalization = self.normalization  # one for all of its batches
         if "raw_variance" in parameters_in(self):
             new.raw_variance = nn.Parameter(transform(self.raw_variance.detach()).clone())
         return new
@@ -290,7 +327,7 @@ def _check_no_lengthscale(arguments: dict[str, Any]) -> None:
     if arguments.keys() - set(_OF_LENGTHSCALES):
         raise TypeError(
             f"NTKKernel has no option {', '.join(sorted(arguments.keys() - set(_OF_LENGTHSCALES)))}; its options are "
-            "parameters, input_shape, output, variance_groups, variance_prior, variance_constraint, engine, "
+            "parameters, input_shape, output, variance_groups, variance_prior, variance_constraint, engine, normalize, "
             "batch_shape and active_dims."
         )
 
