@@ -3,7 +3,7 @@
 from . import bridge, settings
 from .explain import solver_report
 from .jacobian.rules import register_rule
-from .kernels import FeatureKernel, NTKKernel, TangentMaternKernel, TangentRBFKernel
+from .kernels import FeatureKernel, GainKernel, NTKKernel, TangentMaternKernel, TangentRBFKernel
 from .means import NetworkMean
 from .operators import JacobianLinearOperator, NTKLinearOperator
 from .sampling import LinearizedFunctions, LinearizedNetwork, adapted_network, draw_functions
@@ -14,6 +14,7 @@ bridge.install()
 
 __all__ = [
     "FeatureKernel",
+    "GainKernel",
     "JacobianLinearOperator",
     "LinearizedFunctions",
     "LinearizedNetwork",

@@ -27,6 +27,7 @@ from torch import Tensor
 from .._compat import BUFFERS, buffers_in, constant_in
 from ..operators.ntk_sum_linear_operator import entry_by_entry, product_over_batch
 from .exactly_solved import without_constants
+from .feature_sums import sum_of_features
 from .recognised import NeuralTangentKernel, contains_ntk
 
 
@@ -64,15 +65,21 @@ def evaluate_kernel(default: Callable[..., Any], matrix: LazyEvaluatedKernelTens
 @recall_grad_state
 def evaluated(matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
     """The same for any kernel."""
+    result = sum_of_features(matrix)
+    if result is None:
+        result = _evaluated_by_kernel(matrix)
+    if gpytorch_settings.debug.on() and result.shape != matrix.shape:
+        raise RuntimeError(f"Expected a kernel matrix of shape {tuple(matrix.shape)}, got {tuple(result.shape)}.")
+    return result
+
+
+def _evaluated_by_kernel(matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
     kernel = object.__new__(type(matrix.kernel))  # GPyTorch's own copies share their attributes
     buffers = {**buffers_in(matrix.kernel), "active_dims": None}  # x₁ and x₂ are those columns already
     kernel.__dict__.update({**matrix.kernel.__dict__, BUFFERS: buffers})
     evaluate = super(Kernel, kernel).__call__
     result = evaluate(matrix.x1, matrix.x2, last_dim_is_batch=matrix.last_dim_is_batch, **matrix.params)
-    result = _evaluated_parts(to_linear_operator(result))
-    if gpytorch_settings.debug.on() and result.shape != matrix.shape:
-        raise RuntimeError(f"Expected a kernel matrix of shape {tuple(matrix.shape)}, got {tuple(result.shape)}.")
-    return result
+    return _evaluated_parts(to_linear_operator(result))
 
 
 def _evaluated_parts(matrix: LinearOperator) -> LinearOperator:

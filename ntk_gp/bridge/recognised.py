@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 from gpytorch.kernels import Kernel
 from gpytorch.lazy import LazyEvaluatedKernelTensor
 from linear_operator.operators import LinearOperator
-from torch import nn
+from torch import Tensor, nn
 
 from .._compat import arguments_of, keyword_arguments_of
+from ..jacobian.columns import Column
 from ..operators import NTKAddedDiagLinearOperator, NTKLinearOperator
 from ..operators._densely_solved import DenselySolved
 from ..operators.ntk_block_linear_operators import NTKBlockDiagLinearOperator, NTKBlockInterleavedLinearOperator
@@ -33,7 +36,19 @@ _NTK_OPERATORS = (*_OF_NETWORKS, DenselySolved, *SOLVED_OPERATORS)
 
 
 class NeuralTangentKernel(Kernel):
-    """What a neural tangent kernel, or another kernel of a network, is recognised by: it is of this class."""
+    """What a neural tangent kernel is recognised by, and any other kernel made of a network: it is of this class."""
+
+    is_linear_in_weights = False
+    """Whether `forward` gives an :class:`~ntk_gp.NTKLinearOperator`, and a sum with known features is another one."""
+
+
+class KnownFeaturesKernel(NeuralTangentKernel):
+    """A kernel of a few known features of the input and the network's value there, as it says itself."""
+
+    @abstractmethod
+    def known_features(self, x1: Tensor, x2: Tensor) -> list[tuple[Column, Tensor]] | None:
+        """The features, each with the prior variances of its groups, (*batch, 1, groups); None if there are other ones
+        at these inputs, (*batch, n, d). They are looked at, as `forward` would."""
 
 
 def contains_ntk(whole: nn.Module | LinearOperator) -> bool:

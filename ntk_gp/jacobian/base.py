@@ -51,6 +51,15 @@ class Jacobian(ABC):
     def rows(self) -> Tensor:
         """All rows of J, (B, N, P). Meant for few points: select them first, `jacobian[index].rows()`."""
 
+    def some_columns(self, index: Tensor) -> Tensor:
+        """Some columns of J, (B, N, k), for the numbers of k parameters: as many Jacobian-vector products."""
+        pieces = []
+        for some in index.split(self.vectors_per_block()):
+            tangents = self.x.new_zeros(1, len(some), self.function.num_parameters)
+            tangents[0, torch.arange(len(some), device=some.device), some] = 1.0
+            pieces.append(self.jvp(tangents).mT)
+        return torch.cat(pieces, dim=-1) if pieces else self.x.new_zeros(len(self.x), self.num_rows, 0)
+
     @abstractmethod
     def gram(self, other: Jacobian, variances: Tensor) -> Tensor:
         """J Σ_w J'ᵀ for every w: (B or W, N, N')."""

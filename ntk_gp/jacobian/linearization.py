@@ -82,6 +82,11 @@ class Linearization:
         self._grams = KeptGrams(self.network.num_groups)
         self._solvers = SolversInUse()
 
+    @property
+    def of_network(self) -> Linearization:
+        """That of the network alone, without what stands beside it."""
+        return self
+
     def add_solver(self, solver: Any) -> None:
         """Others may start from this one while it is in use."""
         self._solvers.add(solver)

@@ -1,7 +1,8 @@
 """The kernels that a user puts into a model."""
 
 from .features import FeatureKernel
+from .gain import GainKernel
 from .ntk import NTKKernel
 from .tangent import TangentMaternKernel, TangentRBFKernel
 
-__all__ = ["FeatureKernel", "NTKKernel", "TangentMaternKernel", "TangentRBFKernel"]
+__all__ = ["FeatureKernel", "GainKernel", "NTKKernel", "TangentMaternKernel", "TangentRBFKernel"]

@@ -1,14 +1,15 @@
-"""What kernels that are computed from a network have in common, beside the tangent kernel itself."""
+"""What kernels made of a network share: the frozen network, what it says of inputs, and batches that share it."""
 
 from __future__ import annotations
 
 import copy
-from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from gpytorch.constraints import Interval, Positive
 from gpytorch.kernels import Kernel
+from gpytorch.priors import Prior
 from torch import Size, Tensor, nn
 
 from .._compat import parameters_in
@@ -18,9 +19,6 @@ from ..jacobian.linearization import Linearization
 from ..jacobian.shared import linearization_of
 from ..network import FrozenNetwork, NetworkFunction, check_tensor
 from ..stock import mark_botorchs
-
-# Points whose distances are looked at for a median.
-_POINTS = 1000
 
 
 class NetworkKernel(NeuralTangentKernel):
@@ -54,9 +52,17 @@ class NetworkKernel(NeuralTangentKernel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the parameters, or of the network where there are none. Results are in the inputs' dtype."""
-        parameter = next(self.parameters(), None)
-        return self.network.dtype if parameter is None else parameter.dtype
+        """The dtype of the parameters and of the network, which `.to()` keeps the same, single precision at least.
+
+        Results are in the inputs' dtype.
+        """
+        parameters = (torch.promote_types(parameter.dtype, torch.float32) for parameter in self.parameters())
+        dtypes = {self.network.dtype, *parameters}
+        if len(dtypes) > 1:
+            raise RuntimeError(
+                f"The kernel's parameters have multiple dtypes: {dtypes}. Convert the kernel with .to(dtype)."
+            )
+        return dtypes.pop()
 
     @property
     def device(self) -> torch.device:
@@ -72,33 +78,9 @@ class NetworkKernel(NeuralTangentKernel):
         """GPyTorch asks for it, and serves every prediction by it."""
         return NTKPredictionStrategy(train_inputs, train_prior_dist, train_labels, likelihood)
 
-    def median_distance(self, x: Tensor) -> float:
-        """The median distance of two of these inputs, in the metric of this kernel, where its lengthscale belongs.
-
-        Among the pairs that are apart at all, of up to 1000 points, the same ones each time.
-
-        :param x: (*batch, n, d).
-        :raises ValueError: If no two of them are apart.
-        """
-        x = self._active(x)
-        points = x.reshape(-1, x.shape[-1])
-        if len(points) > _POINTS:
-            generator = torch.Generator(device="cpu").manual_seed(0)
-            chosen = torch.randperm(len(points), generator=generator, device="cpu")[:_POINTS]
-            points = points[chosen.sort().values.to(points.device)]
-        with torch.no_grad():
-            distances = self._distances(points)
-        distances = distances[distances > 0]
-        if distances.numel() == 0:
-            raise ValueError(
-                f"There is no median distance: {type(self).__name__} has all of the {len(points)} inputs in one place. "
-                "Give it two inputs at least that the network tells apart."
-            )
-        return float(distances.median())
-
-    @abstractmethod
-    def _distances(self, x: Tensor) -> Tensor:
-        """The distances of all pairs of x (n, d), in any shape."""
+    def named_sub_kernels(self) -> Iterator[tuple[str, Kernel]]:
+        """None; GPyTorch would look for some among the modules of the network, whenever it needs the batch shape."""
+        return iter(())
 
     def _active(self, x: Tensor) -> Tensor:
         """The columns that the network sees, of inputs as a user gives them."""
@@ -117,6 +99,12 @@ class NetworkKernel(NeuralTangentKernel):
                 "Convert one with .to() to the dtype and device of the other."
             )
         return self.network.bind(x1, x2)
+
+    def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
+        """C with `output="all"`, else 1."""
+        if self.active_dims is None:  # asked for before anything else, also by the kernels this one is in
+            return self.network.num_outputs_per_row(x1)
+        return self.network.num_outputs(x1)
 
     def expand_batch(self, *sizes: Size | tuple[int, ...] | int) -> Kernel:
         """The same kernel with a larger batch shape; shares the network."""
@@ -149,10 +137,22 @@ class NetworkKernel(NeuralTangentKernel):
         new.batch_shape = batch_shape
         for name, parameter in parameters_in(self).items():
             if parameter is not None:
-                setattr(new, name, nn.Parameter(transform(parameter.detach()).clone()))
+                setattr(new, name, nn.Parameter(transform(parameter.detach()).clone(), parameter.requires_grad))
         for name, kernel in self.named_sub_kernels():
             setattr(new, name, inner(kernel.expand_batch(self.batch_shape)))
         return new
+
+    def _register_variance(
+        self, name: str, prior: Prior | None, constraint: Interval | None, closures: tuple[Any, Any]
+    ) -> None:
+        """A parameter `raw_name`, (*batch, 1, 1), with its constraint, positive by default, and prior."""
+        zeros = torch.zeros(*self.batch_shape, 1, 1, dtype=self.network.dtype, device=self.network.device)
+        self.register_parameter(f"raw_{name}", nn.Parameter(zeros))
+        self.register_constraint(f"raw_{name}", Positive() if constraint is None else constraint)
+        if prior is not None:
+            if not isinstance(prior, Prior):
+                raise TypeError(f"Expected gpytorch.priors.Prior but got {type(prior).__name__}")
+            self.register_prior(f"{name}_prior", prior, *closures)
 
 
 def refuse_last_dim_is_batch(last_dim_is_batch: bool) -> None:

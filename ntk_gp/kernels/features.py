@@ -17,10 +17,11 @@ from ..jacobian.linearization import Linearization
 from ..network import ALL_OUTPUTS, PENULTIMATE, NetworkFunction, head_of, layer_features, normal_tensor
 from ..operators._batches import flatten_batch, same_memory
 from ..operators.of_network_linear_operator import OfNetworkLinearOperator
-from .base import NetworkKernel, refuse_last_dim_is_batch
+from .base import refuse_last_dim_is_batch
+from .metric import MetricKernel
 
 
-class FeatureKernel(NetworkKernel):
+class FeatureKernel(MetricKernel):
     r"""Any kernel of GPyTorch's on the features of a layer of a trained network.
 
     .. math::
@@ -83,6 +84,12 @@ class FeatureKernel(NetworkKernel):
     def _take(self, linearization: Linearization) -> None:
         super()._take(linearization)
         self._head: str | None = None  # known once the network has been called
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the base kernel's parameters, or of the network where it has none."""
+        parameter = next(self.parameters(), None)
+        return self.network.dtype if parameter is None else parameter.dtype
 
     @property
     def is_stationary(self) -> bool:

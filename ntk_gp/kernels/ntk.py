@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from gpytorch.constraints import Interval, Positive
-from gpytorch.kernels import Kernel
 from gpytorch.priors import Prior
 from torch import Size, Tensor, nn
 
 from .._compat import parameters_in
-from ..bridge.prediction_strategies import NTKPredictionStrategy
-from ..bridge.recognised import NeuralTangentKernel
 from ..jacobian.shared import linearization_of
-from ..network import NetworkFunction, ParameterSelection, check_tensor
+from ..network import ParameterSelection
 from ..operators import JacobianLinearOperator, NTKLinearOperator
 from ..operators._batches import flatten_batch
-from ..stock import mark_botorchs
+from .base import NetworkKernel
 from .normalization import Normalization
 
 
-class NTKKernel(NeuralTangentKernel):
+class NTKKernel(NetworkKernel):
     r"""The empirical neural tangent kernel of a trained network.
 
     .. math::
@@ -82,6 +78,7 @@ class NTKKernel(NeuralTangentKernel):
         torch.Size([5, 5])
     """
 
+    is_linear_in_weights = True
     raw_variance: nn.Parameter
     raw_variance_constraint: Interval
 
@@ -102,19 +99,10 @@ class NTKKernel(NeuralTangentKernel):
         **kwargs,
     ):
         _check_no_lengthscale(kwargs)
-        mark_botorchs()
         _refuse_in_botorch()
-        super().__init__(batch_shape=batch_shape, active_dims=active_dims, **kwargs)
-        self._linearization = linearization_of(
-            network,
-            engine,
-            parameters=parameters,
-            input_shape=input_shape,
-            output=output,
-            group_by=_group_function(variance_groups),
-        )
-        self.network = self._linearization.network
-        self._engine = engine
+        selection = {"parameters": parameters, "input_shape": input_shape, "output": output}
+        options = {**selection, "group_by": _group_function(variance_groups)}
+        super().__init__(network, engine, options, batch_shape=batch_shape, active_dims=active_dims, **kwargs)
         self.normalization: Normalization | None = None
         if normalize is not False:
             self.normalization = Normalization(normalize, self.network.dtype, self.network.device)
@@ -146,24 +134,6 @@ class NTKKernel(NeuralTangentKernel):
     def variance(self, value: float | Tensor) -> None:
         _set_variance(self, value)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the parameters and of the network, which `.to()` keeps the same, single precision at least.
-
-        Results are in the inputs' dtype.
-        """
-        parameters = (torch.promote_types(parameter.dtype, torch.float32) for parameter in self.parameters())
-        dtypes = {self.network.dtype, *parameters}
-        if len(dtypes) > 1:
-            raise RuntimeError(
-                f"The kernel's parameters have multiple dtypes: {dtypes}. Convert the kernel with .to(dtype)."
-            )
-        return dtypes.pop()
-
-    @property
-    def device(self) -> torch.device:
-        return self.network.device
-
     def linearize(self, network: nn.Module) -> None:
         """Takes a new snapshot, of this network, with the same options, and drops everything computed from the last.
 
@@ -177,8 +147,7 @@ class NTKKernel(NeuralTangentKernel):
                 f"The network's variance groups are {groups}, this kernel's {self.network.group_names}. "
                 "Make a new kernel for a network of another form."
             )
-        self.network = renewed.network
-        self._linearization = renewed
+        self._take(renewed)
         if self.normalization is not None:
             self.normalization.forget()
 
@@ -205,8 +174,6 @@ class NTKKernel(NeuralTangentKernel):
     def __call__(self, x1: Tensor, x2: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """The kernel matrix of (*batch, n, d), or of (*batch, n, *input_shape)."""
         _refuse_in_botorch()
-        if self.active_dims is None:
-            x1, x2 = self.network.flattened(x1), None if x2 is None else self.network.flattened(x2)
         return super().__call__(x1, x2, *args, **kwargs)
 
     def forward(
@@ -236,7 +203,7 @@ class NTKKernel(NeuralTangentKernel):
         """
         if self.normalization is None:
             raise RuntimeError("This kernel is not normalised: make it with normalize=True.")
-        x = self.network.flattened(x) if self.active_dims is None else x.index_select(-1, self.active_dims)
+        x = self._active(x)
         self.network.bind(x)
         self.normalization.settle(self._mean_diagonal(x))
 
@@ -247,54 +214,9 @@ class NTKKernel(NeuralTangentKernel):
         with torch.no_grad():
             return float(self._linearization.diagonal(jacobian, jacobian, ones).double().mean())
 
-    def prediction_strategy(self, train_inputs, train_prior_dist, train_labels, likelihood) -> NTKPredictionStrategy:
-        """GPyTorch asks for it, and serves every prediction by it."""
-        return NTKPredictionStrategy(train_inputs, train_prior_dist, train_labels, likelihood)
-
-    def named_sub_kernels(self) -> Iterator[tuple[str, Kernel]]:
-        """None; GPyTorch would look for some among the modules of the network, whenever it needs the batch shape."""
-        return iter(())
-
-    def _bind(self, x1: Tensor, x2: Tensor) -> NetworkFunction:
-        """What serves both sets of inputs, which are looked at here, and once."""
-        if x2 is x1:
-            return self.network.bind(x1)
-        for given in (x1, x2):
-            check_tensor(given)
-        if (x1.dtype, x1.device) != (x2.dtype, x2.device):
-            raise ValueError(
-                f"The two sets of inputs differ: {x1.dtype} on {x1.device}, and {x2.dtype} on {x2.device}. "
-                "Convert one with .to() to the dtype and device of the other."
-            )
-        return self.network.bind(x1, x2)
-
-    def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
-        """C with `output="all"`, else 1."""
-        if self.active_dims is None:  # asked for before anything else, also by the kernels this one is in
-            return self.network.num_outputs_per_row(x1)
-        return self.network.num_outputs(x1)
-
-    def expand_batch(self, *sizes: Size | tuple[int, ...] | int) -> NTKKernel:
-        """The same kernel with a larger batch shape; shares the network."""
-        shape = Size([n for size in sizes for n in ([size] if isinstance(size, int) else size)])
-        if shape == self.batch_shape:
-            return self
-        return self._with_batch_shape(shape, lambda raw: raw.expand(*shape, *raw.shape[-2:]))
-
-    def __getitem__(self, index) -> NTKKernel:
-        """The kernel of some of the batches; shares the network."""
-        if not self.batch_shape:
-            return self
-        index = index if isinstance(index, tuple) else (index,)
-        shape = torch.empty(self.batch_shape, device="meta")[index].shape
-        return self._with_batch_shape(shape, lambda raw: raw[(*index, slice(None), slice(None))])
-
-    def _with_batch_shape(self, batch_shape: Size, transform: Callable[[Tensor], Tensor]) -> NTKKernel:
-        new = copy.deepcopy(self)  # cheap: the network's tensors are shared
-        new.batch_shape = batch_shape
+    def _with_batches(self, *args: Any) -> NTKKernel:
+        new = super()._with_batches(*args)
         new.normalization = self.normalization  # one for all of its batches
-        if "raw_variance" in parameters_in(self):
-            new.raw_variance = nn.Parameter(transform(self.raw_variance.detach()).clone())
         return new
 
 

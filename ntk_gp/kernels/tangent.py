@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from gpytorch.constraints import Interval
-from gpytorch.kernels import Kernel
 from gpytorch.priors import Prior
 from torch import Size, Tensor, nn
 
 from ..jacobian.distances import squared_distances
 from ..network import ParameterSelection
 from ..operators.ntk_stationary_linear_operator import NTKStationaryLinearOperator
-from .base import NetworkKernel, refuse_last_dim_is_batch
+from .base import refuse_last_dim_is_batch
+from .metric import MetricKernel
 
 
-class _StationaryKernel(NetworkKernel):
+class _StationaryKernel(MetricKernel):
     """k(d² / ℓ²), d the distance in the network's metric; what both kernels below are."""
 
     raw_lengthscale: nn.Parameter
@@ -66,16 +65,6 @@ class _StationaryKernel(NetworkKernel):
             x1, x2, lengthscale, nu=self.nu, linearization=self._linearization, function=function
         )
         return kernel_matrix._diagonal() if diag else kernel_matrix
-
-    def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
-        """C with `output="all"`, else 1."""
-        if self.active_dims is None:  # asked for before anything else, also by the kernels this one is in
-            return self.network.num_outputs_per_row(x1)
-        return self.network.num_outputs(x1)
-
-    def named_sub_kernels(self) -> Iterator[tuple[str, Kernel]]:
-        """None; GPyTorch would look for some among the modules of the network, whenever it needs the batch shape."""
-        return iter(())
 
     def _distances(self, x: Tensor) -> Tensor:
         self.network.bind(x)

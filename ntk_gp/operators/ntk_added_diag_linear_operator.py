@@ -17,6 +17,7 @@ from torch import Size, Tensor
 from .. import settings
 from .._compat import added_diagonal, without_diagonal
 from ..solvers import Solver, SolverReport, Spectrum, System, choose_solver, report_on, solver_class
+from ..solvers.spectrum import Groups, SpectrumBeside
 from ._batches import FoldedColumns, flatten_batch
 from ._solve import Solve
 from ._solving_operators import SolvesWithLogdet
@@ -32,7 +33,7 @@ class NTKAddedDiagLinearOperator(SolvesWithLogdet, AddedDiagLinearOperator):
 
     Solves and log-determinants are exact, in float64 and by the cheapest way that fits in the memory budget (see
     :mod:`ntk_gp.solvers`); beyond, they iterate and say so where they do not converge. While the noise and one scale
-    are being fitted, one eigendecomposition serves every step.
+    are being fitted, and variances of a few parameters beside it, one eigendecomposition serves every step.
 
     :param linear_ops: The :class:`NTKLinearOperator` and the :class:`~linear_operator.operators.DiagLinearOperator`.
     """
@@ -127,11 +128,10 @@ class NTKAddedDiagLinearOperator(SolvesWithLogdet, AddedDiagLinearOperator):
         out_shape, rhs, variances, noise = self._flat_arguments(rhs)
         fitted = torch.is_grad_enabled() and (variances.requires_grad or noise.requires_grad)
         constant = isinstance(added_diagonal(self), ConstantDiagLinearOperator)
-        one_scale = variances.shape[-1] == 1 and (constant or not noise.requires_grad)
-        if fitted and one_scale and _spectrum_fits(system) and self._spectrum_pays(system):
+        served = fitted and (constant or not noise.requires_grad) and Groups(system.jacobian.function).are_few
+        terms = None
+        if served and _spectrum_fits(system) and self._spectrum_pays(system):
             terms = self._spectrum_terms(system, rhs, variances, noise, constant)
-        else:
-            terms = None
         inv_quad, logdet = _MarginalTerms.apply(variances, noise, rhs, self.solver) if terms is None else terms
         return inv_quad.reshape(*out_shape, -1), logdet.reshape(out_shape)
 
@@ -140,7 +140,7 @@ class NTKAddedDiagLinearOperator(SolvesWithLogdet, AddedDiagLinearOperator):
         that a large K waits until it has been asked for that often."""
         if min(system.num_rows, system.num_parameters) <= _ALWAYS_DECOMPOSED:
             return True
-        counter = system.linearization.keep("fitting steps", (system.x,), lambda _: _Counter())
+        counter = system.linearization.of_network.keep("fitting steps", (system.x,), lambda _: _Counter())
         counter.count += 1
         return counter.count > _STEPS_BEFORE_DECOMPOSING
 
@@ -157,11 +157,22 @@ class NTKAddedDiagLinearOperator(SolvesWithLogdet, AddedDiagLinearOperator):
         self, system: System, rhs: Tensor, variances: Tensor, noise: Tensor, constant: bool
     ) -> tuple[Tensor, Tensor] | None:
         """From the eigenvalues, unless there is so little noise that they have lost the digits for it."""
+        groups = Groups(system.jacobian.function)
         unit_noise = torch.ones_like(system.noise[:1]) if constant else system.noise
+        spectrum = self._kept("spectrum", _of_one_group(system, groups.large, unit_noise), Spectrum)
+        own_noise = noise[:, :1] if constant else torch.ones_like(variances[:, :1])
+        scale = variances[:, groups.large, None]
+        if groups.num_small == 0:
+            return spectrum.inv_quad_logdet(rhs, scale, own_noise) if spectrum.resolves(scale, own_noise) else None
+        index, group_of = groups.small(system.x.device)
         unit = System(system.linearization, system.x, torch.ones_like(system.variances[:1]), unit_noise)
-        spectrum = self._kept("spectrum", unit, Spectrum)
-        own_noise = noise[:, :1] if constant else torch.ones_like(variances)
-        return spectrum.inv_quad_logdet(rhs, variances, own_noise) if spectrum.resolves(variances, own_noise) else None
+        beside = self._kept(
+            "spectrum beside", unit, lambda unit: SpectrumBeside(spectrum, unit.jacobian.some_columns(index))
+        )
+        small = variances[:, group_of]
+        if not spectrum.resolves(scale, own_noise, beside.trace(small)):
+            return None
+        return beside.inv_quad_logdet(rhs, scale, own_noise, small)
 
     def _dense_marginal_terms(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
         """By autograd through a dense Cholesky factor, all of it in float64: inputs that require gradients."""
@@ -196,8 +207,8 @@ class _MarginalTerms(torch.autograd.Function):
     def backward(ctx, grad_inv_quad: Tensor, grad_logdet: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         if torch.is_grad_enabled():  # autograd would take these for constants
             raise RuntimeError(
-                "The marginal likelihood has no second derivatives (create_graph=True) with several prior variances, "
-                "with a learned noise for each point, or with ntk_gp.settings.solver set. Take differences of its "
+                "The marginal likelihood has no second derivatives (create_graph=True) with several prior variances of "
+                "many parameters each, with a learned noise for each point, or with ntk_gp.settings.solver set. Take differences of its "
                 "gradients instead."
             )
         alpha, variances = ctx.saved_tensors
@@ -217,6 +228,16 @@ def _spectrum_fits(system: System) -> bool:
     if settings.solver.value() is not None or not solver_class(system).is_exact:
         return False
     return system.fits(3.0 * system.x.shape[0] * min(system.num_rows, system.num_parameters) ** 2)
+
+
+def _of_one_group(system: System, group: int, noise: Tensor) -> System:
+    """The same inputs with unit variance for one group and zero for the others: of the network alone, where it is one
+    of the network's, so that sums with it share what is computed."""
+    network = system.linearization.of_network
+    linearization = network if group < network.network.num_groups else system.linearization
+    variances = torch.zeros_like(system.variances[:1, : linearization.network.num_groups])
+    variances[:, group] = 1.0
+    return System(linearization, system.x, variances, noise)
 
 
 def _distinct_rows(rows: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from linear_operator.operators import (
     DiagLinearOperator,
@@ -15,7 +17,9 @@ from torch import Size, Tensor
 from .. import memory
 from .._compat import OPTIONS, added_diagonal
 from ..jacobian.base import Jacobian
+from ..jacobian.columns import Column
 from ..jacobian.linearization import Linearization
+from ..jacobian.widened import WidenedLinearization, widened_function
 from ..network import NetworkFunction
 from ._batches import (
     FoldedColumns,
@@ -109,6 +113,18 @@ class NTKLinearOperator(LinearOperator):
 
     def _like(self, x1: Tensor, x2: Tensor, variances: Tensor) -> NTKLinearOperator:
         return self.__class__(x1, x2, variances, linearization=self.linearization, function=self._function)
+
+    def widened(self, columns: Sequence[Column], variances: Tensor) -> NTKLinearOperator:
+        """The sum of this matrix and those of known features: again a neural tangent kernel's, of more groups.
+
+        :param columns: The features.
+        :param variances: Their prior variances, (*batch, 1, groups); the batches broadcast with this matrix's.
+        """
+        shape = torch.broadcast_shapes(self.variances.shape[:-1], variances.shape[:-1])
+        own = [part.expand(*shape, part.shape[-1]) for part in (self.variances, variances.to(self.variances))]
+        function = None if self._function is None else widened_function(self._function, columns)
+        linearization = WidenedLinearization(self.linearization, columns)
+        return self.__class__(self.x1, self.x2, torch.cat(own, -1), linearization=linearization, function=function)
 
     def __getstate__(self) -> dict:
         state = {**self.__dict__, "_function": None, "_jacobians_memo": None}  # states are those of one process
