@@ -391,6 +391,7 @@ def test_targets_under_the_posterior(fast_computations, compose):
 
 
 class TestSpectrum:
+    @pytest.mark.engine_independent
     @pytest.mark.parametrize("n", [SMALL, LARGE])
     @pytest.mark.parametrize("noise", ["constant", "fixed"])
     @pytest.mark.parametrize("importing", ["nothing", "botorch"])
