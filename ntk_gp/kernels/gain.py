@@ -82,9 +82,14 @@ class GainKernel(NetworkKernel, KnownFeaturesKernel):
         super().__init__(batch_shape=batch_shape, active_dims=active_dims)
         self.network = FrozenNetwork(network, parameters="*", input_shape=input_shape, output=output)
         self._linearization = Linearization(self.network)
-        gain, offset = (_get_gain_variance, _set_gain_variance), (_get_offset_variance, _set_offset_variance)
-        self._register_variance("gain_variance", gain_variance_prior, gain_variance_constraint, gain)
-        self._register_variance("offset_variance", offset_variance_prior, offset_variance_constraint, offset)
+        self._register_variance("raw_gain_variance", gain_variance_constraint)
+        self._register_variance("raw_offset_variance", offset_variance_constraint)
+        if _is_prior(gain_variance_prior):
+            self.register_prior("gain_variance_prior", gain_variance_prior, _get_gain_variance, _set_gain_variance)
+        if _is_prior(offset_variance_prior):
+            self.register_prior(
+                "offset_variance_prior", offset_variance_prior, _get_offset_variance, _set_offset_variance
+            )
 
     @property
     def gain_variance(self) -> Tensor:
@@ -171,7 +176,7 @@ def _get_gain_variance(kernel: GainKernel) -> Tensor:
 
 
 def _set_gain_variance(kernel: GainKernel, value: float | Tensor) -> None:
-    _set(kernel, "gain_variance", value)
+    _set(kernel, "raw_gain_variance", value)
 
 
 def _get_offset_variance(kernel: GainKernel) -> Tensor:
@@ -179,12 +184,18 @@ def _get_offset_variance(kernel: GainKernel) -> Tensor:
 
 
 def _set_offset_variance(kernel: GainKernel, value: float | Tensor) -> None:
-    _set(kernel, "offset_variance", value)
+    _set(kernel, "raw_offset_variance", value)
 
 
-def _set(kernel: GainKernel, name: str, value: float | Tensor) -> None:
-    raw = getattr(kernel, f"raw_{name}")
+def _set(kernel: GainKernel, raw_name: str, value: float | Tensor) -> None:
+    raw = getattr(kernel, raw_name)
     value = torch.as_tensor(value, device=raw.device).to(raw)
-    value = value.reshape(*value.shape, 1, 1) if value.shape == kernel.batch_shape and value.dim() else value
-    constraint = getattr(kernel, f"raw_{name}_constraint")
-    kernel.initialize(**{f"raw_{name}": constraint.inverse_transform(value)})
+    if value.dim() and value.shape == kernel.batch_shape:
+        value = value[..., None, None]
+    kernel.initialize(**{raw_name: kernel.constraint_for_parameter_name(raw_name).inverse_transform(value)})
+
+
+def _is_prior(prior: Prior | None) -> bool:
+    if prior is not None and not isinstance(prior, Prior):
+        raise TypeError(f"Expected gpytorch.priors.Prior but got {type(prior).__name__}")
+    return prior is not None
