@@ -78,7 +78,9 @@ def sum_of_features(matrix: LazyEvaluatedKernelTensor) -> NTKLinearOperator | No
     operator = tangent.kernel.forward(x1, x2)
     if not isinstance(operator, NTKLinearOperator):
         return None
-    outputs = operator.shape[-2] // max(1, x1.shape[-2]) if x1.shape[-2] else tangent.kernel.num_outputs_per_input(x1, x2)
+    outputs = (
+        operator.shape[-2] // max(1, x1.shape[-2]) if x1.shape[-2] else tangent.kernel.num_outputs_per_input(x1, x2)
+    )
     known: list[tuple[Column, Tensor]] = []
     for part in others:
         own = _known_features(part.kernel, x1, x2, outputs)

@@ -189,7 +189,7 @@ def _set_offset_variance(kernel: GainKernel, value: float | Tensor) -> None:
 
 def _set(kernel: GainKernel, raw_name: str, value: float | Tensor) -> None:
     raw = getattr(kernel, raw_name)
-    value = torch.as_tensor(value, device=raw.device).to(raw)
+    value = torch.as_tensor(value, dtype=raw.dtype, device=raw.device)
     if value.dim() and value.shape == kernel.batch_shape:
         value = value[..., None, None]
     kernel.initialize(**{raw_name: kernel.constraint_for_parameter_name(raw_name).inverse_transform(value)})

@@ -203,8 +203,8 @@ class _MarginalTerms(torch.autograd.Function):
         if torch.is_grad_enabled():  # autograd would take these for constants
             raise RuntimeError(
                 "The marginal likelihood has no second derivatives (create_graph=True) with several prior variances of "
-                "many parameters each, with a learned noise for each point, or with ntk_gp.settings.solver set. Take differences of its "
-                "gradients instead."
+                "many parameters each, with a learned noise for each point, or with ntk_gp.settings.solver set. Take "
+                "differences of its gradients instead."
             )
         alpha, variances = ctx.saved_tensors
         solver, function = ctx.solver, ctx.solver.system.jacobian.function

@@ -22,7 +22,8 @@ _MOST_COLUMNS = 64
 
 
 class Spectrum:
-    r"""Eigenvalues and eigenvectors of the kernel matrix K of one group with unit variance, or of :math:`D^{-1/2} K D^{-1/2}`.
+    r"""Eigenvalues and eigenvectors of one group's kernel matrix K with unit variance, or of
+    :math:`D^{-1/2} K D^{-1/2}`.
 
     K does not change while the noise and the outputscale s are fitted:
     :math:`r^\top (sK + \sigma^2 I)^{-1} r = \sum_i (q_i^\top r)^2 / (s\lambda_i + \sigma^2)`, and the log-determinant
