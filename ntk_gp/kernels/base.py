@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from gpytorch.constraints import Interval, Positive
 from gpytorch.kernels import Kernel
-from gpytorch.priors import Prior
 from torch import Size, Tensor, nn
 
 from .._compat import parameters_in
@@ -133,17 +132,11 @@ class NetworkKernel(NeuralTangentKernel):
             setattr(new, name, inner(kernel.expand_batch(self.batch_shape)))
         return new
 
-    def _register_variance(
-        self, name: str, prior: Prior | None, constraint: Interval | None, closures: tuple[Any, Any]
-    ) -> None:
-        """A parameter `raw_name`, (*batch, 1, 1), with its constraint, positive by default, and prior."""
+    def _register_variance(self, raw_name: str, constraint: Interval | None) -> None:
+        """A parameter of this name, (*batch, 1, 1), with its constraint, positive by default."""
         zeros = torch.zeros(*self.batch_shape, 1, 1, dtype=self.network.dtype, device=self.network.device)
-        self.register_parameter(f"raw_{name}", nn.Parameter(zeros))
-        self.register_constraint(f"raw_{name}", Positive() if constraint is None else constraint)
-        if prior is not None:
-            if not isinstance(prior, Prior):
-                raise TypeError(f"Expected gpytorch.priors.Prior but got {type(prior).__name__}")
-            self.register_prior(f"{name}_prior", prior, *closures)
+        self.register_parameter(raw_name, nn.Parameter(zeros))
+        self.register_constraint(raw_name, Positive() if constraint is None else constraint)
 
 
 def refuse_last_dim_is_batch(last_dim_is_batch: bool) -> None:

@@ -108,6 +108,11 @@ class NTKLinearOperator(LinearOperator):
         bound = None if self._function is None else self._function.state
         return self.linearization.network.fingerprint() if bound is None else bound
 
+    @property
+    def function(self) -> NetworkFunction:
+        """What says which parameters are in which group."""
+        return self._jacobians[0].function if self._function is None else self._function
+
     def _size(self) -> Size:
         outputs = self._outputs
         return Size([*self.x1.shape[:-2], self.x1.shape[-2] * outputs, self.x2.shape[-2] * outputs])
