@@ -87,7 +87,7 @@ class FeatureKernel(MetricKernel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the base kernel's parameters, or of the network where it has none; results are in that of the inputs."""
+        """That of the base kernel's parameters, or of the network where it has none."""
         dtypes = {parameter.dtype for parameter in self.parameters()}
         if len(dtypes) > 1:
             raise RuntimeError(
