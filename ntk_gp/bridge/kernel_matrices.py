@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gpytorch import settings as gpytorch_settings
-from gpytorch.kernels import Kernel
+from gpytorch.kernels import AdditiveKernel, Kernel, ScaleKernel
 from gpytorch.lazy import LazyEvaluatedKernelTensor
 from gpytorch.lazy.lazy_evaluated_kernel_tensor import recall_grad_state
 from linear_operator import to_linear_operator
@@ -65,12 +65,19 @@ def evaluate_kernel(default: Callable[..., Any], matrix: LazyEvaluatedKernelTens
 @recall_grad_state
 def evaluated(matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
     """The same for any kernel."""
-    result = sum_of_features(matrix)
+    result = sum_of_features(matrix) if _is_sum(matrix.kernel) else None
     if result is None:
         result = _evaluated_by_kernel(matrix)
     if gpytorch_settings.debug.on() and result.shape != matrix.shape:
         raise RuntimeError(f"Expected a kernel matrix of shape {tuple(matrix.shape)}, got {tuple(result.shape)}.")
     return result
+
+
+def _is_sum(kernel: Kernel) -> bool:
+    """Whether it is a sum of kernels, scaled or not."""
+    while isinstance(kernel, ScaleKernel):
+        kernel = kernel.base_kernel
+    return isinstance(kernel, AdditiveKernel)
 
 
 def _evaluated_by_kernel(matrix: LazyEvaluatedKernelTensor) -> LinearOperator:

@@ -16,7 +16,7 @@ from ..bridge.prediction_strategies import NTKPredictionStrategy
 from ..bridge.recognised import NeuralTangentKernel
 from ..jacobian.linearization import Linearization
 from ..jacobian.shared import linearization_of
-from ..network import FrozenNetwork, NetworkFunction
+from ..network import FrozenNetwork
 from ..stock import mark_botorchs
 
 
@@ -85,10 +85,6 @@ class NetworkKernel(NeuralTangentKernel):
         """The columns that the network sees, of inputs as a user gives them."""
         x = self.network.flattened(x) if self.active_dims is None else x.index_select(-1, self.active_dims)
         return x.unsqueeze(-1) if x.dim() == 1 else x
-
-    def _bind(self, x1: Tensor, x2: Tensor) -> NetworkFunction:
-        """What serves both sets of inputs, which are looked at here, and once."""
-        return self.network.bind(x1) if x2 is x1 else self.network.bind(x1, x2)
 
     def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
         """C with `output="all"`, else 1."""

@@ -128,7 +128,7 @@ class FeatureKernel(MetricKernel):
         self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **params
     ) -> LinearOperator | Tensor:
         refuse_last_dim_is_batch(last_dim_is_batch)
-        function = self._bind(x1, x2)
+        function = self.network.bind(x1, x2)
         features1 = self._features(x1, function)
         same = x2 is x1 or (same_memory(x1, x2) and not (x1.requires_grad or x2.requires_grad))
         features2 = features1 if same else self._features(x2, function)

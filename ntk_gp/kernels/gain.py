@@ -134,7 +134,7 @@ class GainKernel(NetworkKernel, KnownFeaturesKernel):
         return MatmulLinearOperator(left * by_column, left.mT)
 
     def known_features(self, x1: Tensor, x2: Tensor) -> list[tuple[Column, Tensor]]:
-        function = self._bind(x1, x2)
+        function = self.network.bind(x1, x2)
         variances = [v.to(x1.device, x1.dtype) for v in (self.gain_variance, self.offset_variance)]
         if not torch.is_grad_enabled():
             variances = [variance.detach() for variance in variances]
