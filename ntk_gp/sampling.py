@@ -318,9 +318,8 @@ def _dims(model: ExactGP, tangent: Summand) -> Tensor | None:
 def _columns(tangent: Summand, strategy: NTKPredictionStrategy) -> tuple[Column, ...]:
     """What stands beside J in the model's features, for modules that have f(x) from the pass for J(x) w."""
     system = strategy.solver.system
-    columns = getattr(system.linearization, "columns", ())
-    served = []
-    for column in columns:
+    served: list[Column] = []
+    for column in system.linearization.columns:
         if isinstance(column, Values) and column.network is not None:
             own, others = (network(system.x) for network in (column.network, tangent.kernel.network))
             if not torch.allclose(own, others, rtol=1e-9):

@@ -417,6 +417,19 @@ class TestWhatAnNTKHas:
 
         in_threads(predict)
 
+    def test_little_memory(self):
+        """A budget that has no room for K, or for the features: exact by other ways."""
+        net, (x, y), (test_x, _) = network(), data(300), data(7, seed=5)
+        model = AdaptedGP(x, y, net, sum_kernel(net, SUMS["all"])).eval()
+        mean, covariance = posterior_of(model, net, x, y, test_x)
+        for budget, is_one in ((400_000, True), (100_000, True), (30_000, False)):
+            with settings.memory_budget(budget), settings.solve_tolerance(1e-10), torch.no_grad():
+                assert isinstance(model.covar_module(x).evaluate_kernel(), NTKLinearOperator) == is_one
+                if is_one:
+                    prediction = copy.deepcopy(model)(test_x)
+                    assert_close(prediction.mean, mean, 1e-6)
+                    assert_close(prediction.variance, covariance.diagonal(), 1e-5)
+
     def test_pickle_and_deepcopy(self):
         model, *_, test_x = make()
         with torch.no_grad():

@@ -11,7 +11,7 @@ from gpytorch.test.base_mean_test_case import BaseMeanTestCase
 from gpytorch.test.model_test_case import BaseModelTestCase
 from torch import Size, Tensor, nn
 
-from ntk_gp import FeatureKernel, NetworkMean, NTKKernel, TangentMaternKernel, TangentRBFKernel
+from ntk_gp import FeatureKernel, GainKernel, NetworkMean, NTKKernel, TangentMaternKernel, TangentRBFKernel
 
 
 class AnyWidth(nn.Module):
@@ -34,6 +34,11 @@ class _KernelSuite(BaseKernelTestCase):
 class TestPlain(_KernelSuite, unittest.TestCase):
     def create_kernel_no_ard(self, **kwargs) -> Kernel:
         return NTKKernel(AnyWidth(), **kwargs)
+
+
+class TestGain(_KernelSuite, unittest.TestCase):
+    def create_kernel_no_ard(self, **kwargs) -> Kernel:
+        return GainKernel(AnyWidth(), **kwargs)
 
 
 class TestVarianceGroups(_KernelSuite, unittest.TestCase):
@@ -71,6 +76,11 @@ class _CompositeSuite(_KernelSuite):
     def test_kernel_getitem_broadcast(self):
         """Sums and products cannot be indexed after `expand_batch`: see `test_stock_composites_fail_likewise`."""
         super().test_kernel_getitem_broadcast()
+
+
+class TestSumWithGain(_CompositeSuite, unittest.TestCase):
+    def create_kernel_no_ard(self, **kwargs) -> Kernel:
+        return NTKKernel(AnyWidth(), **kwargs) + GainKernel(AnyWidth(), **kwargs)
 
 
 class TestSum(_CompositeSuite, unittest.TestCase):

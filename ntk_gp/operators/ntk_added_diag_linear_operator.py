@@ -164,16 +164,22 @@ class NTKAddedDiagLinearOperator(SolvesWithLogdet, AddedDiagLinearOperator):
     ) -> tuple[Tensor, Tensor] | None:
         """From the eigenvalues, unless there is so little noise that they have lost the digits for it."""
         unit_noise = torch.ones_like(system.noise[:1]) if constant else system.noise
-        spectrum = self._kept("spectrum", _of_one_group(system, groups.large, unit_noise), Spectrum)
         own_noise = noise[:, :1] if constant else torch.ones_like(variances[:, :1])
         scale = variances[:, groups.large, None]
-        if groups.num_small == 0:
-            return spectrum.inv_quad_logdet(rhs, scale, own_noise) if spectrum.resolves(scale, own_noise) else None
         unit = System(system.linearization, system.x, torch.ones_like(system.variances[:1]), unit_noise)
-        beside = self._kept("spectrum beside", unit, lambda unit: SpectrumBeside(spectrum, unit, groups))
-        if not spectrum.resolves(scale, own_noise, beside.trace(variances)):
+        if groups.num_small == 0:
+            spectrum = self._spectrum(unit, groups)
+            return spectrum.inv_quad_logdet(rhs, scale, own_noise) if spectrum.resolves(scale, own_noise) else None
+        beside = self._kept(
+            "spectrum beside", unit, lambda unit: SpectrumBeside(self._spectrum(unit, groups), unit, groups)
+        )
+        if not beside.spectrum.resolves(scale, own_noise, beside.trace(variances)):
             return None
         return beside.inv_quad_logdet(rhs, scale, own_noise, variances)
+
+    def _spectrum(self, unit: System, groups: Groups) -> Spectrum:
+        """That of the largest group, from the cache or newly computed."""
+        return self._kept("spectrum", _of_one_group(unit, groups.large, unit.noise), Spectrum)
 
     def _assembled_terms(self, system: System, rhs: Tensor) -> tuple[Tensor, Tensor] | None:
         """From the Gram matrix of each group, kept, and one N×N matrix beside them, where function space is the

@@ -179,8 +179,9 @@ class SpectrumBeside:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, beside the spectrum."""
-        return self._columns.nbytes + self._coordinates.nbytes + self._left.nbytes + self._group_of.nbytes
+        """Bytes held, those of the spectrum too: it stays as long as what was made of its eigenvectors."""
+        own = (self._columns, self._coordinates, self._left, self._group_of)
+        return self.spectrum.nbytes + sum(tensor.nbytes for tensor in own)
 
     def trace(self, variances: Tensor) -> Tensor:
         """That of U S Uᵀ, whitened, (B, 1), for the variances of all groups, (B, G)."""
