@@ -17,6 +17,7 @@ from gpytorch.lazy.lazy_evaluated_kernel_tensor import recall_grad_state
 from linear_operator import to_linear_operator
 from linear_operator.operators import (
     ConstantMulLinearOperator,
+    DenseLinearOperator,
     LinearOperator,
     SumLinearOperator,
     ZeroLinearOperator,
@@ -96,11 +97,28 @@ def _evaluated_parts(matrix: LinearOperator) -> LinearOperator:
     if type(matrix) is ConstantMulLinearOperator:
         base = _evaluated_parts(matrix.base_linear_op)
         return base if isinstance(base, ZeroLinearOperator) else ConstantMulLinearOperator(base, constant_in(matrix))
+    if isinstance(matrix, LazyEvaluatedKernelTensor):
+        return _with_constant_apart(matrix)
     if type(matrix) is not SumLinearOperator:
         return matrix.evaluate_kernel()
     parts = [_evaluated_parts(part) for part in matrix.linear_ops]
     parts = [without_constants(part) for part in parts if not isinstance(part, ZeroLinearOperator)]
     return SumLinearOperator(*parts) if len(parts) > 1 else parts[0]
+
+
+def _with_constant_apart(matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
+    """One kernel's matrix, evaluated; the outputscale of a `ScaleKernel` without an NTK stays beside the numbers.
+
+    GPyTorch multiplies them, and autograd would keep, and differentiate, another matrix as large.
+    """
+    kernel = matrix.kernel
+    if type(kernel) is not ScaleKernel or contains_ntk(kernel) or kernel.outputscale.dim() or matrix.last_dim_is_batch:
+        return matrix.evaluate_kernel()
+    base = LazyEvaluatedKernelTensor(matrix.x1, matrix.x2, kernel=kernel.base_kernel, **matrix.params)
+    numbers = base.evaluate_kernel()
+    if type(numbers) is not DenseLinearOperator:  # lazy already
+        return numbers.mul(kernel.outputscale.reshape(1, 1))
+    return ConstantMulLinearOperator(numbers, kernel.outputscale)
 
 
 def mul_matrix(default: Callable[..., Any], matrix: LinearOperator, other: Tensor | LinearOperator) -> LinearOperator:
