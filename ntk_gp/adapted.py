@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,14 +15,13 @@ from gpytorch.likelihoods import GaussianLikelihood, Likelihood
 from gpytorch.models import ExactGP
 from torch import Tensor, nn
 
-from . import kernels
 from .averaging import Averaged, Mixture, averaged
 from .averaging.laplace import best
 from .averaging.unconstrained import Hyperparameters, working_copy
-from .kernels import FeatureKernel, NTKKernel, TangentMaternKernel
+from .kernels import FeatureKernel, GainKernel, NTKKernel, TangentMaternKernel
 from .means import NetworkMean
 from .network import ParameterSelection
-from .priors import scale_to_data
+from .priors import register_log_prior, scale_to_data
 
 # The shares of what the network leaves unexplained that the terms start with: the network's own linear model is
 # expected to explain it; gain and offset have 0.3 each.
@@ -36,13 +36,13 @@ class AdaptedGP(ExactGP):
 
     The prior mean is the network. The kernel is a sum of terms, each for a way in which the new domain may differ:
 
-    =============  =========================================================================  ===============
-    `"gain"`       the network is right up to a factor and a level: :class:`GainKernel`       0.3 v₀ each
-    `"tangent"`    other weights of the network: :class:`~ntk_gp.NTKKernel`                   v₀
-    `"inputs"`     anything smooth in the inputs: Matérn-3/2                                  0.1 v₀
-    `"features"`   anything smooth in the penultimate layer's features: Matérn-3/2            0.1 v₀
-    `"metric"`     anything smooth in the tangent kernel's metric: Matérn-3/2                 0.1 v₀
-    =============  =========================================================================  ===============
+    =============  ============================================================================  ===============
+    `"gain"`       the network is right up to a factor and a level: :class:`~ntk_gp.GainKernel`  0.3 v₀ each
+    `"tangent"`    other weights of the network: :class:`~ntk_gp.NTKKernel`                      v₀
+    `"inputs"`     anything smooth in the inputs: Matérn-3/2                                     0.1 v₀
+    `"features"`   anything smooth in the penultimate layer's features: Matérn-3/2               0.1 v₀
+    `"metric"`     anything smooth in the tangent kernel's metric: Matérn-3/2                    0.1 v₀
+    =============  ============================================================================  ===============
 
     The last column is the variance that each is expected to contribute, of :math:`v_0 = \operatorname{mean}\,(y -
     f(x))^2`; the noise is expected to be 0.1 v₀. These are medians of log-normal priors 1.5 e-folds wide; lengthscales
@@ -107,6 +107,8 @@ class AdaptedGP(ExactGP):
         self._average: tuple[list[Tensor], tuple, Averaged] | None = None
         shares = [SHARES[name] for name in self.terms]
         self.unexplained = scale_to_data(self, noise=_NOISE, shares=shares, width=1.5)
+        if "inputs" in self.terms:
+            _set_to_median_distance(self.term("inputs").base_kernel, self.train_inputs[0])
 
     def forward(self, x: Tensor) -> MultivariateNormal:
         return MultivariateNormal(self.mean_module(x), self.covar_module(x))
@@ -236,7 +238,7 @@ def _make_terms(
     linear: dict[str, Any] = {**options, "parameters": parameters}
     makers: dict[str, Callable[[], Kernel]] = {
         "gain": lambda: _gain(network, x, options),
-        "tangent": lambda: ScaleKernel(NTKKernel(network, **linear)),
+        "tangent": lambda: ScaleKernel(NTKKernel(network, normalize=True, **linear)),
         "inputs": lambda: ScaleKernel(MaternKernel(nu=1.5)),
         "features": lambda: ScaleKernel(_on_features(network, x, input_shape)),
         "metric": lambda: ScaleKernel(TangentMaternKernel(network, nu=1.5, **linear)),
@@ -257,11 +259,9 @@ class _CannotServe(Exception):
 
 
 def _gain(network: nn.Module, x: Tensor, options: dict[str, Any]) -> Kernel:
-    if not hasattr(kernels, "GainKernel"):
-        raise _CannotServe("this version has no GainKernel.")
     if not (NetworkMean(network, **options)(x) != 0).any():
         raise _CannotServe("the network is zero at all training inputs, and so is any multiple of it.")
-    return kernels.GainKernel(network, **options)
+    return GainKernel(network, **options)
 
 
 def _on_features(network: nn.Module, x: Tensor, input_shape: tuple[int, ...] | None) -> Kernel:
@@ -271,6 +271,14 @@ def _on_features(network: nn.Module, x: Tensor, input_shape: tuple[int, ...] | N
     except ValueError as error:
         raise _CannotServe(str(error)) from error
     return kernel
+
+
+def _set_to_median_distance(kernel: Kernel, x: Tensor) -> None:
+    """As the kernels that have a metric of their own do it."""
+    distances = torch.pdist(x[:: math.ceil(len(x) / 1000)].double())
+    distances = distances[distances > 0]
+    if len(distances):
+        register_log_prior(kernel, "lengthscale", float(distances.median()), width=1.0)
 
 
 def _checked_terms(terms: Sequence[str]) -> Sequence[str]:
@@ -303,7 +311,9 @@ def _source_range(source: Tensor | tuple[Any, Any] | None, x: Tensor) -> tuple[T
         flat = source.reshape(len(source), -1).to(x)
         low, high = flat.amin(0), flat.amax(0)
     else:
-        low, high = (torch.as_tensor(end).to(x).expand(x.shape[-1:]).clone() for end in source)
+        low, high = (
+            torch.as_tensor(end, dtype=x.dtype, device=x.device).expand(x.shape[-1:]).clone() for end in source
+        )
     if low.shape != x.shape[-1:] or not (low <= high).all():
         raise ValueError(
             f"Expected source_inputs (m, {x.shape[-1]}), or (lowest, highest) of each column, got a range from "

@@ -44,7 +44,7 @@ def register_log_prior(module: Module, name: str, value: float | Tensor, width: 
     """
     if not isinstance(module, Module) or not isinstance(getattr(module, name, None), Tensor):
         raise AttributeError(f"{type(module).__name__} has no parameter {name!r} to have a prior.")
-    prior_name = f"log_{name}_prior"
+    prior_name = _prior_name(name)
     _check_has_no_prior(module, name, except_for=prior_name)
     present = getattr(module, name).detach()
     values, widths = (_positive(each, what, name, present) for each, what in ((value, "value"), (width, "width")))
@@ -249,7 +249,7 @@ def _lengthscales(kernel: nn.Module, x: Tensor, metric: Any) -> Iterator[tuple[K
     """Each kernel with a lengthscale, and what half the spread of its inputs is, in the lengthscale's shape."""
     metric = getattr(kernel, "median_distance", metric)
     if isinstance(kernel, Kernel) and kernel.has_lengthscale:
-        half = _half_spread(kernel, x) if metric is None else torch.as_tensor(_median(metric, x))
+        half = _half_spread(kernel, x) if metric is None else x.new_tensor(_median(metric, x))
         present = kernel.lengthscale.detach()
         half = half.to(present)
         # Where inputs do not differ, as one alone does not, they say nothing of a lengthscale.
@@ -276,13 +276,18 @@ def _half_spread(kernel: Kernel, x: Tensor) -> Tensor:
 # Parameters.
 
 
+def _prior_name(name: str) -> str:
+    return "log_NAME_prior".replace("NAME", name)
+
+
 def _log_of(name: str, module: Module) -> Tensor:
     return getattr(module, name).log()
 
 
 def _set_by_log(name: str, module: Module, value: float | Tensor) -> None:
     present = getattr(module, name)
-    setattr(module, name, torch.as_tensor(value).to(present).exp().expand_as(present))
+    value = torch.as_tensor(value, dtype=present.dtype, device=present.device)
+    setattr(module, name, value.exp().expand_as(present))
 
 
 def _parameters_behind(module: nn.Module, name: str) -> list[nn.Parameter]:
@@ -320,7 +325,7 @@ def _check_has_no_prior(module: Module, name: str, except_for: str) -> None:
 
 
 def _is_free(module: Module, name: str) -> bool:
-    return bool(_parameters_behind(module, name)) and _prior_on(module, name, f"log_{name}_prior") is None
+    return bool(_parameters_behind(module, name)) and _prior_on(module, name, _prior_name(name)) is None
 
 
 def _register_if_free(module: Module, name: str, value: float | Tensor, width: float) -> None:
@@ -329,7 +334,7 @@ def _register_if_free(module: Module, name: str, value: float | Tensor, width: f
 
 
 def _positive(value: float | Tensor, what: str, name: str, like: Tensor) -> Tensor:
-    tensor = torch.as_tensor(value).detach().to(like)
+    tensor = torch.as_tensor(value, dtype=like.dtype, device=like.device).detach()
     if not ((tensor > 0) & (tensor < math.inf)).all():
         raise ValueError(f"The {what} for {name} must be positive and finite, got {value}.")
     try:
@@ -355,7 +360,9 @@ def _set_within_constraint(module: Module, name: str, value: Tensor) -> None:
         for parameter, old in before:
             parameter.copy_(old)
     limits = [
-        str(constraint) for key, constraint in module.named_constraints() if key.endswith(f"raw_{name}_constraint")
+        str(constraint)
+        for key, constraint in module.named_constraints()
+        if key.endswith("raw_NAME_constraint".replace("NAME", name))
     ]
     raise ValueError(
         f"{type(module).__name__}.{name} cannot be {value.flatten().tolist()}: its constraint is "

@@ -99,7 +99,7 @@ class Mixture(Distribution):
 
     def icdf(self, value: Tensor) -> Tensor:
         """The same, for probabilities that broadcast with (n,), in the manner of `torch.distributions`."""
-        p = torch.as_tensor(value).to(self._means)
+        p = torch.as_tensor(value, dtype=self._means.dtype, device=self._means.device)
         if not ((p > 0) & (p < 1)).all():
             raise ValueError(f"Probabilities must be between 0 and 1, got {p.min().item()} to {p.max().item()}.")
         dim = -self._means.dim()

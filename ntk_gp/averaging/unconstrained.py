@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Tensor, nn
 
 from ..bridge.recognised import contains_ntk
+from ..operators import NTKAddedDiagLinearOperator
 from ..operators.ntk_sum_linear_operator import NTKSumLinearOperator
 
 # Second differences of a gradient for each; beyond, an approximation of their posterior is another task.
@@ -148,8 +150,8 @@ class Hyperparameters:
         self.set(u)
         try:
             with torch.inference_mode(False):
-                with torch.no_grad():
-                    value = float(self._of_model())
+                with torch.set_grad_enabled(self._has_spectrum):
+                    value = float(self._of_model().detach())
                 with torch.enable_grad():
                     if self._jacobians:
                         u = u.detach().requires_grad_()
@@ -194,6 +196,14 @@ class Hyperparameters:
         with torch.no_grad():
             for parameter, value in zip(self.parameters, raw, strict=True):
                 parameter.copy_(value)
+
+    @functools.cached_property
+    def _has_spectrum(self) -> bool:
+        """Whether this is a linear model, the marginal likelihoods of which come from one eigendecomposition where they
+        are differentiated."""
+        with torch.no_grad():
+            matrix = self.likelihood(self.model(*self.model.train_inputs)).lazy_covariance_matrix.evaluate_kernel()
+        return isinstance(matrix, NTKAddedDiagLinearOperator)
 
     def _of_model(self) -> Tensor:
         """Marginal likelihood times densities of what priors are on."""

@@ -1,0 +1,263 @@
+"""The log posterior density of hyperparameters, against formulas and numerical integration."""
+
+import math
+
+import gpytorch
+import pytest
+import torch
+from gpytorch.constraints import GreaterThan, Interval, LessThan, Positive
+from gpytorch.kernels import RBFKernel, ScaleKernel
+from gpytorch.likelihoods import GaussianLikelihood
+from gpytorch.priors import GammaPrior, LogNormalPrior, NormalPrior
+
+from ntk_gp import NetworkMean, NTKKernel
+from ntk_gp.averaging.unconstrained import Hyperparameters, working_copy
+from ntk_gp.priors import register_log_prior
+from tests import adapted
+from tests.averaging.models import PlainGP, data, log_priors, rbf_log_likelihood, rbf_model
+
+pytestmark = pytest.mark.engine_independent
+
+
+def test_logarithms_with_priors_on_logarithms():
+    model = rbf_model()
+    hyperparameters = Hyperparameters(working_copy(model))
+    u = torch.tensor([-2.0, 0.3, -0.7], dtype=torch.float64)
+    expected = rbf_log_likelihood(model, u) + log_priors(u).sum()
+    value, _ = hyperparameters.log_density(u)
+    assert value == pytest.approx(expected.item(), abs=1e-9)
+    assert hyperparameters.value(u) == pytest.approx(expected.item(), abs=1e-9)
+
+
+def test_present_is_where_the_model_is():
+    model = rbf_model()
+    model.likelihood.noise, model.covar_module.outputscale = 0.3, 2.0
+    u = Hyperparameters(working_copy(model)).present()
+    torch.testing.assert_close(u, torch.tensor([0.3, 2.0, 0.4], dtype=torch.float64).log(), rtol=0, atol=1e-6)
+
+
+CONSTRAINTS = {
+    "softplus": Positive(),
+    "exp": Positive(transform=torch.exp, inv_transform=torch.log),
+    "above": GreaterThan(0.05),
+    "between": Interval(0.01, 3.0),
+    "not enforced": Interval(0.01, 3.0, transform=None),
+}
+
+
+def model_with(constraint, register) -> PlainGP:
+    """One that has an outputscale alone to learn."""
+    kernel = ScaleKernel(RBFKernel(), outputscale_constraint=constraint)
+    model = PlainGP(*data(6), kernel)
+    model.likelihood.raw_noise.requires_grad_(False)
+    kernel.base_kernel.raw_lengthscale.requires_grad_(False)
+    kernel.outputscale = 0.7
+    register(kernel)
+    return model.double()
+
+
+PRIORS = {
+    "on θ": lambda kernel: kernel.register_prior("p", GammaPrior(2.0, 3.0), "outputscale"),
+    "log-normal on θ": lambda kernel: kernel.register_prior("p", LogNormalPrior(0.1, 0.6), "outputscale"),
+    "on log θ": lambda kernel: register_log_prior(kernel, "outputscale", 0.7, 0.5),
+    "on raw": lambda kernel: kernel.register_prior("p", NormalPrior(-0.5, 1.3), "raw_outputscale"),
+    "on a root": lambda kernel: kernel.register_prior("p", GammaPrior(3.0, 2.0), lambda k: k.outputscale.sqrt()),
+}
+
+
+def prior_density(model: PlainGP, u: torch.Tensor) -> list[float]:
+    """What the priors add to the log likelihood at each u (m,), which the mll without priors gives."""
+    hyperparameters = Hyperparameters(working_copy(model))
+    mll = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)
+    out = []
+    for each in u:
+        value = hyperparameters.value(each.reshape(1))
+        copy = hyperparameters.model
+        likelihood = copy.likelihood(copy(*copy.train_inputs)).log_prob(copy.train_targets)
+        out.append(value - likelihood.item())
+    assert mll.model is model
+    return out
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+@pytest.mark.parametrize("prior", PRIORS)
+def test_priors_are_densities_in_u(constraint, prior):
+    """Whatever they are on and however θ is parametrised, exp(density) integrates to the prior's probability of what
+    the constraint allows."""
+    model = model_with(CONSTRAINTS[constraint], PRIORS[prior])
+    u = torch.linspace(-16, 12, 281, dtype=torch.float64)
+    total = torch.trapezoid(torch.tensor(prior_density(model, u), dtype=torch.float64).exp(), u).item()
+    assert total == pytest.approx(allowed(model, prior), abs=2e-4)
+
+
+def allowed(model: PlainGP, prior: str) -> float:
+    """The prior's probability of the range of θ: of draws from it; all, where it is on the raw parameter."""
+    constraint = model.covar_module.raw_outputscale_constraint
+    if prior == "on raw" and constraint.enforced:
+        return 1.0
+    low, high = float(constraint.lower_bound), float(constraint.upper_bound)
+    grid = torch.linspace(max(low, 1e-9), min(high, 60.0), 2_000_001, dtype=torch.float64)
+    if prior == "on raw":
+        density = torch.distributions.Normal(-0.5, 1.3).log_prob(grid).exp()
+    elif prior == "on θ":
+        density = torch.distributions.Gamma(2.0, 3.0).log_prob(grid).exp()
+    elif prior == "log-normal on θ":
+        density = torch.distributions.LogNormal(0.1, 0.6).log_prob(grid).exp()
+    elif prior == "on log θ":
+        density = torch.distributions.LogNormal(math.log(0.7), 0.5).log_prob(grid).exp()
+    else:
+        density = torch.distributions.Gamma(3.0, 2.0).log_prob(grid.sqrt()).exp() / (2 * grid.sqrt())
+    return torch.trapezoid(density, grid).item()
+
+
+@pytest.mark.parametrize("constraint", [*CONSTRAINTS.values(), LessThan(2.0)], ids=[*CONSTRAINTS, "below"])
+@pytest.mark.parametrize("prior", PRIORS)
+def test_gradients(constraint, prior):
+    if isinstance(constraint, LessThan) and prior in ("on log θ", "on θ", "log-normal on θ", "on a root"):
+        pytest.skip("positive throughout")
+    hyperparameters = Hyperparameters(working_copy(model_with(constraint, PRIORS[prior])))
+    u, step = hyperparameters.present() + 0.3, 1e-5
+    difference = (hyperparameters.value(u + step) - hyperparameters.value(u - step)) / (2 * step)
+    assert hyperparameters.log_density(u)[1].item() == pytest.approx(difference, rel=1e-6, abs=1e-6)
+
+
+def test_gradients_of_all_hyperparameters_of_a_network_model():
+    network = adapted.network()
+    x, y = adapted.data(15)
+    model = PlainGP(x, y, NTKKernel(network, variance_groups="layer") + ScaleKernel(RBFKernel(ard_num_dims=3)))
+    model.mean_module = NetworkMean(network)
+    register_log_prior(model.covar_module.kernels[0], "variance", torch.tensor([0.2, 0.4]), 1.0)
+    model.covar_module.kernels[1].base_kernel.register_prior("p", GammaPrior(2.0, 1.0), "lengthscale")
+    hyperparameters = Hyperparameters(working_copy(model))
+    u = hyperparameters.present() + 0.1 * torch.arange(7, dtype=torch.float64)
+    gradient = hyperparameters.log_density(u)[1]
+    for i, step in enumerate(1e-5 * torch.eye(7, dtype=torch.float64)):
+        difference = (hyperparameters.value(u + step) - hyperparameters.value(u - step)) / 2e-5
+        assert gradient[i].item() == pytest.approx(difference, rel=1e-5, abs=1e-5)
+
+
+def test_a_prior_on_a_matrix_of_parameters():
+    """t = A θ has the Jacobian A diag(θ), of which the determinant counts."""
+    model = PlainGP(*data(6), ScaleKernel(RBFKernel(ard_num_dims=1)))
+    kernel = model.covar_module
+    kernel.base_kernel.raw_lengthscale.requires_grad_(False)
+    model.likelihood.raw_noise.requires_grad_(False)
+
+    class Pair(gpytorch.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_parameter("raw_pair", torch.nn.Parameter(torch.zeros(2)))
+            self.register_constraint("raw_pair", Positive())
+
+        @property
+        def pair(self):
+            return self.raw_pair_constraint.transform(self.raw_pair)
+
+    mixing = torch.tensor([[1.0, 2.0], [-1.0, 3.0]], dtype=torch.float64)
+    model.pair = Pair().double()
+    model.pair.register_prior("p", NormalPrior(0.5, 2.0), lambda module: mixing @ module.pair)
+    model.covar_module.raw_outputscale.requires_grad_(False)
+    hyperparameters = Hyperparameters(working_copy(model))
+    u = torch.tensor([0.3, -0.8], dtype=torch.float64)
+    rest = hyperparameters.model.likelihood(hyperparameters.model(*hyperparameters.model.train_inputs)).log_prob(
+        hyperparameters.model.train_targets
+    )
+    normal = torch.distributions.Normal(*torch.tensor([0.5, 2.0], dtype=torch.float64))
+    expected = normal.log_prob(mixing @ u.exp()).sum() + math.log(5.0) + u.sum()
+    assert hyperparameters.value(u) - rest.item() == pytest.approx(expected.item(), abs=1e-9)
+    assert hyperparameters.without_proper_prior() is None
+    step = torch.tensor([1e-5, 0.0], dtype=torch.float64)
+    difference = (hyperparameters.value(u + step) - hyperparameters.value(u - step)) / 2e-5
+    assert hyperparameters.log_density(u)[1][0].item() == pytest.approx(difference, rel=1e-6)
+
+
+class TestWithoutProperPrior:
+    def test_none_is_missing(self):
+        assert Hyperparameters(working_copy(rbf_model())).without_proper_prior() is None
+
+    def test_one_is_missing(self):
+        model = PlainGP(*data(), ScaleKernel(RBFKernel()))
+        register_log_prior(model.likelihood, "noise", 0.1, 1.0)
+        reason = Hyperparameters(working_copy(model)).without_proper_prior()
+        assert reason == "covar_module.outputscale, covar_module.base_kernel.lengthscale: no prior"
+
+    def test_two_priors_on_one(self):
+        model = rbf_model()
+        model.covar_module.register_prior("p", GammaPrior(2.0, 1.0), "outputscale")
+        reason = Hyperparameters(working_copy(model)).without_proper_prior()
+        assert reason == "covar_module.outputscale: more than one prior"
+
+    def test_a_sum_of_parameters(self):
+        model = rbf_model(free=("outputscale",))
+        model.covar_module.raw_outputscale.requires_grad_(True)
+        model.covar_module.base_kernel.raw_lengthscale.requires_grad_(True)
+        model.register_prior(
+            "p", NormalPrior(0.0, 1.0), lambda m: m.covar_module.outputscale + m.covar_module.base_kernel.lengthscale
+        )
+        assert "several parameters" in Hyperparameters(working_copy(model)).without_proper_prior()
+
+
+def test_what_has_no_prior_is_flat():
+    model = PlainGP(*data(), ScaleKernel(RBFKernel()))
+    u = torch.tensor([-2.0, 0.3, -0.7], dtype=torch.float64)
+    value = Hyperparameters(working_copy(model)).value(u)
+    assert value == pytest.approx(rbf_log_likelihood(model, u).item(), abs=1e-9)
+
+
+def test_the_likelihood_is_exact_beyond_what_gpytorch_factorises():
+    torch.manual_seed(0)
+    x = torch.rand(900, 1, dtype=torch.float64)
+    model = PlainGP(x, (9 * x).sin().squeeze(-1), ScaleKernel(RBFKernel()))
+    u = torch.tensor([-3.0, 0.0, -1.0], dtype=torch.float64)
+    value = Hyperparameters(working_copy(model)).value(u)
+    assert value == pytest.approx(rbf_log_likelihood(model, u).item(), rel=1e-9)
+
+
+def test_where_the_model_cannot_be_evaluated():
+    model = rbf_model()
+    hyperparameters = Hyperparameters(working_copy(model))
+    u = torch.tensor([-800.0, 0.0, 8.0], dtype=torch.float64)  # a constant matrix without noise
+    value, _ = hyperparameters.log_density(u)
+    assert value == -math.inf == hyperparameters.value(u) or math.isfinite(value)
+
+
+def test_float32_models_are_computed_in_float64():
+    model = rbf_model()
+    value = Hyperparameters(working_copy(model.float())).value(torch.tensor([-2.0, 0.3, -0.7]).double())
+    single = rbf_model()
+    single.set_train_data(*model.train_inputs, model.train_targets, strict=False)
+    single.double()
+    expected = (
+        rbf_log_likelihood(single, torch.tensor([-2.0, 0.3, -0.7]).double())
+        + log_priors(torch.tensor([-2.0, 0.3, -0.7]).double()).sum()
+    )
+    assert value == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: gpytorch.kernels.RBFKernel(), TypeError, "ExactGP"),
+        (lambda: PlainGP(None, None, RBFKernel()), ValueError, "no training data"),
+        (lambda: PlainGP(torch.rand(2, 4, 1), torch.rand(2, 4), RBFKernel()), ValueError, r"\(n, d\)"),
+        (lambda: PlainGP(torch.rand(4, 1), torch.full((4,), math.nan), RBFKernel()), ValueError, "NaN"),
+    ],
+)
+def test_refusals(make, error, message):
+    with pytest.raises(error, match=message):
+        working_copy(make())
+
+
+def test_nothing_to_learn():
+    model = PlainGP(*data(), RBFKernel()).requires_grad_(False)
+    with pytest.raises(ValueError, match="0 hyperparameters"):
+        Hyperparameters(working_copy(model))
+
+
+def test_noise_of_several_kinds_is_learned():
+    x, y = data()
+    likelihood = gpytorch.likelihoods.FixedNoiseGaussianLikelihood(torch.full_like(y, 0.1), learn_additional_noise=True)
+    model = PlainGP(x, y, ScaleKernel(RBFKernel()), likelihood)
+    names = [c.public_name for c in Hyperparameters(working_copy(model)).coordinates]
+    assert names[0] == "likelihood.second_noise_covar.noise"
+    assert isinstance(GaussianLikelihood(), gpytorch.likelihoods.GaussianLikelihood)
