@@ -207,12 +207,14 @@ class Adaptation(NamedTuple):
 GRID = torch.linspace(-7, 7, 281, dtype=torch.float64).unsqueeze(-1)
 
 
-def run(seed: int = 0, num_tasks: int = 4, num_points: int = 10) -> tuple[Task, nn.Module, list[Adaptation]]:
+def run(
+    seed: int = 0, num_tasks: int = 4, num_points: int = 10, steps: int = 2000
+) -> tuple[Task, nn.Module, list[Adaptation]]:
     """Trains a network on one task and adapts it to others. Returns the task, the network and the adaptations."""
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(seed)
     source = draw_task()
-    network = train(make_network(), *source.sample(1000), steps=2000)
+    network = train(make_network(), *source.sample(1000), steps)
     adaptations = []
     for _ in tqdm(range(num_tasks), desc="tasks", disable=None):
         task = draw_task()

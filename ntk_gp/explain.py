@@ -20,11 +20,12 @@ from .solvers import SolverReport
 def solver_report(model: ExactGP) -> SolverReport:
     """Tells which solver serves the training system of a model, or would if it predicted now, and why.
 
-    Where the model's prior covariance is one neural tangent kernel's K, the report has for every solver about how many
-    flops and bytes it would take, and what speaks against it; :class:`ntk_gp.settings.solver` sets another one. Where
-    the matrix is solved in another way (a sum of kernels, one with a structure of its own, or a kernel of GPyTorch's),
-    it says so in a sentence. While the noise and one scale alone are fitted, marginal likelihoods come from the
-    eigenvalues of K where those fit in memory, unless a solver is set.
+    Where the model's prior covariance is one neural tangent kernel's K, or that with known features beside it
+    (:class:`~ntk_gp.GainKernel`), the report has for every solver about how many flops and bytes it would take, and
+    what speaks against it; :class:`ntk_gp.settings.solver` sets another one. Where the matrix is solved in another way
+    (a sum with other kernels, one with a structure of its own, or a kernel of GPyTorch's),
+    it says so in a sentence. While the noise, one scale and variances of a few features beside it are fitted, marginal
+    likelihoods come from the eigenvalues of K where those fit in memory, unless a solver is set.
 
     Nothing is factorised for the report, and the model stays as it is. The network is evaluated at the training inputs,
     as every prediction needs it.

@@ -8,20 +8,25 @@ Gaussian process posteriors", ICML 2020; exact here, since the prior has finitel
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from gpytorch import settings as gpytorch_settings
-from gpytorch.kernels import Kernel, ScaleKernel
+from gpytorch.kernels import Kernel
 from gpytorch.models import ExactGP
 from torch import Tensor, nn
 
 from ._compat import children_in
+from .bridge.feature_sums import Summand, parts_of_features, summands
 from .bridge.prediction_strategies import NTKPredictionStrategy
-from .kernels import NTKKernel
+from .jacobian.columns import Column, Values, sizes_of
+from .jacobian.columns import products as products_of_columns
+from .kernels import GainKernel, NTKKernel
 from .linearized import LinearizedModule, owned
 from .means import NetworkMean
 from .network import FrozenNetwork, ParameterSelection
+from .operators import NTKAddedDiagLinearOperator
 
 
 class LinearizedFunctions(LinearizedModule):
@@ -37,9 +42,12 @@ class LinearizedFunctions(LinearizedModule):
     :param active_dims: The columns of the inputs that the network sees.
     :param input_transform: Applied to x first, as BoTorch's models do.
     :param outcome_transform: Undone on the functions' values, as BoTorch's models do.
+    :param columns: Known features Ψ beside J, functions of x and f(x).
+    :param column_weights: The weights of these, (k, q), float64: Ψ(x) v is added.
     """
 
     weights: Tensor
+    column_weights: Tensor | None
     active_dims: Tensor | None
 
     def __init__(
@@ -50,11 +58,15 @@ class LinearizedFunctions(LinearizedModule):
         active_dims: Tensor | None = None,
         input_transform: nn.Module | None = None,
         outcome_transform: Any = None,
+        columns: Sequence[Column] = (),
+        column_weights: Tensor | None = None,
     ):
         super().__init__(network)
+        self._columns = tuple(columns)
         # Where the mean is the network, the pass that gives J(x) w gives it as well.
         self.mean_module = None if _is_mean_of(network, active_dims, mean_module) else _own_copy(mean_module)
         self.register_buffer("weights", weights.detach().clone())
+        self.register_buffer("column_weights", None if column_weights is None else column_weights.detach().clone())
         self.register_buffer("active_dims", None if active_dims is None else active_dims.clone())
         self.input_transform = _own_copy(input_transform)
         self.outcome_transform = _own_copy(outcome_transform)
@@ -64,7 +76,10 @@ class LinearizedFunctions(LinearizedModule):
         x = self.network.flattened(x)
         x = x if self.input_transform is None else self.input_transform(x)
         columns = x if self.active_dims is None else x.index_select(-1, self.active_dims)
-        values, products = self.values_and_products(columns.reshape(-1, columns.shape[-1]), self.weights)
+        points = columns.reshape(-1, columns.shape[-1])
+        values, products = self.values_and_products(points, self.weights)
+        if self.column_weights is not None:
+            products = products + products_of_columns(self._columns, points, values, self.column_weights.to(points))
         if self.mean_module is None:
             values = self.shaped(values + products, columns)
         else:
@@ -93,10 +108,14 @@ class LinearizedNetwork(LinearizedModule):
     :param parameters: The parameters that it is linearised in, as for :class:`~ntk_gp.NTKKernel`.
     :param input_shape: The shape of one input as the network wants it.
     :param output: Index of the output to take, or `"all"`.
+    :param columns: Known features Ψ beside J, functions of x and f(x), such as those of a
+        :class:`~ntk_gp.kernels.GainKernel`.
+    :param column_weights: The weights of these, (q,): Ψ(x) v̂ is added. (Default: zeros, to be loaded.)
     :raises ValueError: If ŵ has another number of elements than these parameters have.
     """
 
     displacement: Tensor
+    column_weights: Tensor | None
 
     def __init__(
         self,
@@ -106,6 +125,8 @@ class LinearizedNetwork(LinearizedModule):
         parameters: ParameterSelection = None,
         input_shape: tuple[int, ...] | None = None,
         output: int | str | None = None,
+        columns: Sequence[Column] = (),
+        column_weights: Tensor | None = None,
     ):
         if not isinstance(network, FrozenNetwork):
             network = FrozenNetwork(network, parameters=parameters, input_shape=input_shape, output=output)
@@ -122,10 +143,27 @@ class LinearizedNetwork(LinearizedModule):
                 f"got {tuple(displacement.shape)}."
             )
         self.register_buffer("displacement", displacement.detach().clone())
+        self._columns = tuple(columns)
+        self.register_buffer("column_weights", self._own_column_weights(column_weights))
+
+    def _own_column_weights(self, given: Tensor | None) -> Tensor | None:
+        size = sum(sizes_of(self._columns))
+        if given is None:
+            return self.displacement.new_zeros(size) if size else None
+        if given.shape != (size,):
+            raise ValueError(
+                f"Expected column_weights of shape ({size},), one number for each of the known features, got "
+                f"{tuple(given.shape)}."
+            )
+        return given.detach().clone() if size else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.network.flattened(x)
-        values, products = self.values_and_products(x.reshape(-1, x.shape[-1]), self.displacement.unsqueeze(0))
+        points = x.reshape(-1, x.shape[-1])
+        values, products = self.values_and_products(points, self.displacement.unsqueeze(0))
+        if self.column_weights is not None:
+            weights = self.column_weights.to(points).unsqueeze(0)
+            products = products + products_of_columns(self._columns, points, values, weights)
         return self.shaped(values + products[0], x)
 
 
@@ -139,7 +177,8 @@ def draw_functions(
     solve with `num_functions` columns; memory of num_functions·P.
 
     :param model: An :class:`~gpytorch.models.ExactGP` in eval mode whose kernel is an
-        :class:`~ntk_gp.kernels.NTKKernel`, scaled or not, without batches.
+        :class:`~ntk_gp.kernels.NTKKernel`, scaled or not, without batches; or its sum with a
+        :class:`~ntk_gp.kernels.GainKernel` of the same network and GPyTorch's ConstantKernel and LinearKernel.
     :param num_functions: How many, k.
     :param prior: Draw from the prior instead.
     :param generator: The source of randomness. (Default: torch's own, on the CPU.)
@@ -148,9 +187,10 @@ def draw_functions(
     :raises ValueError: If the model has batches, or its `forward` does more than apply mean and kernel to its inputs.
     """
     _check_is_model(model)
-    kernel = _ntk_kernel(model.covar_module)
-    strategy = _prediction_strategy(model)
+    tangent = _ntk_summand(model.covar_module)
+    strategy = _prediction_strategy(model, tangent)
     system = strategy.solver.system
+    columns = _columns(tangent, strategy)
     device = system.x.device
     roots = system.root_variances
     weights = _normal((num_functions, system.num_parameters), generator, device) * roots
@@ -158,13 +198,16 @@ def draw_functions(
         noise = _normal((num_functions, system.num_rows), generator, device) * system.noise.sqrt()
         residual = strategy.residual.reshape(1, -1) - system.jacobian.jvp(weights.unsqueeze(0))[0] - noise
         weights = weights + strategy.solver.mean_weights(residual.unsqueeze(0))[0]
+    size = system.num_parameters - sum(sizes_of(columns))
     functions = LinearizedFunctions(
-        kernel.network,
-        weights,
+        tangent.kernel.network,
+        weights[:, :size],
         model.mean_module,
-        model.covar_module.active_dims,
+        _dims(model, tangent),
         getattr(model, "input_transform", None),
         getattr(model, "outcome_transform", None),
+        columns,
+        weights[:, size:] if columns else None,
     )
     functions.try_at(_two_points(strategy))
     return functions
@@ -174,26 +217,31 @@ def adapted_network(model: ExactGP) -> LinearizedNetwork:
     """The posterior mean of a model as a network of its own, f(x) + J(x) ŵ.
 
     :param model: An :class:`~gpytorch.models.ExactGP` in eval mode with a :class:`~ntk_gp.means.NetworkMean` and an
-        :class:`~ntk_gp.kernels.NTKKernel` (scaled or not) of the same network, without batches.
+        :class:`~ntk_gp.kernels.NTKKernel` (scaled or not) of the same network, without batches; or with its sum with a
+        :class:`~ntk_gp.kernels.GainKernel` of that network and GPyTorch's ConstantKernel and LinearKernel, whose
+        features are functions of x and f(x) and cost no pass of their own.
     :raises TypeError: If mean or kernel are of another kind.
     :raises ValueError: If they are of different networks, or the model does more than apply them to its inputs.
     """
     _check_is_model(model)
-    kernel, mean = _ntk_kernel(model.covar_module), model.mean_module
+    tangent, mean = _ntk_summand(model.covar_module), model.mean_module
     if not isinstance(mean, NetworkMean):
         raise TypeError(f"Expected a NetworkMean as the model's mean, got {type(mean).__name__}.")
-    if not _same_network(kernel.network, mean.network):
+    if not _same_network(tangent.kernel.network, mean.network):
         raise ValueError(
             "Expected mean and kernel of the same network, with the same output and input_shape; they differ. Make "
             "both from one network, or call model(x) instead."
         )
-    if model.covar_module.active_dims is not None or mean.active_dims is not None:
+    if _dims(model, tangent) is not None or mean.active_dims is not None:
         raise ValueError("A kernel or mean with active_dims sees only some inputs: call model(x) instead.")
     if any(getattr(model, name, None) is not None for name in ("input_transform", "outcome_transform")):
         raise ValueError("A model that transforms inputs or outcomes is more than a network: call model.posterior(x).")
-    strategy = _prediction_strategy(model)
-    points = _two_points(strategy)
-    adapted = LinearizedNetwork(kernel.network, strategy.mean_weights.to(points.dtype))
+    strategy = _prediction_strategy(model, tangent)
+    points, columns = _two_points(strategy), _columns(tangent, strategy)
+    weights = strategy.mean_weights.to(points.dtype)
+    size = len(weights) - sum(sizes_of(columns))
+    own = weights[size:] if columns else None
+    adapted = LinearizedNetwork(tangent.kernel.network, weights[:size], columns=columns, column_weights=own)
     adapted.try_at(points)
     return adapted
 
@@ -241,16 +289,50 @@ def _is_equal(one: Tensor, other: Tensor) -> bool:
     return torch.equal(*dense)
 
 
-def _ntk_kernel(kernel: Kernel) -> NTKKernel:
-    inner = kernel
-    while isinstance(inner, ScaleKernel):
-        inner = inner.base_kernel
-    if not isinstance(inner, NTKKernel):
-        raise TypeError(f"Expected an NTKKernel, or a ScaleKernel of one, as the model's kernel, got {kernel}.")
-    return inner
+def _ntk_summand(kernel: Kernel) -> Summand:
+    """The NTKKernel that a model's kernel is, or that has nothing but known features beside it in a sum."""
+    parts = summands(kernel)
+    of_sum = parts_of_features(kernel) if len(parts) > 1 else (parts[0], [])
+    if of_sum is None or not isinstance(of_sum[0].kernel, NTKKernel):
+        raise TypeError(
+            "Expected an NTKKernel, or a ScaleKernel of one, as the model's kernel, or its sum with a GainKernel, "
+            f"ConstantKernel or LinearKernel that sees the same columns of the inputs; got {kernel}."
+        )
+    tangent, others = of_sum
+    gains = (part.kernel for part in others if isinstance(part.kernel, GainKernel))
+    if not all(_same_network(tangent.kernel.network, gain.network) for gain in gains):
+        raise ValueError(
+            "Expected an NTKKernel and a GainKernel of the same network, with the same output; they differ."
+        )
+    return tangent
 
 
-def _prediction_strategy(model: ExactGP) -> NTKPredictionStrategy:
+def _dims(model: ExactGP, tangent: Summand) -> Tensor | None:
+    """The columns of the model's inputs that the network sees; None for all."""
+    own, inner = model.covar_module.active_dims, tangent.active_dims
+    if own is None or inner is None:
+        return inner if own is None else own
+    return own[inner]
+
+
+def _columns(tangent: Summand, strategy: NTKPredictionStrategy) -> tuple[Column, ...]:
+    """What stands beside J in the model's features, for modules that have f(x) from the pass for J(x) w."""
+    system = strategy.solver.system
+    served: list[Column] = []
+    for column in system.linearization.columns:
+        if isinstance(column, Values) and column.network is not None:
+            own, others = (network(system.x) for network in (column.network, tangent.kernel.network))
+            if not torch.allclose(own, others, rtol=1e-9):
+                raise ValueError(
+                    "The GainKernel's network gives other values than the NTKKernel's at the training inputs, though "
+                    "their tensors are the same: make both from one network."
+                )
+            column = Values(column.width)
+        served.append(column)
+    return tuple(served)
+
+
+def _prediction_strategy(model: ExactGP, tangent: Summand) -> NTKPredictionStrategy:
     if model.training:
         raise RuntimeError("The model is in train mode. Call model.eval() (and likelihood.eval()) first.")
     if model.prediction_strategy is None:
@@ -260,7 +342,7 @@ def _prediction_strategy(model: ExactGP) -> NTKPredictionStrategy:
     strategy = model.prediction_strategy
     if not isinstance(strategy, NTKPredictionStrategy):
         raise TypeError(f"The model predicts by a {type(strategy).__name__}; an NTKPredictionStrategy was expected.")
-    _check_is_plain(model, strategy)
+    _check_is_plain(model, strategy, _dims(model, tangent))
     return strategy
 
 
@@ -270,15 +352,19 @@ def _two_points(strategy: NTKPredictionStrategy) -> Tensor:
     return x.reshape(-1, x.shape[-1])[:2].to(strategy.train_inputs[0].dtype)
 
 
-def _check_is_plain(model: ExactGP, strategy: NTKPredictionStrategy) -> None:
+def _check_is_plain(model: ExactGP, strategy: NTKPredictionStrategy, dims: Tensor | None) -> None:
     """Functions of weights stand for the model only where it has no batches and its prior is mean and kernel of x."""
+    if not isinstance(strategy._train_matrix, NTKAddedDiagLinearOperator):
+        raise ValueError(
+            "The model's posterior is not one over weights: targets are missing, noise is not positive, or the sum's "
+            "features do not fit in ntk_gp.settings.memory_budget. Call model(x) instead."
+        )
     system, x = strategy.solver.system, strategy.train_inputs[0]
     if system.batch > 1 or strategy.residual.dim() > 1:
         raise ValueError(
             f"Expected a model without batches, got one with inputs of shape {tuple(x.shape)} and targets of shape "
             f"{tuple(strategy.train_labels.shape)}."
         )
-    dims = model.covar_module.active_dims
     seen = x if dims is None else x.index_select(-1, dims)
     mean = model.mean_module(x).reshape(-1)
     if not torch.equal(system.x, seen.double().reshape(system.x.shape)) or not torch.allclose(

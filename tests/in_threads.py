@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import gpytorch
 
 THREADS = 4
 
@@ -26,3 +29,11 @@ def in_threads(work: Callable[[int], None]) -> None:
         thread.join()
     if raised:
         raise raised[0]
+
+
+@contextmanager
+def settings_of_gpytorch_restored() -> Iterator[None]:
+    """Predictions enter settings of GPyTorch's, which are one for the process: threads restore one another's."""
+    before = gpytorch.settings.cg_tolerance._global_value
+    yield
+    gpytorch.settings.cg_tolerance._global_value = before

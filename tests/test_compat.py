@@ -29,6 +29,11 @@ pytestmark = pytest.mark.engine_independent
 
 F64 = torch.float64
 
+# Kept: torch 2.8 goes on naming the operators of a library that is gone, and no torch.compile works after that.
+LIBRARY = torch.library.Library("ntk_gp_tests", "FRAGMENT")
+LIBRARY.define("without_batching_rule(Tensor x) -> Tensor")
+LIBRARY.impl("without_batching_rule", lambda x: 2 * x, "CPU")
+
 
 def randn(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(0))
@@ -69,9 +74,6 @@ class TestTransforms:
             assert not _compat.is_transform_wrapper(forward_ad.make_dual(x, x))
 
     def test_set_vmap_warns_of_loops(self, recwarn, capfd):
-        library = torch.library.Library("ntk_gp_tests", "FRAGMENT")
-        library.define("without_batching_rule(Tensor x) -> Tensor")
-        library.impl("without_batching_rule", lambda x: 2 * x, "CPU")
         loop = vmap(torch.ops.ntk_gp_tests.without_batching_rule)
         warned = []
         try:

@@ -78,7 +78,7 @@ def elsewhere() -> Iterator[None]:
     [
         (FunctionSpaceSolver, {}),
         (WeightSpaceSolver, {"variance_groups": "layer"}),
-        (IterativeSolver, {"engine": "autodiff"}),
+        pytest.param(IterativeSolver, {"engine": "autodiff"}, marks=pytest.mark.names_engine),
     ],
     ids=str,
 )

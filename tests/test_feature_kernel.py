@@ -14,7 +14,7 @@ from torch import Size, Tensor, nn
 
 from ntk_gp import FeatureKernel, NetworkMean, NTKKernel
 from tests import references
-from tests.in_threads import in_threads
+from tests.in_threads import in_threads, settings_of_gpytorch_restored
 
 
 def randn(*shape: int) -> Tensor:
@@ -181,11 +181,11 @@ class TestWhichLayer:
             def forward(self, x):
                 return torch.tanh(x @ self.weight).sum(-1)
 
-        with pytest.raises(ValueError, match="no penultimate layer.*Its layers are: unused"):
+        with pytest.raises(ValueError, match=r"no penultimate layer.*Its layers are: unused"):
             FeatureKernel(Functional().double(), RBFKernel()).features(randn(4, 3))
         with pytest.raises(ValueError, match="'unused' is not called"):
             FeatureKernel(Functional().double(), RBFKernel(), "unused").features(randn(4, 3))
-        with pytest.raises(ValueError, match="no layer 'backbone'. Its layers are: 0, 1, 2"):
+        with pytest.raises(ValueError, match=r"no layer 'backbone'\. Its layers are: 0, 1, 2"):
             FeatureKernel(make_network(), RBFKernel(), "backbone").features(randn(4, 3))
         with pytest.raises(ValueError, match="no layers at all"):
             FeatureKernel(nn.Linear(3, 1).double(), RBFKernel()).features(randn(4, 3))
@@ -341,7 +341,8 @@ class TestModels:
                 with torch.no_grad():
                     assert_close(model(points[number]).mean, expected[number])
 
-            in_threads(work)
+            with settings_of_gpytorch_restored():
+                in_threads(work)
 
 
 class TestAsAModule:

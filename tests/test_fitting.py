@@ -19,7 +19,8 @@ from ntk_gp.solvers import Spectrum
 from ntk_gp.solvers.function_space import FunctionSpaceSolver
 from ntk_gp.solvers.weight_space import WeightSpaceSolver
 from tests import references
-from tests.adapted import LARGE, SMALL, AdaptedGP, assert_close, data, network
+from tests.adapted import LARGE, SMALL, AdaptedGP, assert_close, data, network, reference_kernel
+from tests.marks import beyond
 
 WAYS = {"function": FunctionSpaceSolver, "weight": WeightSpaceSolver}
 
@@ -202,7 +203,7 @@ def _dense(kernel: Kernel, net: nn.Module, x: Tensor) -> Tensor:
     """The matrix of a kernel made of kernels, by explicit Jacobians where that is a neural tangent kernel of `net`."""
     match kernel:
         case NTKKernel():
-            return references.kernel(net, x)
+            return reference_kernel(net, x)
         case ScaleKernel():
             return kernel.outputscale * _dense(kernel.base_kernel, net, x)
         case AdditiveKernel():
@@ -246,7 +247,7 @@ class TestComposition:
     """Exact beyond the 800 points at which GPyTorch turns to conjugate gradients."""
 
     @pytest.mark.parametrize("compose", COMPOSITIONS.values(), ids=COMPOSITIONS.keys())
-    @pytest.mark.parametrize("n", [SMALL, 810])
+    @pytest.mark.parametrize("n", [SMALL, beyond(810)])
     def test_kernels(self, fast_computations, compose, n):
         net, (x, y) = network(), data(n)
         kernel = compose(NTKKernel(net)).double()
@@ -256,6 +257,7 @@ class TestComposition:
         assert_close(kernel(x[:5], x[5:9]).to_dense(), _dense(kernel, net, x[:9])[:5, 5:])
         assert_close(kernel(x[:5], diag=True), _dense(kernel, net, x[:5]).diagonal())
 
+    @pytest.mark.engine_independent
     @pytest.mark.parametrize("compose", ["ntk + matern", "matern + ntk", "rbf * ntk", "sum in a product"])
     @pytest.mark.parametrize("lazily", [False, True])
     def test_evaluated_at_once(self, compose, lazily):
@@ -271,6 +273,7 @@ class TestComposition:
             matrix = kernel.double()(x).evaluate_kernel()
             assert any(isinstance(part, NTKLinearOperator) for part in matrix.linear_ops)
 
+    @pytest.mark.engine_independent
     def test_a_small_budget_estimates(self, fast_computations):
         """At this package's tolerance, by GPyTorch's conjugate gradients, unless the user switched those off."""
         net, (x, y) = network(), data(810)
@@ -305,7 +308,7 @@ class TestMissingTargets:
             assert_close(a, b, tolerance)
 
     @pytest.mark.parametrize("compose", ["plain", "matern + ntk", "rbf * ntk"])
-    @pytest.mark.parametrize("n", [SMALL, 850])
+    @pytest.mark.parametrize("n", [SMALL, beyond(850)])
     def test_one_output(self, fast_computations, compose, n):
         net, (x, y) = network(), data(n)
         y[::20] = math.nan
@@ -313,6 +316,7 @@ class TestMissingTargets:
         model = AdaptedGP(x, y, net, kernel)
         self.check(model, y, lambda: _dense(kernel, net, x) + model.likelihood.noise * eye(n))
 
+    @pytest.mark.engine_independent
     def test_noise_for_each_point(self, fast_computations):
         net, (x, y) = network(), data(850)
         y[::20] = math.nan
@@ -320,6 +324,7 @@ class TestMissingTargets:
         model = AdaptedGP(x, y, net, likelihood=FixedNoiseGaussianLikelihood(noise).double())
         self.check(model, y, lambda: _dense(model.covar_module, net, x) + noise.diag())
 
+    @pytest.mark.engine_independent
     @pytest.mark.parametrize("missing", ["points", "single outputs"])
     @pytest.mark.parametrize("rank", [0, 1])
     def test_several_outputs(self, fast_computations, missing, rank):
@@ -351,6 +356,7 @@ class TestMissingTargets:
         assert sizes == [807]
 
 
+@pytest.mark.engine_independent
 @pytest.mark.parametrize("compose", ["plain", "matern + ntk", "rbf * ntk"])
 def test_batches_of_targets_for_one_matrix(fast_computations, compose):
     net, (x, _), n = network(), data(810), 810
@@ -368,6 +374,7 @@ def test_batches_of_targets_for_one_matrix(fast_computations, compose):
         assert_close(a, b)
 
 
+@pytest.mark.engine_independent
 @pytest.mark.parametrize("compose", ["plain", "matern + ntk", "rbf * ntk"])
 def test_targets_under_the_posterior(fast_computations, compose):
     """The test log-likelihood, at more than 800 test points."""
@@ -384,6 +391,7 @@ def test_targets_under_the_posterior(fast_computations, compose):
 
 
 class TestSpectrum:
+    @pytest.mark.engine_independent
     @pytest.mark.parametrize("n", [SMALL, LARGE])
     @pytest.mark.parametrize("noise", ["constant", "fixed"])
     @pytest.mark.parametrize("importing", ["nothing", "botorch"])
@@ -506,7 +514,8 @@ def test_float32_is_as_good_as_its_inputs(noise, grad_x):
 
 
 def test_second_derivatives():
-    """Right for one scale and constant noise; refused, not wrong, for several scales."""
+    """Right for one scale, or several of which one is of many parameters, and constant noise; refused, not wrong, for
+    several of many."""
     net, (x, y) = network(), data(LARGE)
     model = AdaptedGP(x, y, net).train()
     parameters = list(model.parameters())
@@ -525,5 +534,5 @@ def test_second_derivatives():
     mll = ExactMarginalLogLikelihood(model.likelihood, model)
     assert_close(hessian(mll(model(x), y)), hessian(expected))
     model.covar_module = NTKKernel(net, variance_groups="layer").double()
-    with pytest.raises(RuntimeError, match="second derivatives"):
+    with settings.solver("function_space"), pytest.raises(RuntimeError, match="second derivatives"):
         torch.autograd.grad(mll(model(x), y), list(model.parameters()), create_graph=True)

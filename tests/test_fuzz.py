@@ -15,12 +15,18 @@ def test_every_block_has_a_seed():
     assert {step.block for seed in SEEDS for step in recipe(seed).steps} == set(BLOCKS)
 
 
+@pytest.mark.names_engine
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", SEEDS)
 def test_every_operation(seed):
     candidate = recipe(seed)
     again = f"python -m tests.fuzz --seed {seed} --count 1"
-    wrong = [f"{operation}: {message}" for operation, message in failures(candidate, Reference(candidate))]
+    reference = Reference(candidate)
+    wrong = [
+        f"{operation}, {engine}: {message}"
+        for engine in ("structured", "autodiff")
+        for operation, message in failures(candidate, reference, engine)
+    ]
     assert not wrong, "\n".join([again, str(candidate), *wrong])
 
 

@@ -11,7 +11,7 @@ from gpytorch.test.base_mean_test_case import BaseMeanTestCase
 from gpytorch.test.model_test_case import BaseModelTestCase
 from torch import Size, Tensor, nn
 
-from ntk_gp import NetworkMean, NTKKernel
+from ntk_gp import FeatureKernel, GainKernel, NetworkMean, NTKKernel, TangentMaternKernel, TangentRBFKernel
 
 
 class AnyWidth(nn.Module):
@@ -36,9 +36,34 @@ class TestPlain(_KernelSuite, unittest.TestCase):
         return NTKKernel(AnyWidth(), **kwargs)
 
 
+class TestGain(_KernelSuite, unittest.TestCase):
+    def create_kernel_no_ard(self, **kwargs) -> Kernel:
+        return GainKernel(AnyWidth(), **kwargs)
+
+
 class TestVarianceGroups(_KernelSuite, unittest.TestCase):
     def create_kernel_no_ard(self, **kwargs) -> Kernel:
         return NTKKernel(AnyWidth(), variance_groups="layer", **kwargs)
+
+
+class TestNormalised(_KernelSuite, unittest.TestCase):
+    def create_kernel_no_ard(self, **kwargs) -> Kernel:
+        return NTKKernel(AnyWidth(), normalize=10.0, **kwargs)
+
+
+class TestTangentMatern(_KernelSuite, unittest.TestCase):
+    def create_kernel_no_ard(self, **kwargs) -> Kernel:
+        return TangentMaternKernel(AnyWidth(), **kwargs)
+
+
+class TestTangentRBF(_KernelSuite, unittest.TestCase):
+    def create_kernel_no_ard(self, **kwargs) -> Kernel:
+        return TangentRBFKernel(AnyWidth(), **kwargs)
+
+
+class TestFeatures(_KernelSuite, unittest.TestCase):
+    def create_kernel_no_ard(self, **kwargs) -> Kernel:
+        return FeatureKernel(AnyWidth(), RBFKernel(batch_shape=kwargs.get("batch_shape")), **kwargs)
 
 
 class TestScale(_KernelSuite, unittest.TestCase):
@@ -51,6 +76,11 @@ class _CompositeSuite(_KernelSuite):
     def test_kernel_getitem_broadcast(self):
         """Sums and products cannot be indexed after `expand_batch`: see `test_stock_composites_fail_likewise`."""
         super().test_kernel_getitem_broadcast()
+
+
+class TestSumWithGain(_CompositeSuite, unittest.TestCase):
+    def create_kernel_no_ard(self, **kwargs) -> Kernel:
+        return NTKKernel(AnyWidth(), **kwargs) + GainKernel(AnyWidth(), **kwargs)
 
 
 class TestSum(_CompositeSuite, unittest.TestCase):

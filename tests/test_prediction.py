@@ -21,6 +21,7 @@ from ntk_gp.solvers.iterative import IterativeSolver
 from ntk_gp.solvers.weight_space import WeightSpaceSolver
 from tests import references
 from tests.adapted import LARGE, SMALL, AdaptedGP, assert_close, closed_form, data, network
+from tests.marks import beyond
 
 WAYS = {"function": FunctionSpaceSolver, "weight": WeightSpaceSolver, "iterative": IterativeSolver}
 
@@ -187,7 +188,7 @@ class TestBatches:
 
 
 class TestComposition:
-    @pytest.mark.parametrize("n", [SMALL, LARGE, 900])
+    @pytest.mark.parametrize("n", [SMALL, LARGE, beyond(900)])
     @pytest.mark.parametrize("order", ["ntk first", "ntk last", "scaled sum"])
     def test_sums(self, n, order):
         net, (x, y), test_x = network(), data(n), data(9, seed=1)[0]
@@ -208,7 +209,7 @@ class TestComposition:
             assert_close(posterior.variance, covariance.diagonal(), 1e-7)
             assert_close(posterior.covariance_matrix, covariance, 1e-7)
 
-    @pytest.mark.parametrize("n", [SMALL, 900])
+    @pytest.mark.parametrize("n", [SMALL, beyond(900)])
     @pytest.mark.parametrize("other", ["rbf", "linear", "ntk"])
     @pytest.mark.parametrize("order", ["ntk first", "ntk last"])
     def test_products(self, n, other, order):
@@ -227,7 +228,7 @@ class TestComposition:
             assert_close(posterior.mean, mean, 1e-7)
             assert_close(posterior.covariance_matrix, covariance, 1e-7)
 
-    @pytest.mark.parametrize("n", [SMALL, 900])
+    @pytest.mark.parametrize("n", [SMALL, beyond(900)])
     @pytest.mark.parametrize("missing", [False, True])
     @pytest.mark.parametrize("order", ["ntk alone", "ntk last"])
     def test_caches_with_a_graph(self, n, missing, order):
@@ -267,7 +268,7 @@ class TestComposition:
         strategy = model.prediction_strategy
         assert not any(t.requires_grad for t in (strategy.residual, strategy.mean_weights, strategy.mean_cache))
 
-    @pytest.mark.parametrize("n", [SMALL, 900])
+    @pytest.mark.parametrize("n", [SMALL, beyond(900)])
     def test_two_networks(self, n):
         net, second, (x, y), test_x = network(), network(seed=3, width=5), data(n), data(9, seed=1)[0]
         joint = torch.cat([x, test_x])
@@ -320,6 +321,7 @@ class TestSeveralOutputs:
             expected_noise = torch.kron(torch.eye(9, dtype=torch.float64), noises)
             assert_close(noisy, expected_covariance + expected_noise, 1e-7)
 
+    @pytest.mark.engine_independent
     def test_many_rows_with_task_noise_stay_exact(self):
         """More rows than GPyTorch solves exactly by itself."""
         net, (x, y), test_x = network(outputs=2), data(450, outputs=2), data(3, seed=1)[0]
@@ -518,13 +520,13 @@ class CountingRows:
     def __init__(self, monkeypatch):
         self.calls: list[int] = []
         function = ntk_gp.network.NetworkFunction
-        original = function._call
+        original = function.watched
 
         def counting(this, parameters, x, *mode):
             self.calls.append(x.shape[0])
             return original(this, parameters, x, *mode)
 
-        monkeypatch.setattr(function, "_call", counting)
+        monkeypatch.setattr(function, "watched", counting)
 
     def clear(self) -> None:
         self.calls.clear()

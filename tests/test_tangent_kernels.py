@@ -19,7 +19,7 @@ from ntk_gp.jacobian.autodiff import AutodiffJacobian
 from ntk_gp.jacobian.structured import StructuredJacobian
 from ntk_gp.testing import explicit_jacobian
 from tests import references
-from tests.in_threads import in_threads
+from tests.in_threads import in_threads, settings_of_gpytorch_restored
 
 NUS = [0.5, 1.5, 2.5, math.inf]
 
@@ -367,6 +367,29 @@ class TestModels:
             assert_close(prediction.variance, covariance.diagonal(), 1e-9)
             assert_close(prediction.covariance_matrix, covariance, 1e-9)
 
+    def test_derivatives_of_predictions_by_test_inputs(self):
+        model, *_ = self.make(n=10)
+        model.eval().requires_grad_(False)
+        z = randn(2, 3).requires_grad_()
+        assert torch.autograd.gradcheck(lambda z: (model(z).mean, model(z).covariance_matrix), z)
+
+    def test_in_single_precision(self):
+        model, network, x, y = self.make(n=40)
+        z = randn(5, 3)
+        single = Model(x.float(), y.float(), network, recipe(network)).float().eval()
+        single.load_state_dict(model.state_dict())
+        rounded = copy.deepcopy(network).float().double()
+        both = torch.cat([x, z]).float().double()
+        model.load_state_dict(single.state_dict())
+        prior = recipe_matrix(model, rounded, both, both).detach()
+        means = rounded(both).detach().squeeze(-1)
+        mean, covariance = references.posterior(means, prior, model.likelihood.noise.detach(), y.float().double())
+        with torch.no_grad():
+            prediction = single(z.float())
+        assert prediction.mean.dtype == torch.float32
+        assert_close(prediction.mean.double(), mean, 1e-4)
+        assert_close(prediction.variance.double(), covariance.diagonal(), 1e-4)
+
     def test_a_gram_matrix_is_formed_once_for_all(self, monkeypatch):
         model, _, x, y = self.make()
         model.train()
@@ -432,7 +455,8 @@ class TestModels:
                 with torch.no_grad():
                     assert_close(model(points[number]).mean, expected[number])
 
-            in_threads(work)
+            with settings_of_gpytorch_restored():
+                in_threads(work)
 
 
 class TestAsAKernelOfGPyTorch:
@@ -474,7 +498,7 @@ class TestAsAKernelOfGPyTorch:
             kernel(x.masked_fill(x > 0, torch.nan)).to_dense()
         with pytest.raises(ValueError, match="two sets of inputs differ"):
             kernel(x, x.float()).to_dense()
-        with pytest.raises(ValueError, match="several outputs"):
+        with pytest.raises(ValueError, match="2 outputs"):
             make_kernel(make_network(outputs=2), 1.5)(x).to_dense()
 
     def test_new_snapshot(self):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from gpytorch.constraints import Positive
 from gpytorch.distributions import MultivariateNormal
-from gpytorch.kernels import Kernel, ScaleKernel
+from gpytorch.kernels import ConstantKernel, Kernel, ScaleKernel
 from gpytorch.likelihoods import GaussianLikelihood
 from gpytorch.means import Mean
 from linear_operator.operators import LinearOperator, MatmulLinearOperator, RootLinearOperator
@@ -84,13 +84,20 @@ class PosteriorColumn(TorchColumn):
 
         return fast
 
-    def fit(self, arrays: dict[str, np.ndarray], steps: int) -> Callable:
-        """Steps of Adam on noise and outputscale; returns both."""
+    def fit(self, arrays: dict[str, np.ndarray], steps: int, beside: tuple[str, ...] = ()) -> Callable:
+        """Steps of Adam on noise, outputscale and the variances of kernels added; returns noise and outputscale.
+
+        :param beside: What is added to the kernel, of "constant" and "gain".
+        """
 
         def call() -> Tensor:
             model = self.make_model(arrays, 0.1, scaled=True)
+            scaled = model.covar_module
+            for name in beside:
+                added = ConstantKernel() if name == "constant" else ntk_gp.GainKernel(self.network)
+                model.covar_module = model.covar_module + added.to(self.x)
             fit(model, steps)
-            return torch.stack([model.likelihood.noise.squeeze(), model.covar_module.outputscale])
+            return torch.stack([model.likelihood.noise.squeeze(), scaled.outputscale])
 
         return call
 

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 from gpytorch import settings as gpytorch_settings
-from gpytorch.kernels import Kernel
+from gpytorch.kernels import AdditiveKernel, Kernel, ScaleKernel
 from gpytorch.lazy import LazyEvaluatedKernelTensor
 from gpytorch.lazy.lazy_evaluated_kernel_tensor import recall_grad_state
 from linear_operator import to_linear_operator
 from linear_operator.operators import (
     ConstantMulLinearOperator,
+    DenseLinearOperator,
     LinearOperator,
     SumLinearOperator,
     ZeroLinearOperator,
@@ -65,12 +66,19 @@ def evaluate_kernel(default: Callable[..., Any], matrix: LazyEvaluatedKernelTens
 @recall_grad_state
 def evaluated(matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
     """The same for any kernel."""
-    result = sum_of_features(matrix)
+    result = sum_of_features(matrix) if _is_sum(matrix.kernel) else None
     if result is None:
         result = _evaluated_by_kernel(matrix)
     if gpytorch_settings.debug.on() and result.shape != matrix.shape:
         raise RuntimeError(f"Expected a kernel matrix of shape {tuple(matrix.shape)}, got {tuple(result.shape)}.")
     return result
+
+
+def _is_sum(kernel: Kernel) -> bool:
+    """Whether it is a sum of kernels, scaled or not."""
+    while isinstance(kernel, ScaleKernel):
+        kernel = kernel.base_kernel
+    return isinstance(kernel, AdditiveKernel)
 
 
 def _evaluated_by_kernel(matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
@@ -89,11 +97,28 @@ def _evaluated_parts(matrix: LinearOperator) -> LinearOperator:
     if type(matrix) is ConstantMulLinearOperator:
         base = _evaluated_parts(matrix.base_linear_op)
         return base if isinstance(base, ZeroLinearOperator) else ConstantMulLinearOperator(base, constant_in(matrix))
+    if isinstance(matrix, LazyEvaluatedKernelTensor):
+        return _with_constant_apart(matrix)
     if type(matrix) is not SumLinearOperator:
         return matrix.evaluate_kernel()
     parts = [_evaluated_parts(part) for part in matrix.linear_ops]
     parts = [without_constants(part) for part in parts if not isinstance(part, ZeroLinearOperator)]
     return SumLinearOperator(*parts) if len(parts) > 1 else parts[0]
+
+
+def _with_constant_apart(matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
+    """One kernel's matrix, evaluated; the outputscale of a `ScaleKernel` without an NTK stays beside the numbers.
+
+    GPyTorch multiplies them, and autograd would keep, and differentiate, another matrix as large.
+    """
+    kernel = matrix.kernel
+    if type(kernel) is not ScaleKernel or contains_ntk(kernel) or kernel.outputscale.dim() or matrix.last_dim_is_batch:
+        return matrix.evaluate_kernel()
+    base = LazyEvaluatedKernelTensor(matrix.x1, matrix.x2, kernel=kernel.base_kernel, **matrix.params)
+    numbers = base.evaluate_kernel()
+    if type(numbers) is not DenseLinearOperator:  # lazy already
+        return numbers.mul(kernel.outputscale.reshape(1, 1))
+    return ConstantMulLinearOperator(numbers, kernel.outputscale)
 
 
 def mul_matrix(default: Callable[..., Any], matrix: LinearOperator, other: Tensor | LinearOperator) -> LinearOperator:

@@ -16,9 +16,11 @@ from .._compat import without_diagonal
 from ..network import is_finite, normal_tensor
 from ..operators import NTKAddedDiagLinearOperator, NTKLinearOperator
 from ..operators._batches import FoldedColumns
+from ..operators._densely_solved import DenselySolved
 from ..operators.ntk_posterior_linear_operator import NTKPosteriorLinearOperator
 from ..operators.ntk_sum_linear_operator import NTKSumLinearOperator
 from ..solvers import FastVariance, Solver, choose_fast_variance
+from .combined_predictions import KeptFactor
 from .exactly_solved import exactly_solved, without_constants
 from .recognised import networks_of
 
@@ -137,6 +139,8 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
     def exact_prediction(self, test_mean, test_test_covar, test_train_covar):
         test_test_covar = without_constants(to_linear_operator(test_test_covar))
         self._check_networks(test_test_covar)
+        if self._keeps_factor:
+            return self._combined_prediction(test_mean, test_test_covar, to_linear_operator(test_train_covar))
         if not self._covers(test_test_covar):
             return super().exact_prediction(test_mean, test_test_covar, test_train_covar)
         x = test_test_covar.x1
@@ -147,6 +151,28 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
         fast = gpytorch_settings.fast_pred_var.on() and self.solver.system.batch == 1
         source = self.fast_variance if fast else self.solver
         return mean, NTKPosteriorLinearOperator(x, x, source=source, batch_shape=batch_shape)
+
+    @property
+    def _keeps_factor(self) -> bool:
+        """Whether this is a sum or a product that is solved by one dense factor, and derivatives by hyperparameters are
+        not asked for."""
+        matrix = self._train_matrix
+        return isinstance(matrix, DenselySolved) and matrix._is_dense and gpytorch_settings.detach_test_caches.on()
+
+    @property
+    @cached(name="kept_factor")
+    def kept_factor(self) -> KeptFactor:
+        """What predictions of sums and products are made from, built once."""
+        with torch.inference_mode(False), torch.no_grad():
+            return KeptFactor(self._constant_train_matrix, normal_tensor(self.residual), self._missing)
+
+    def _combined_prediction(
+        self, test_mean: Tensor, test_test_covar: LinearOperator, test_train_covar: LinearOperator
+    ) -> tuple[Tensor, LinearOperator]:
+        if gpytorch_settings.skip_posterior_variances.on():
+            return test_mean + self.kept_factor.shift(test_train_covar), ZeroLinearOperator(*test_test_covar.shape)
+        shift, covariance = self.kept_factor.prediction(test_test_covar, test_train_covar)
+        return test_mean + shift, covariance
 
     def _check_networks(self, test_test_covar: LinearOperator) -> None:
         """Raises where the network is not the one that the training data were prepared with."""

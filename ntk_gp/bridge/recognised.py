@@ -63,7 +63,8 @@ def contains_ntk(whole: nn.Module | LinearOperator) -> bool:
 def networks_of(matrix: LinearOperator) -> set[int]:
     """The states of the networks whose kernels are parts of this matrix, as numbers."""
     if isinstance(matrix, _OF_NETWORKS):
-        return set() if matrix.network_state is None else {matrix.network_state}
+        state = matrix.network_state
+        return set() if state is None else {state}
     return set().union(*(networks_of(part) for part in parts_of(matrix)))
 
 

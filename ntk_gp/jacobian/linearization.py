@@ -15,6 +15,7 @@ from ..network import FrozenNetwork, full_precision
 from . import rules
 from .autodiff import AutodiffEngine
 from .base import Jacobian, JacobianEngine
+from .columns import Column
 from .contents_cache import ContentsCache
 from .kept_grams import KeptGrams
 from .memory import empty
@@ -68,6 +69,9 @@ class Linearization:
         gradients are always served by autodiff.
     :raises ValueError: If there is no such engine.
     """
+
+    columns: tuple[Column, ...] = ()
+    """Known features beside J: none."""
 
     def __init__(self, network: FrozenNetwork, engine: str | None = None):
         engine = _known(engine)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..network import FrozenNetwork, is_same_snapshot
+from ..network.sharing import share_snapshot
 from ..network.snapshot import unwrap
 from .linearization import Linearization
 
@@ -36,10 +37,11 @@ def linearization_of(network: nn.Module, engine: str | None = None, **options: A
         others: WeakSet[Linearization] = _known.setdefault(source, WeakSet())
         alive = list(others)
     known = next((other for other in alive if _is_same(other, new)), None)
-    if known is not None:
-        shared = copy.deepcopy(known)
+    shared = None if known is None else copy.deepcopy(known)
+    if shared is not None and _is_same(shared, new):  # still: another thread may just have converted it
         # A selection by a function may select otherwise in another network.
         shared.network.take_options(new.network)
+        share_snapshot(source, shared.network.tensors)
         new = shared
     with _lock:
         others.add(new)

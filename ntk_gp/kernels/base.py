@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from gpytorch.constraints import Interval, Positive
 from gpytorch.kernels import Kernel
-from gpytorch.priors import Prior
 from torch import Size, Tensor, nn
 
 from .._compat import parameters_in
@@ -17,7 +16,7 @@ from ..bridge.prediction_strategies import NTKPredictionStrategy
 from ..bridge.recognised import NeuralTangentKernel
 from ..jacobian.linearization import Linearization
 from ..jacobian.shared import linearization_of
-from ..network import FrozenNetwork, NetworkFunction
+from ..network import FrozenNetwork
 from ..stock import mark_botorchs
 
 
@@ -87,10 +86,6 @@ class NetworkKernel(NeuralTangentKernel):
         x = self.network.flattened(x) if self.active_dims is None else x.index_select(-1, self.active_dims)
         return x.unsqueeze(-1) if x.dim() == 1 else x
 
-    def _bind(self, x1: Tensor, x2: Tensor) -> NetworkFunction:
-        """What serves both sets of inputs, which are looked at here, and once."""
-        return self.network.bind(x1) if x2 is x1 else self.network.bind(x1, x2)
-
     def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
         """C with `output="all"`, else 1."""
         if self.active_dims is None:  # asked for before anything else, also by the kernels this one is in
@@ -133,17 +128,11 @@ class NetworkKernel(NeuralTangentKernel):
             setattr(new, name, inner(kernel.expand_batch(self.batch_shape)))
         return new
 
-    def _register_variance(
-        self, name: str, prior: Prior | None, constraint: Interval | None, closures: tuple[Any, Any]
-    ) -> None:
-        """A parameter `raw_name`, (*batch, 1, 1), with its constraint, positive by default, and prior."""
+    def _register_variance(self, raw_name: str, constraint: Interval | None) -> None:
+        """A parameter of this name, (*batch, 1, 1), with its constraint, positive by default."""
         zeros = torch.zeros(*self.batch_shape, 1, 1, dtype=self.network.dtype, device=self.network.device)
-        self.register_parameter(f"raw_{name}", nn.Parameter(zeros))
-        self.register_constraint(f"raw_{name}", Positive() if constraint is None else constraint)
-        if prior is not None:
-            if not isinstance(prior, Prior):
-                raise TypeError(f"Expected gpytorch.priors.Prior but got {type(prior).__name__}")
-            self.register_prior(f"{name}_prior", prior, *closures)
+        self.register_parameter(raw_name, nn.Parameter(zeros))
+        self.register_constraint(raw_name, Positive() if constraint is None else constraint)
 
 
 def refuse_last_dim_is_batch(last_dim_is_batch: bool) -> None:

@@ -88,8 +88,12 @@ class FeatureKernel(MetricKernel):
     @property
     def dtype(self) -> torch.dtype:
         """That of the base kernel's parameters, or of the network where it has none."""
-        parameter = next(self.parameters(), None)
-        return self.network.dtype if parameter is None else parameter.dtype
+        dtypes = {parameter.dtype for parameter in self.parameters()}
+        if len(dtypes) > 1:
+            raise RuntimeError(
+                f"The kernel's parameters have multiple dtypes: {dtypes}. Convert the kernel with .to(dtype)."
+            )
+        return dtypes.pop() if dtypes else self.network.dtype
 
     @property
     def is_stationary(self) -> bool:
@@ -124,7 +128,7 @@ class FeatureKernel(MetricKernel):
         self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **params
     ) -> LinearOperator | Tensor:
         refuse_last_dim_is_batch(last_dim_is_batch)
-        function = self._bind(x1, x2)
+        function = self.network.bind(x1, x2)
         features1 = self._features(x1, function)
         same = x2 is x1 or (same_memory(x1, x2) and not (x1.requires_grad or x2.requires_grad))
         features2 = features1 if same else self._features(x2, function)

@@ -76,11 +76,16 @@ class GainKernel(NetworkKernel, KnownFeaturesKernel):
         batch_shape: Size | None = None,
         active_dims: tuple[int, ...] | None = None,
     ):
-        options = {"parameters": None, "input_shape": input_shape, "output": output, "group_by": None}
+        options = {"parameters": "*", "input_shape": input_shape, "output": output, "group_by": None}
         super().__init__(network, None, options, batch_shape=batch_shape, active_dims=active_dims)
-        gain, offset = (_get_gain_variance, _set_gain_variance), (_get_offset_variance, _set_offset_variance)
-        self._register_variance("gain_variance", gain_variance_prior, gain_variance_constraint, gain)
-        self._register_variance("offset_variance", offset_variance_prior, offset_variance_constraint, offset)
+        self._register_variance("raw_gain_variance", gain_variance_constraint)
+        self._register_variance("raw_offset_variance", offset_variance_constraint)
+        if _is_prior(gain_variance_prior):
+            self.register_prior("gain_variance_prior", gain_variance_prior, _get_gain_variance, _set_gain_variance)
+        if _is_prior(offset_variance_prior):
+            self.register_prior(
+                "offset_variance_prior", offset_variance_prior, _get_offset_variance, _set_offset_variance
+            )
 
     @property
     def gain_variance(self) -> Tensor:
@@ -129,7 +134,7 @@ class GainKernel(NetworkKernel, KnownFeaturesKernel):
         return MatmulLinearOperator(left * by_column, left.mT)
 
     def known_features(self, x1: Tensor, x2: Tensor) -> list[tuple[Column, Tensor]]:
-        function = self._bind(x1, x2)
+        function = self.network.bind(x1, x2)
         variances = [v.to(x1.device, x1.dtype) for v in (self.gain_variance, self.offset_variance)]
         if not torch.is_grad_enabled():
             variances = [variance.detach() for variance in variances]
@@ -159,7 +164,7 @@ def _get_gain_variance(kernel: GainKernel) -> Tensor:
 
 
 def _set_gain_variance(kernel: GainKernel, value: float | Tensor) -> None:
-    _set(kernel, "gain_variance", value)
+    _set(kernel, "raw_gain_variance", value)
 
 
 def _get_offset_variance(kernel: GainKernel) -> Tensor:
@@ -167,12 +172,18 @@ def _get_offset_variance(kernel: GainKernel) -> Tensor:
 
 
 def _set_offset_variance(kernel: GainKernel, value: float | Tensor) -> None:
-    _set(kernel, "offset_variance", value)
+    _set(kernel, "raw_offset_variance", value)
 
 
-def _set(kernel: GainKernel, name: str, value: float | Tensor) -> None:
-    raw = getattr(kernel, f"raw_{name}")
-    value = torch.as_tensor(value, device=raw.device).to(raw)
-    value = value.reshape(*value.shape, 1, 1) if value.shape == kernel.batch_shape and value.dim() else value
-    constraint = getattr(kernel, f"raw_{name}_constraint")
-    kernel.initialize(**{f"raw_{name}": constraint.inverse_transform(value)})
+def _set(kernel: GainKernel, raw_name: str, value: float | Tensor) -> None:
+    raw = getattr(kernel, raw_name)
+    value = torch.as_tensor(value, dtype=raw.dtype, device=raw.device)
+    if value.dim() and value.shape == kernel.batch_shape:
+        value = value[..., None, None]
+    kernel.initialize(**{raw_name: kernel.constraint_for_parameter_name(raw_name).inverse_transform(value)})
+
+
+def _is_prior(prior: Prior | None) -> bool:
+    if prior is not None and not isinstance(prior, Prior):
+        raise TypeError(f"Expected gpytorch.priors.Prior but got {type(prior).__name__}")
+    return prior is not None

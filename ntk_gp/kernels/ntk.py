@@ -171,14 +171,10 @@ class NTKKernel(NetworkKernel):
         jacobian = self._linearization.jacobian(x.detach().reshape(1, -1, x.shape[-1]))
         return jacobian.report()
 
-    def __call__(self, x1: Tensor, x2: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """The kernel matrix of (*batch, n, d), or of (*batch, n, *input_shape)."""
-        _refuse_in_botorch()
-        return super().__call__(x1, x2, *args, **kwargs)
-
     def forward(
         self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **params
     ) -> NTKLinearOperator | Tensor:
+        _refuse_in_botorch()  # which may have been imported since
         if "raw_variance" in parameters_in(self):
             variance = self.variance.to(x1.device, x1.dtype)
         else:
@@ -188,7 +184,7 @@ class NTKKernel(NetworkKernel):
         if last_dim_is_batch:
             x1, x2 = (x.transpose(-1, -2).unsqueeze(-1) for x in (x1, x2))
             variance = variance.unsqueeze(-3)
-        function = self._bind(x1, x2)
+        function = self.network.bind(x1, x2)
         if self.normalization is not None and x1.numel():
             variance = variance / self.normalization.at(lambda: self._mean_diagonal(x1)).to(variance)
         kernel_matrix = NTKLinearOperator(x1, x2, variance, linearization=self._linearization, function=function)

@@ -60,7 +60,7 @@ class _StationaryKernel(MetricKernel):
         if not torch.is_grad_enabled():  # the matrix may be evaluated where gradients are on
             same, x1, lengthscale = x2 is x1, x1.detach(), lengthscale.detach()
             x2 = x1 if same else x2.detach()
-        function = self._bind(x1, x2)
+        function = self.network.bind(x1, x2)
         kernel_matrix = NTKStationaryLinearOperator(
             x1, x2, lengthscale, nu=self.nu, linearization=self._linearization, function=function
         )

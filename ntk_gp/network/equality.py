@@ -23,7 +23,10 @@ def same_module(one: nn.Module, other: nn.Module) -> bool:
     their modules), numbers, strings and functions, in attributes, containers and objects; and which of these are one
     object. What cannot be compared counts as different.
     """
-    return _Comparison().same(one, other)
+    try:
+        return _Comparison().same(one, other)
+    except RecursionError:  # objects within objects, too many to follow
+        return False
 
 
 class _Comparison:

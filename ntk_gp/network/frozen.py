@@ -251,9 +251,10 @@ class FrozenNetwork(nn.Module):
         :raises ValueError: If some are NaN or infinite, or not of one dtype and on one device, and where :meth:`at`
             does.
         """
-        check_inputs(x, *others)
+        different = (x, *(other for other in others if other is not x))
+        check_inputs(*different)
         state = self.fingerprint(thorough=True)
-        for given in (x, *others):
+        for given in different:
             function = self.at(given, state)
         return function
 

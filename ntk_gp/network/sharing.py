@@ -59,6 +59,8 @@ def _first_equal(tensor: Tensor, others: Iterable[Tensor | None]) -> Tensor:
 
 
 def _has_same_bits(one: Tensor, other: Tensor) -> bool:
+    if one is other:
+        return True
     kind, kind_of_other = ((t.dtype, t.device, t.layout, t.shape, t.is_inference()) for t in (one, other))
     if kind != kind_of_other or one.layout != torch.strided or one.is_meta or one.stride() != other.stride():
         return False

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from gpytorch import settings as gpytorch_settings
-from linear_operator.operators import IdentityLinearOperator, LinearOperator, RootLinearOperator
+from linear_operator.operators import (
+    AddedDiagLinearOperator,
+    IdentityLinearOperator,
+    LinearOperator,
+    RootLinearOperator,
+)
 from linear_operator.utils import linear_cg
 from linear_operator.utils.cholesky import psd_safe_cholesky
 from linear_operator.utils.warnings import NumericalWarning
@@ -18,7 +23,8 @@ from .. import memory
 from .._compat import InvQuadLogdet
 from ..solvers.iterative import tolerance
 from ..stock import STOCK_CHOLESKY_SIZES, chosen_cholesky_size
-from ._marginal_terms import Assembly, MarginalTerms
+from ._iteration import Iteration
+from ._marginal_terms import Assembly, MarginalTerms, in_double
 from ._roots import square_root, warn_of_low_rank
 from ._solve import Solve
 from ._solving_operators import Factorised
@@ -28,8 +34,10 @@ _Preconditioner = Callable[[Tensor], Tensor] | None
 
 class DenselySolved(Factorised):
     """Solves, log-determinants and roots by one dense factor in float64 as long as that fits in
-    :class:`ntk_gp.settings.memory_budget`; beyond, by linear_operator's conjugate gradients at this package's
-    tolerance. No setting of GPyTorch is changed for that: other threads would meet it."""
+    :class:`ntk_gp.settings.memory_budget`; beyond, by conjugate gradients at this package's tolerance, with its
+    preconditioner where there is noise. No setting of GPyTorch is changed for that: other threads would meet it."""
+
+    _iteration_memo: Iteration | None = None
 
     @property
     def _is_dense(self) -> bool:
@@ -46,10 +54,7 @@ class DenselySolved(Factorised):
 
     def _double(self) -> Tensor:
         """The matrix in float64."""
-        assembly, tensors = self._assembly()
-        if torch.is_grad_enabled() and self.requires_grad:
-            return assembly.differentiable(tensors)
-        return assembly.dense(tensors)
+        return in_double(self)
 
     def _factorise(self) -> Tensor:
         """The Cholesky factor, (*batch, N, N)."""
@@ -71,6 +76,8 @@ class DenselySolved(Factorised):
     def _solve(self, rhs: Tensor, preconditioner: _Preconditioner = None, num_tridiag: int | None = 0) -> Any:
         if not num_tridiag and self._is_dense:
             return torch.cholesky_solve(rhs.double(), self._factor).to(rhs.dtype)
+        if not num_tridiag and preconditioner is None and rhs.dim() == 2 and Iteration.serves(self):
+            return self._iteration.solve(rhs)
         if preconditioner is None:
             preconditioner = self._solve_preconditioner()
         return linear_cg(
@@ -82,6 +89,14 @@ class DenselySolved(Factorised):
             max_tridiag_iter=gpytorch_settings.max_lanczos_quadrature_iterations.value(),
             preconditioner=preconditioner,
         )
+
+    @property
+    def _iteration(self) -> Iteration:
+        """The preconditioner, kept: it is no part of any graph."""
+        if self._iteration_memo is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._iteration_memo = Iteration(cast(AddedDiagLinearOperator, self.detach()))
+        return self._iteration_memo
 
     def _inv_quad_and_logdet(self, rhs: Tensor | None, logdet: bool) -> tuple[Tensor, Tensor]:
         return self._exact_terms(rhs, logdet) if self._is_dense else self._estimated_terms(rhs, logdet)

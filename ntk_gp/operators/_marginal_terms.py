@@ -15,7 +15,7 @@ from ._parts import Arguments, Gradients, GramMatrices, Part, Sum, Values, block
 
 
 class Assembly:
-    """A square matrix A, formed from its parts in one piece of memory, and factorised there.
+    """A matrix A, formed from its parts in one piece of memory, and factorised there.
 
     :param part: What A is put together from; `values`, everywhere, are those of its arguments.
     :param shape: (*batch, N, N).
@@ -64,6 +64,14 @@ class Assembly:
         if info.any():  # the matrix is gone: once more
             factor = psd_safe_cholesky(self.dense(values), jitter=self.jitter)
         return factor, largest
+
+
+def in_double(matrix: LinearOperator) -> Tensor:
+    """A matrix, (*batch, M, N), in float64, neural tangent kernels evaluated in it; with its graph where it has one."""
+    assembly, tensors = Assembly.of(matrix, 0.0)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return assembly.differentiable(tensors)
+    return assembly.dense(tensors)
 
 
 class MarginalTerms(torch.autograd.Function):

@@ -131,11 +131,12 @@ class NTKAddedDiagLinearOperator(SolvesWithLogdet, AddedDiagLinearOperator):
         out_shape, rhs, variances, noise = self._flat_arguments(rhs)
         fitted = torch.is_grad_enabled() and (variances.requires_grad or noise.requires_grad)
         constant = isinstance(added_diagonal(self), ConstantDiagLinearOperator)
-        served = (constant or not noise.requires_grad) and Groups(system.jacobian.function).are_few
+        groups = Groups(kernel_matrix.function) if fitted and (constant or not noise.requires_grad) else None
+        groups = groups if groups is not None and groups.are_few else None
         terms = None
-        if fitted and served and _spectrum_fits(system) and self._spectrum_pays(system):
-            terms = self._spectrum_terms(system, rhs, variances, noise, constant)
-        elif fitted and not served:
+        if groups is not None and _spectrum_fits(system) and self._spectrum_pays(system):
+            terms = self._spectrum_terms(system, groups, rhs, variances, noise, constant)
+        elif fitted and groups is None:
             terms = self._assembled_terms(system, rhs.reshape(*out_shape, *rhs.shape[-2:]))
         inv_quad, logdet = _MarginalTerms.apply(variances, noise, rhs, self.solver) if terms is None else terms
         return inv_quad.reshape(*out_shape, -1), logdet.reshape(out_shape)
@@ -159,25 +160,26 @@ class NTKAddedDiagLinearOperator(SolvesWithLogdet, AddedDiagLinearOperator):
         return shape, rhs, variances, noise
 
     def _spectrum_terms(
-        self, system: System, rhs: Tensor, variances: Tensor, noise: Tensor, constant: bool
+        self, system: System, groups: Groups, rhs: Tensor, variances: Tensor, noise: Tensor, constant: bool
     ) -> tuple[Tensor, Tensor] | None:
         """From the eigenvalues, unless there is so little noise that they have lost the digits for it."""
-        groups = Groups(system.jacobian.function)
         unit_noise = torch.ones_like(system.noise[:1]) if constant else system.noise
-        spectrum = self._kept("spectrum", _of_one_group(system, groups.large, unit_noise), Spectrum)
         own_noise = noise[:, :1] if constant else torch.ones_like(variances[:, :1])
         scale = variances[:, groups.large, None]
-        if groups.num_small == 0:
-            return spectrum.inv_quad_logdet(rhs, scale, own_noise) if spectrum.resolves(scale, own_noise) else None
-        index, group_of = groups.small(system.x.device)
         unit = System(system.linearization, system.x, torch.ones_like(system.variances[:1]), unit_noise)
+        if groups.num_small == 0:
+            spectrum = self._spectrum(unit, groups)
+            return spectrum.inv_quad_logdet(rhs, scale, own_noise) if spectrum.resolves(scale, own_noise) else None
         beside = self._kept(
-            "spectrum beside", unit, lambda unit: SpectrumBeside(spectrum, unit.jacobian.some_columns(index))
+            "spectrum beside", unit, lambda unit: SpectrumBeside(self._spectrum(unit, groups), unit, groups)
         )
-        small = variances[:, group_of]
-        if not spectrum.resolves(scale, own_noise, beside.trace(small)):
+        if not beside.spectrum.resolves(scale, own_noise, beside.trace(variances)):
             return None
-        return beside.inv_quad_logdet(rhs, scale, own_noise, small)
+        return beside.inv_quad_logdet(rhs, scale, own_noise, variances)
+
+    def _spectrum(self, unit: System, groups: Groups) -> Spectrum:
+        """That of the largest group, from the cache or newly computed."""
+        return self._kept("spectrum", _of_one_group(unit, groups.large, unit.noise), Spectrum)
 
     def _assembled_terms(self, system: System, rhs: Tensor) -> tuple[Tensor, Tensor] | None:
         """From the Gram matrix of each group, kept, and one N×N matrix beside them, where function space is the
@@ -225,8 +227,8 @@ class _MarginalTerms(torch.autograd.Function):
         if torch.is_grad_enabled():  # autograd would take these for constants
             raise RuntimeError(
                 "The marginal likelihood has no second derivatives (create_graph=True) with several prior variances of "
-                "many parameters each, with a learned noise for each point, or with ntk_gp.settings.solver set. Take differences of its "
-                "gradients instead."
+                "many parameters each, with a learned noise for each point, or with ntk_gp.settings.solver set. Take "
+                "differences of its gradients instead."
             )
         alpha, variances = ctx.saved_tensors
         solver, function = ctx.solver, ctx.solver.system.jacobian.function

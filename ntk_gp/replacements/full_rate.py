@@ -10,15 +10,14 @@ from torch.autograd import forward_ad
 
 from .._compat import is_any_autocast_enabled
 from .mode import ReplacingMode
-from .onednn import are_served, is_product_served, is_tanh_served, onednn_product, onednn_tanh
+from .onednn import is_product_served, is_tanh_served, onednn_product, onednn_tanh
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x, x_tangent = forward_ad.unpack_dual(input)
     w, w_tangent = forward_ad.unpack_dual(weight)
     b, b_tangent = (None, None) if bias is None else forward_ad.unpack_dual(bias)
-    served = x.dim() == 2 and is_product_served(x, w.mT) and (b is None or are_served(b))
-    if not served or is_any_autocast_enabled():
+    if x.dim() != 2 or not is_product_served(x, w.mT, b) or is_any_autocast_enabled():
         return nn.functional.linear(input, weight, bias)
     value = onednn_product(x, w.mT, b)
     tangents = []

@@ -48,14 +48,15 @@ def onednn_product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> T
     return product.reshape(*lead, left.shape[-2], columns)
 
 
-def is_product_served(left: Tensor, right: Tensor) -> bool:
-    """Whether oneDNN takes this product, and would be faster; what derivatives in forward mode it has is not asked."""
+def is_product_served(left: Tensor, right: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether oneDNN takes this product, and the bias, and would be faster; what derivatives in forward mode
+    they have is not asked."""
     return (
         min(left.dim(), right.dim()) >= 2
         and min(left.shape[-2], right.shape[-1]) >= _NARROW
         and left.shape[-2] * left.shape[-1] * right.shape[-1] >= _WORTHWHILE
         and left.shape[:-2].numel() == right.shape[:-2].numel() == 1
-        and are_served(left, right)
+        and are_served(left, right, *(() if bias is None else (bias,)))
     )
 
 

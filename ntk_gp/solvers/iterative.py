@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from gpytorch import settings as gpytorch_settings
@@ -27,6 +28,16 @@ _LANDMARKS = 1000
 _COPIES = 8
 # Steps of a solve with them, usually: to compare costs by.
 _USUAL_STEPS = 10
+
+
+class Multiplies(Protocol):
+    """What conjugate gradients ask of K + D: its product with (1, N, r), in float64."""
+
+    def matmul(self, rhs: Tensor) -> Tensor:
+        """Exactly."""
+
+    def single_precision_matmul(self, rhs: Tensor) -> Tensor:
+        """To the precision that is asked for."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,7 @@ class IterativeSolver(Solver):
 
     def __init__(self, system: System):
         super().__init__(system)
-        self.preconditioner = NystromPreconditioner(system)
+        self.preconditioner = NystromPreconditioner.of(system)
 
     def solve(self, rhs: Tensor) -> Tensor:
         solution, self.report = conjugate_gradients(self.system, rhs[0], self.preconditioner)
@@ -164,21 +175,25 @@ class NystromPreconditioner:
     eigenvalue there (Frangella, Tropp and Udell, "Randomized Nyström preconditioning", SIAM J. Matrix Anal. Appl.
     2023).
 
-    :param system: K + D, without batches.
+    :param cross: The landmarks' columns of K, (N, m), in float64; overwritten.
+    :param core: Of these, the landmarks' rows, (m, m).
+    :param noise: The diagonal of D, (N,). Positive.
     """
 
-    def __init__(self, system: System):
+    @classmethod
+    def of(cls, system: System) -> NystromPreconditioner:
+        """For K + D without batches."""
         jacobian, outputs = system.jacobian, system.jacobian.function.num_outputs
-        budget = memory.PRECONDITIONER.bytes(system.x.device)
-        rank = max(1, min(_LANDMARKS, system.num_rows // 2, budget // (8 * system.num_rows)) // outputs)
-        generator = torch.Generator(device="cpu").manual_seed(0)
-        landmarks = torch.randperm(jacobian.num_points, generator=generator, device="cpu")[:rank].sort().values
-        chosen = jacobian[landmarks.to(system.x.device)]
-        self.noise = system.noise[0]
-        self.scale = system.noise.rsqrt()
-        cross = jacobian.gram(chosen, system.variances)[0].mul_(self.scale.mT)
+        rank = max(1, most_landmarks(system.num_rows, system.x.device) // outputs)
+        chosen = jacobian[drawn_landmarks(jacobian.num_points, rank).to(system.x.device)]
+        cross = jacobian.gram(chosen, system.variances)[0]
         system.check_finite(cross)
-        core = chosen.gram(chosen, system.variances)[0]
+        return cls(cross, chosen.gram(chosen, system.variances)[0], system.noise[0])
+
+    def __init__(self, cross: Tensor, core: Tensor, noise: Tensor):
+        self.noise = noise
+        self.scale = noise.rsqrt().unsqueeze(0)
+        cross.mul_(self.scale.mT)
         size = core.diagonal().mean()  # jitter is for matrices of size one
         core = psd_safe_cholesky(core / size) * size.sqrt()
         factor = torch.linalg.solve_triangular(core.mT, cross, upper=True, left=False)
@@ -205,6 +220,17 @@ class NystromPreconditioner:
         return (1 + self.basis.square() @ (self.factors - 1)) / self.noise
 
 
+def most_landmarks(rows: int, device: torch.device) -> int:
+    """How many landmarks are useful for so many rows, and fit in the memory budget."""
+    return max(1, min(_LANDMARKS, rows // 2, memory.PRECONDITIONER.bytes(device) // (8 * rows)))
+
+
+def drawn_landmarks(points: int, rank: int) -> Tensor:
+    """Which points are landmarks, (rank,): drawn at random."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    return torch.randperm(points, generator=generator, device="cpu")[:rank].sort().values
+
+
 def tolerance() -> float:
     """The user's tolerance where one was set in GPyTorch (its defaults are far too loose), or else this package's."""
     value = gpytorch_settings.cg_tolerance.value()
@@ -212,11 +238,11 @@ def tolerance() -> float:
 
 
 def conjugate_gradients(
-    system: System, rhs: Tensor, preconditioner: NystromPreconditioner
+    system: Multiplies, rhs: Tensor, preconditioner: NystromPreconditioner
 ) -> tuple[Tensor, SolveReport]:
     """(K + D)⁻¹ rhs for rhs (N, r), until every column's own residual is small, and how that went.
 
-    :param system: K + D, without batches.
+    :param system: K + D, without batches, as what multiplies by it.
     :param rhs: Right-hand sides.
     :param preconditioner: Approximates the whitened system.
     """
@@ -249,7 +275,7 @@ def conjugate_gradients(
     return solution, SolveReport(steps, relative, error, target)
 
 
-def _residual(system: System, rhs: Tensor, solution: Tensor) -> Tensor:
+def _residual(system: Multiplies, rhs: Tensor, solution: Tensor) -> Tensor:
     return rhs - system.matmul(solution.unsqueeze(0))[0]
 
 

@@ -22,7 +22,8 @@ _MOST_COLUMNS = 64
 
 
 class Spectrum:
-    r"""Eigenvalues and eigenvectors of the kernel matrix K of one group with unit variance, or of :math:`D^{-1/2} K D^{-1/2}`.
+    r"""Eigenvalues and eigenvectors of one group's kernel matrix K with unit variance, or of
+    :math:`D^{-1/2} K D^{-1/2}`.
 
     K does not change while the noise and the outputscale s are fitted:
     :math:`r^\top (sK + \sigma^2 I)^{-1} r = \sum_i (q_i^\top r)^2 / (s\lambda_i + \sigma^2)`, and the log-determinant
@@ -120,8 +121,7 @@ class Groups:
     :param function: What says which parameter is in which group.
 
     :ivar large: The number of the largest group.
-    :ivar small: The numbers of the parameters in other groups, (q,).
-    :ivar group_of: The group of each of these.
+    :ivar num_small: q, how many parameters the other groups have together.
     """
 
     def __init__(self, function: NetworkFunction):
@@ -158,34 +158,40 @@ class SpectrumBeside:
     span of Q (where P < N) has the eigenvalue σ², cross terms included.
 
     :param spectrum: That of the large group.
-    :param columns: U, (B, N, q).
+    :param system: The same inputs and noise, with all groups.
+    :param groups: Which are small.
     """
 
-    def __init__(self, spectrum: Spectrum, columns: Tensor):
+    def __init__(self, spectrum: Spectrum, system: System, groups: Groups):
         self.spectrum = spectrum
+        index, self._group_of = groups.small(system.x.device)
+        columns = system.jacobian.some_columns(index)
         whitened = spectrum.scale.unsqueeze(-1) * columns
         spectrum.system.check_finite(whitened.square().sum(-1))
         # Of length one, so that entries of M can be compared.
         self._lengths = whitened.norm(dim=-2)
         self._lengths = self._lengths.where(self._lengths > 0, 1.0)
-        self._columns = whitened / self._lengths.unsqueeze(-2)
-        self._coordinates = spectrum.coordinates(self._columns)
-        self._left = self._left_of(self._columns, self._coordinates, self._columns, self._coordinates)
+        columns = whitened / self._lengths.unsqueeze(-2)
+        inside = spectrum.coordinates(columns)
+        self._columns, self._coordinates = (part.mT.contiguous() for part in (columns, inside))  # (B, q, N), (B, q, k)
+        self._left = self._left_of(columns, inside)
         self._last: tuple[Tensor, ...] | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, beside the spectrum."""
-        return self._columns.nbytes + self._coordinates.nbytes + self._left.nbytes
+        """Bytes held, those of the spectrum too: it stays as long as what was made of its eigenvectors."""
+        own = (self._columns, self._coordinates, self._left, self._group_of)
+        return self.spectrum.nbytes + sum(tensor.nbytes for tensor in own)
 
     def trace(self, variances: Tensor) -> Tensor:
-        """That of U S Uᵀ, whitened, (B, 1)."""
-        return (self._lengths.square() * variances.detach()).sum(-1, keepdim=True)
+        """That of U S Uᵀ, whitened, (B, 1), for the variances of all groups, (B, G)."""
+        return (self._lengths.square() * variances.detach()[:, self._group_of]).sum(-1, keepdim=True)
 
-    def _left_of(self, one: Tensor, one_in: Tensor, other: Tensor, other_in: Tensor) -> Tensor:
-        """Products of what Q leaves of columns, from columns and their coordinates."""
-        product = one.mT @ other
-        return product - one_in.mT @ other_in if self.spectrum.in_weight_space else torch.zeros_like(product)
+    def _left_of(self, columns: Tensor, inside: Tensor) -> Tensor:
+        """Products of what Q leaves of U and of other columns, (B, q, r), from these and their coordinates."""
+        if not self.spectrum.in_weight_space:  # nothing is: that would be rounding
+            return inside.new_zeros(inside.shape[0], self._columns.shape[-2], inside.shape[-1])
+        return self._columns @ columns - self._coordinates @ inside
 
     def _parts(self, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of a whitened r: its coordinates, (B, k, r), and what is left of r with itself, (B, r), and of U with r."""
@@ -195,7 +201,7 @@ class SpectrumBeside:
         inside = self.spectrum.coordinates(residual)
         rest = residual.square().sum(-2) - inside.square().sum(-2)
         rest = rest.clamp_min(0.0) if self.spectrum.in_weight_space else torch.zeros_like(rest)
-        cross = self._left_of(self._columns, self._coordinates, residual, inside)
+        cross = self._left_of(residual, inside)
         if not residual.requires_grad:
             self._last = (residual.clone(), inside, rest, cross)
         return inside, rest, cross
@@ -208,21 +214,21 @@ class SpectrumBeside:
         :param residual: r, (B, N, r).
         :param scale: s, (B, 1).
         :param noise: σ², (B, 1).
-        :param variances: The diagonal of S, (B, q).
+        :param variances: Those of all groups, (B, G).
         """
         inside, rest, cross = self._parts(self.spectrum.scale.unsqueeze(-1) * residual)
-        scaled = (self._lengths.square() * variances).unsqueeze(-1)
-        spectrum = (scale * self.spectrum.values + noise).unsqueeze(-1)
+        scaled = (self._lengths.square() * variances[:, self._group_of]).unsqueeze(-1)
+        spectrum = scale * self.spectrum.values + noise
+        weighted = self._coordinates / spectrum.unsqueeze(-2)
         outside = noise.unsqueeze(-1)
-        weighted = (self._coordinates / spectrum).mT
-        moment = weighted @ self._coordinates + self._left / outside
+        moment = weighted @ self._coordinates.mT + self._left / outside
         system = moment * scaled.mT
         system = system + torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
         known = weighted @ inside + cross / outside
         system, known = (part.expand(max(len(system), len(known)), -1, -1) for part in (system, known))
         duals = torch.linalg.solve(system, known)  # z
         weights = scaled * duals
-        error = inside - self._coordinates @ weights
+        error = inside - self._coordinates.mT @ weights
         left = rest - 2 * (weights * cross).sum(-2) + (weights * (self._left @ weights)).sum(-2)
-        inv_quad = (error.square() / spectrum).sum(-2) + left / noise + (duals * weights).sum(-2)
+        inv_quad = (error.square() / spectrum.unsqueeze(-1)).sum(-2) + left / noise + (duals * weights).sum(-2)
         return inv_quad, self.spectrum.logdet(scale, noise) + torch.linalg.slogdet(system).logabsdet

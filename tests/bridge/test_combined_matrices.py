@@ -28,7 +28,8 @@ from torch import Size, Tensor, nn
 from ntk_gp import NetworkMean, NTKKernel, NTKLinearOperator, settings
 from ntk_gp.bridge.prediction_strategies import NTKPredictionStrategy
 from tests import references
-from tests.adapted import SMALL, AdaptedGP, assert_close, data, network
+from tests.adapted import SMALL, AdaptedGP, assert_close, data, network, reference_kernel
+from tests.marks import beyond
 
 N_TEST = 9
 
@@ -129,21 +130,10 @@ def eye(like: Tensor) -> Tensor:
     return torch.eye(like.shape[-1], dtype=like.dtype)
 
 
-_kernels: dict[tuple, Tensor] = {}
-
-
-def explicit(net: nn.Module, x: Tensor) -> Tensor:
-    """The NTK by explicit Jacobians, once for the same inputs and weights."""
-    key = (x.shape, float(x.sum()), float(sum(p.double().sum() for p in net.parameters())))
-    if key not in _kernels:
-        _kernels[key] = references.kernel(net, x)
-    return _kernels[key]
-
-
 def reference(model: Model, case: Case, net: nn.Module, x: Tensor, tasks: Tensor) -> Tensor:
     """The matrix in float64 with the graph of the hyperparameters, the NTKs by explicit Jacobians."""
-    ntk = model.covar.outputscale * explicit(net, x)
-    other = explicit(network(seed=3, width=5), x)
+    ntk = model.covar.outputscale * reference_kernel(net, x)
+    other = reference_kernel(network(seed=3, width=5), x)
     return case.dense(ntk, other, model.rbf(x).to_dense(), model.task(tasks).to_dense(), x)
 
 
@@ -160,7 +150,7 @@ def gradients(value: Tensor, model: Model) -> tuple[Tensor, ...]:
     )
 
 
-@pytest.mark.parametrize("n", [12, 801])
+@pytest.mark.parametrize("n", [12, beyond(801)])
 @pytest.mark.parametrize("name", CASES)
 def test_likelihood_gradients_and_predictions(name, n):
     case, net, (x, tasks, y, test_x, test_tasks) = CASES[name], network(), inputs(n)
@@ -184,6 +174,7 @@ def test_likelihood_gradients_and_predictions(name, n):
         assert_close(posterior.covariance_matrix, covariance, 1e-7)
 
 
+@pytest.mark.engine_independent
 @pytest.mark.parametrize("n", [799, 1000])
 @pytest.mark.parametrize("name", ["hadamard", "plus rbf"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -203,6 +194,7 @@ def test_precisions_around_the_size_at_which_gpytorch_iterates(name, n, dtype):
     assert error <= (1e-7 if dtype == torch.float64 else 5e-3)
 
 
+@pytest.mark.engine_independent
 @pytest.mark.parametrize("name", ["hadamard", "times two", "product of sums", "psd sum"])
 @pytest.mark.parametrize("base_samples", [False, True])
 def test_samples_are_of_full_rank(name, base_samples):
@@ -225,7 +217,7 @@ def test_samples_are_of_full_rank(name, base_samples):
 
 
 @pytest.mark.parametrize("name", ["hadamard", "plus rbf", "times two", "times tensor", "sum of products"])
-@pytest.mark.parametrize("n", [12, 801])
+@pytest.mark.parametrize("n", [12, beyond(801)])
 def test_batches(name, n):
     case, net = CASES[name], network()
     (x, y), test_x = data(n, 2), data(N_TEST, 2, seed=1)[0]
@@ -246,6 +238,7 @@ def test_batches(name, n):
         assert_close(posterior.covariance_matrix, covariance, 1e-7)
 
 
+@pytest.mark.engine_independent
 @pytest.mark.parametrize("repeated", ["repeat", "expand", "batch repeat", "targets"])
 @pytest.mark.parametrize("name", ["hadamard", "plus rbf", "times two", "jitter"])
 def test_repetitions(name, repeated):
@@ -277,6 +270,7 @@ def test_constants_with_more_batches_than_the_matrix():
         assert_close((matrix * scale.reshape(2, 1, 1)).to_dense(), matrix.to_dense() * scale.reshape(2, 1, 1))
 
 
+@pytest.mark.engine_independent
 def test_roots_of_factors_are_exact():
     """What GPyTorch multiplies by roots of its own accord."""
     net, x = network(width=40), data(850)[0]
@@ -332,6 +326,7 @@ def test_derivatives_after_predictions_in_inference_mode(name):
     assert_close(*derivatives)
 
 
+@pytest.mark.engine_independent
 @pytest.mark.parametrize("lazily", [False, True])
 @pytest.mark.parametrize("reduce", ["prod", "sum"])
 def test_products_and_sums_over_a_batch(reduce, lazily):
@@ -356,6 +351,7 @@ def test_products_and_sums_over_a_batch(reduce, lazily):
         assert_close(posterior.covariance_matrix, covariance, 1e-7)
 
 
+@pytest.mark.engine_independent
 def test_samples_that_do_not_fit_say_so():
     net, x = network(), data(810)[0]
     prior = MultivariateNormal(torch.zeros(810, dtype=x.dtype), NTKKernel(net)(x) + RBFKernel().double()(x))

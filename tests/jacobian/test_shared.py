@@ -72,6 +72,13 @@ class TestWhatIsShared:
         assert not share(one, NTKKernel(network, **options))
         assert share(one, NTKKernel(network))
 
+    def test_after_the_first_kernel_is_gone(self):
+        network = make_network()
+        one, other = NTKKernel(network), NTKKernel(network)
+        del one
+        gc.collect()
+        assert share(other, NTKKernel(network))
+
     def test_groups_are_shared_among_those_that_have_them(self):
         network = make_network()
         one, other = (NTKKernel(network, variance_groups="layer") for _ in range(2))
