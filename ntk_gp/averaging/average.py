@@ -40,10 +40,10 @@ class AveragedPredictions:
         components: list[MultivariateNormal] = []
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
             for model in settings.progress(list(self._models), "Predictions of each draw"):
-                component = model(x.double())
-                components.append(model.likelihood(component, *arguments) if observed else component)
-                if not keeps:
-                    model.prediction_strategy = None
+                # What a copy prepares goes with it, and other threads do not see it go.
+                used = model if keeps else copy.copy(model)
+                component = used(x.double())
+                components.append(used.likelihood(component, *arguments) if observed else component)
         return Mixture(self.weights.to(x.device), components, dtype=x.dtype)
 
 

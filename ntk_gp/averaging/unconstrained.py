@@ -217,7 +217,7 @@ class Hyperparameters:
     def _of_priors(self) -> Tensor:
         """Σ log |dt/draw|."""
         slopes = [prior.log_slope() for prior in self.priors] if self._jacobians else []
-        return torch.stack(slopes).sum() if slopes else torch.zeros((), dtype=torch.float64)
+        return torch.stack(slopes).sum() if slopes else self.parameters[0].new_zeros((), dtype=torch.float64)
 
     def _log_slopes(self, u: Tensor, raw: list[Tensor]) -> Tensor:
         """Σ log |draw/du| over what has a prior."""

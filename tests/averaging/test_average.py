@@ -10,7 +10,7 @@ from gpytorch.distributions import MultitaskMultivariateNormal
 from gpytorch.kernels import MaternKernel, RBFKernel, ScaleKernel
 from gpytorch.likelihoods import MultitaskGaussianLikelihood
 
-from ntk_gp import NetworkMean, NTKKernel, averaged
+from ntk_gp import NetworkMean, NTKKernel, averaged, settings
 from ntk_gp.averaging import Mixture
 from ntk_gp.priors import register_log_prior, scale_to_data
 from tests import adapted
@@ -220,12 +220,10 @@ def test_nothing_is_computed_again_of_the_network():
     assert len(tensors) == len(list(model.mean_module.buffers()))
 
 
-def test_little_memory_for_what_is_prepared(monkeypatch):
-    from ntk_gp import settings
-
-    average = averaged(network_model(), draws=3, seed=0)
+def test_little_memory_for_what_is_prepared():
     z = adapted.data(3)[0]
-    expected = average.predict(z).mean
+    expected = averaged(network_model(), draws=3, seed=0).predict(z).mean
+    average = averaged(network_model(), draws=3, seed=0)
     with settings.memory_budget(1000):
         torch.testing.assert_close(average.predict(z).mean, expected, rtol=0, atol=1e-9)
         assert all(model.prediction_strategy is None for model in average._models)
