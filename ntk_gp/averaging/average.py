@@ -48,7 +48,7 @@ class AveragedPredictions:
 
 
 class Averaged(AveragedPredictions):
-    """A model's predictions averaged over the posterior of its hyperparameters; made by :func:`averaged`.
+    """A model's predictions averaged over the posterior of its hyperparameters; made by :func:`ntk_gp.averaged`.
 
     It stays as it was made: later changes of the model have no effect on it.
 

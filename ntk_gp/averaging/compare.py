@@ -30,7 +30,7 @@ class ComparedModel(NamedTuple):
 
 
 class Comparison(AveragedPredictions):
-    """Models by their evidence, and their predictions averaged with it; made by :func:`compare`.
+    """Models by their evidence, and their predictions averaged with it; made by :func:`ntk_gp.compare`.
 
     A sequence of :class:`ComparedModel`, in the order given; `print` shows a table. `comparison(x)` and
     `comparison.predict(x)` are as of :class:`Averaged`, over all models.

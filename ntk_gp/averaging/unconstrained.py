@@ -304,7 +304,7 @@ def working_copy(model: ExactGP) -> ExactGP:
     Neither prediction caches nor graphs are copied: there is nothing of the copy's own in the model afterwards.
 
     :raises TypeError: If it is no ExactGP with a Gaussian likelihood.
-    :raises ValueError: If it has no training data or batches, or targets are NaN and not masked.
+    :raises ValueError: If it has no training data, batches or transforms, or targets are NaN and not masked.
     """
     _check(model)
     strategy = model.prediction_strategy
@@ -321,6 +321,11 @@ def _check(model: ExactGP) -> None:
             f"Expected a gpytorch.models.ExactGP, got {type(model).__name__}. Of a list of models, average each."
         )
     ExactMarginalLogLikelihood(model.likelihood, model)  # refuses other likelihoods
+    if any(getattr(model, name, None) is not None for name in ("input_transform", "outcome_transform")):
+        raise ValueError(
+            "The model transforms inputs or outcomes, as BoTorch's do, and its predictions would be of the transformed "
+            "ones. Make it with input_transform=None and outcome_transform=None, of data that are transformed already."
+        )
     if model.train_inputs is None or model.train_targets is None or model.train_targets.numel() == 0:
         raise ValueError("The model has no training data. Call model.set_train_data() first.")
     if any(x.dim() > 2 for x in model.train_inputs):

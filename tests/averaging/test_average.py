@@ -2,6 +2,7 @@
 
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import gpytorch
 import pytest
@@ -22,6 +23,7 @@ from tests.averaging.models import (
     rbf_model,
     rbf_predictions,
 )
+from tests.in_threads import settings_of_gpytorch_restored
 
 pytestmark = pytest.mark.engine_independent
 Z = torch.linspace(-0.3, 1.3, 7, dtype=torch.float64).unsqueeze(-1)
@@ -303,3 +305,39 @@ def test_rbf_with_ard():
     scale_to_data(model)
     average = averaged(model, draws=8, seed=0)
     assert average.draws["covar_module.base_kernel.lengthscale"].shape == (8, 1, 3)
+
+
+def test_botorchs_models():
+    """Those that transform outcomes predict in other units than they learn in, and are refused."""
+    models = pytest.importorskip("botorch.models")
+    x, y = adapted.data(10)
+    kernel = ScaleKernel(NTKKernel(adapted.network()))
+    plain = models.SingleTaskGP(x, y.unsqueeze(-1), covar_module=kernel, outcome_transform=None)
+    average = averaged(plain, draws=4, seed=0)
+    assert average.predict(x[:2] + 0.1).mean.shape == (2,)
+    with pytest.raises(ValueError, match="outcome_transform=None"):
+        averaged(models.SingleTaskGP(x, y.unsqueeze(-1), covar_module=kernel))
+
+
+def test_from_several_threads():
+    model, z = network_model(), adapted.data(6, seed=3)[0]
+    average = averaged(model, draws=4, seed=0)
+    expected = average.predict(z).mean
+    fresh = averaged(model, draws=4, seed=0)
+
+    def run(_: int) -> list[torch.Tensor]:
+        return [fresh.predict(z).mean, averaged(model, draws=4, seed=0).predict(z).mean]
+
+    with settings_of_gpytorch_restored(), ThreadPoolExecutor(4) as pool:
+        for results in pool.map(run, range(4)):
+            for result in results:
+                torch.testing.assert_close(result, expected, rtol=0, atol=1e-9)
+
+
+def test_progress(capsys):
+    pytest.importorskip("tqdm")
+    with settings.progress_bar():
+        averaged(rbf_model(), draws=4, seed=0).predict(Z)
+    shown = capsys.readouterr().err
+    for step in ("Starts for", "Modes of", "Draws of", "Predictions of"):
+        assert step in shown
