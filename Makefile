@@ -14,7 +14,7 @@ ENGINE_NAMED := tests/jacobian tests/replacements tests/test_network.py tests/te
 .PHONY: demo test test-engines test-versions fuzz lint notebooks benchmark docs clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python notebooks/sine_transfer.py
+	$(BIN)/python notebooks/adaptation.py
 
 # Without --engine, the engine is the structured one.
 test: lint docs
