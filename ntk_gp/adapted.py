@@ -23,8 +23,8 @@ from .means import NetworkMean
 from .network import ParameterSelection
 from .priors import register_log_prior, scale_to_data
 
-# The shares of what the network leaves unexplained that the terms start with: the network's own linear model is
-# expected to explain it; gain and offset have 0.3 each.
+# The shares of what the network leaves unexplained that the terms start with, beyond gain and offset where it is not
+# theirs: the network's own linear model is expected to explain it; gain and offset have 0.3 each.
 SHARES = {"gain": 0.6, "tangent": 1.0, "inputs": 0.1, "features": 0.1, "metric": 0.1}
 _NOISE = 0.1
 # Predictions outside of the source inputs' range by more than this part of it are told.
@@ -38,14 +38,15 @@ class AdaptedGP(ExactGP):
 
     =============  ============================================================================  ===============
     `"gain"`       the network is right up to a factor and a level: :class:`~ntk_gp.GainKernel`  0.3 v₀ each
-    `"tangent"`    other weights of the network: :class:`~ntk_gp.NTKKernel`                      v₀
-    `"inputs"`     anything smooth in the inputs: Matérn-3/2                                     0.1 v₀
-    `"features"`   anything smooth in the penultimate layer's features: Matérn-3/2               0.1 v₀
-    `"metric"`     anything smooth in the tangent kernel's metric: Matérn-3/2                    0.1 v₀
+    `"tangent"`    other weights of the network: :class:`~ntk_gp.NTKKernel`                      v₁
+    `"inputs"`     anything smooth in the inputs: Matérn-3/2                                     0.1 v₁
+    `"features"`   anything smooth in the penultimate layer's features: Matérn-3/2               0.1 v₁
+    `"metric"`     anything smooth in the tangent kernel's metric: Matérn-3/2                    0.1 v₁
     =============  ============================================================================  ===============
 
     The last column is the variance that each is expected to contribute, of :math:`v_0 = \operatorname{mean}\,(y -
-    f(x))^2`; the noise is expected to be 0.1 v₀. These are medians of log-normal priors 1.5 e-folds wide; lengthscales
+    f(x))^2` and of :math:`v_1`, what is left of that beside the best gain and offset; the noise is expected to be
+    0.1 v₁. These are medians of log-normal priors 1.5 e-folds wide; lengthscales
     have the median distance between the training inputs, one e-fold wide (:func:`~ntk_gp.priors.scale_to_data`).
     :meth:`predict` averages over the hyperparameters that the data leave open.
 

@@ -37,11 +37,12 @@ def median_of_pairs(distances: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_prior_is_the_recipe():
-    """Each term written out with explicit Jacobians and features, scaled by its share of v₀."""
+    """Each term written out with explicit Jacobians and features, scaled by its share of v₀ or v₁."""
     model, network = make(), adapted.network()
     x, y = model.train_inputs[0], model.train_targets
     f = network(x).squeeze(-1).detach()
     v0 = (y - f).square().mean()
+    v1 = adapted.beyond_gain_and_offset(f, y - f)
     jacobian = explicit_jacobian(network, x)
     jacobian = jacobian.reshape(len(x), -1)
     tangent = jacobian @ jacobian.T
@@ -54,15 +55,15 @@ def test_the_prior_is_the_recipe():
     }
     expected = {
         "gain": 0.3 * v0 * (f[:, None] * f / f.square().mean() + 1),
-        "tangent": v0 * tangent / tangent.diagonal().mean(),
-        **{name: 0.1 * v0 * matern(d / median_of_pairs(d)) for name, d in metrics.items()},
+        "tangent": v1 * tangent / tangent.diagonal().mean(),
+        **{name: 0.1 * v1 * matern(d / median_of_pairs(d)) for name, d in metrics.items()},
     }
     assert model.terms == TERMS == tuple(expected)
     for name, matrix in expected.items():
         adapted.assert_close(model.term(name)(x).to_dense().detach(), matrix, 1e-5)
     adapted.assert_close(model(x).covariance_matrix.detach(), sum(expected.values()), 1e-5)
     adapted.assert_close(model(x).mean, f)
-    assert model.likelihood.noise.item() == pytest.approx(0.1 * v0.item(), rel=1e-6)
+    assert model.likelihood.noise.item() == pytest.approx(0.1 * v1.item(), rel=1e-6)
     assert model.unexplained == pytest.approx(v0.item())
 
 

@@ -184,12 +184,15 @@ def test_terms_contribute_their_shares(case):
     kernel, shares = kernels()[case]
     model = model_of(kernel.double())
     x, y = model.train_inputs[0], model.train_targets
-    v0 = (y - adapted.network()(x).squeeze(-1)).square().mean().item()
+    f = adapted.network()(x).squeeze(-1).detach()
+    v0 = (y - f).square().mean().item()
+    beyond = adapted.beyond_gain_and_offset(f, y - f).item() if case == 4 else v0
     assert scale_to_data(model, shares=shares) == pytest.approx(v0, rel=1e-12)
-    assert model.likelihood.noise.item() == pytest.approx(0.01 * v0, rel=1e-6)
+    assert model.likelihood.noise.item() == pytest.approx(0.01 * beyond, rel=1e-6)
     terms = list(kernel.kernels) if isinstance(kernel, gpytorch.kernels.AdditiveKernel) else [kernel]
     for term, share in zip(terms, shares or [1 / len(terms)] * len(terms), strict=True):
-        assert term(x).to_dense().diagonal().mean().item() == pytest.approx(share * v0, rel=1e-6)
+        scale = v0 if isinstance(term, GainKernel) else beyond
+        assert term(x).to_dense().diagonal().mean().item() == pytest.approx(share * scale, rel=1e-6)
     for name, owner, prior, closure, _ in model.named_priors():
         torch.testing.assert_close(closure(owner), prior.loc.expand_as(closure(owner)), rtol=1e-6, atol=1e-6)
         assert prior.scale.unique().item() == (1.0 if "lengthscale" in name else 2.0)
@@ -202,6 +205,25 @@ def test_the_tangent_kernels_scale_is_that_of_explicit_jacobians():
     v0 = scale_to_data(model)
     mean = references.kernel(adapted.network(), model.train_inputs[0]).diagonal().mean().item()
     assert model.covar_module.outputscale.item() == pytest.approx(v0 / mean, rel=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8])
+@pytest.mark.parametrize("missing", [False, True])
+def test_an_offset_says_nothing_of_the_other_scales(n, missing):
+    """It is most of v₀ here. One or two points leave nothing beside gain and offset, and v₁ is v₀."""
+    x, y = adapted.data(n + missing)
+    f = adapted.network()(x).squeeze(-1).detach()
+    y = f + 100.0 + 0.1 * y
+    if missing:
+        y[0] = torch.nan
+    kernel = GainKernel(adapted.network()) + ScaleKernel(MaternKernel(1.5))
+    model = adapted.AdaptedGP(x, y, adapted.network(), covar_module=kernel.double())
+    with gpytorch.settings.observation_nan_policy("mask" if missing else "ignore"):
+        v0 = scale_to_data(model, shares=[0.6, 1.0])
+    expected = adapted.beyond_gain_and_offset(f[missing:], (y - f)[missing:]).item() if n > 2 else v0
+    assert v0 == pytest.approx(1e4, rel=0.1)
+    assert kernel.kernels[1].outputscale.item() == pytest.approx(expected, rel=1e-5)
+    assert kernel.kernels[0].offset_variance.item() == pytest.approx(0.3 * v0, rel=1e-6)
 
 
 def test_gain_and_offset_have_equal_parts():

@@ -133,6 +133,11 @@ class GainKernel(NetworkKernel, KnownFeaturesKernel):
             return LowRankRootLinearOperator(left * by_column.sqrt())
         return MatmulLinearOperator(left * by_column, left.mT)
 
+    def features(self, x: Tensor) -> Tensor:
+        """f(x) and 1, for each output by itself: (*batch, n, d) to (*batch, n·C, 2C)."""
+        x = self._active(x)
+        return self._features(tuple(column for column, _ in self.known_features(x, x)), x)
+
     def known_features(self, x1: Tensor, x2: Tensor) -> list[tuple[Column, Tensor]]:
         function = self.network.bind(x1, x2)
         variances = [v.to(x1.device, x1.dtype) for v in (self.gain_variance, self.offset_variance)]
