@@ -47,7 +47,7 @@ class AdaptedGP(ExactGP):
     The last column is the variance that each is expected to contribute, of :math:`v_0 = \operatorname{mean}\,(y -
     f(x))^2` and of :math:`v_1`, what is left of that beside the best gain and offset; the noise is expected to be
     0.1 v₁. These are medians of log-normal priors 1.5 e-folds wide; lengthscales
-    have the median distance between the training inputs, one e-fold wide (:func:`~ntk_gp.priors.scale_to_data`).
+    have the median distance between the training inputs, one e-fold wide (:func:`~ntk_gp.scale_to_data`).
     :meth:`predict` averages over the hyperparameters that the data leave open.
 
     It is an ordinary ExactGP: `gp(x)`, GPyTorch's training loop, BoTorch's `fit_gpytorch_mll` and acquisition functions
@@ -149,7 +149,7 @@ class AdaptedGP(ExactGP):
         return self.train().eval()
 
     def predict(self, x: Tensor, draws: int = 32, *, seed: int = 0, warn_outside: bool = False) -> Mixture:
-        """Predictions of observations at x (n, d), :func:`~ntk_gp.averaging.averaged` over the hyperparameters.
+        """Predictions of observations at x (n, d), :func:`~ntk_gp.averaged` over the hyperparameters.
 
         What is averaged is kept until data, hyperparameters, draws or seed change: the first call takes longest.
 

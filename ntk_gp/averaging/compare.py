@@ -97,7 +97,7 @@ def compare(
     """Compares models of the same data by their evidence, the hyperparameters integrated out.
 
     Evidence depends on the priors: the data must be as likely under each model's as their user thinks. So scale all of
-    them alike, for instance by :func:`ntk_gp.priors.scale_to_data`.
+    them alike, for instance by :func:`ntk_gp.scale_to_data`.
 
     :param models: By name, or in a list. What :func:`averaged` has made is taken as it is.
     :param draws: For each model.
