@@ -120,7 +120,8 @@ def averaged(model: ExactGP, draws: int = 32, seed: int | None = None) -> Averag
         or eval mode. Its present hyperparameters are where the search begins.
     :param draws: How many draws.
     :param seed: Of the draws. (Default: from torch's random numbers.)
-    :return: What maps x (n, d) to a :class:`~ntk_gp.averaging.Mixture` over the function's values, by `predict` over observations.
+    :return: What maps x (n, d) to a :class:`~ntk_gp.averaging.Mixture` over the function's values, by `predict` over
+        observations.
     :raises TypeError: If the model is no ExactGP.
     :raises ValueError: If it has no data, batches, or no hyperparameters.
     """

@@ -86,7 +86,8 @@ class TangentMaternKernel(StationaryTangentKernel):
     where :math:`\Theta` is the :class:`~ntk_gp.NTKKernel` of the network with prior variances of one. That is linear in
     its features, and cannot follow what lies outside of their span; this kernel can, and calls alike what the network
     tells apart by the same parameters. Its variance is one: put it in a :class:`~gpytorch.kernels.ScaleKernel`, and add
-    it to the tangent kernel. :meth:`~ntk_gp.kernels.metric.MetricKernel.median_distance` tells the size of its lengthscale.
+    it to the tangent kernel. :meth:`~ntk_gp.kernels.metric.MetricKernel.median_distance` tells the size of its
+    lengthscale.
 
     It shares Jacobians and Gram matrices with other kernels made of the same network with the same options. Distances
     are computed in float64 from the Gram matrix, and kept for the inputs seen last within
