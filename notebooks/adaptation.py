@@ -11,8 +11,12 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -137,24 +141,26 @@ class GP(gpytorch.models.ExactGP):
 
 def rbf_from_scratch(network: nn.Module, x: Tensor, y: Tensor, x_new: Tensor):
     kernel = ScaleKernel(RBFKernel(ard_num_dims=x.shape[-1])) + ConstantKernel()
-    return ntk_gp.averaged(GP(x, y, gpytorch.means.ZeroMean(), kernel)).predict(x_new)
+    return ntk_gp.averaged(GP(x, y, gpytorch.means.ZeroMean(), kernel), DRAWS).predict(x_new)
 
 
 def rbf_on_the_network(network: nn.Module, x: Tensor, y: Tensor, x_new: Tensor):
     kernel = GainKernel(network) + ScaleKernel(RBFKernel())
-    return ntk_gp.averaged(GP(x, y, NetworkMean(network), kernel)).predict(x_new)
+    return ntk_gp.averaged(GP(x, y, NetworkMean(network), kernel), DRAWS).predict(x_new)
 
 
 def untrained_tangent_kernel(network: nn.Sequential, x: Tensor, y: Tensor, x_new: Tensor):
     """What the architecture alone knows."""
     untrained = make_network(x.shape[-1])
     kernel = ConstantKernel() + ScaleKernel(NTKKernel(untrained, normalize=True))
-    return ntk_gp.averaged(GP(x, y, gpytorch.means.ZeroMean(), kernel)).predict(x_new)
+    return ntk_gp.averaged(GP(x, y, gpytorch.means.ZeroMean(), kernel), DRAWS).predict(x_new)
 
 
 def recipe(network: nn.Module, x: Tensor, y: Tensor, x_new: Tensor):
-    return AdaptedGP(x, y, network).fit().predict(x_new)
+    return AdaptedGP(x, y, network).predict(x_new, DRAWS)
 
+
+DRAWS = 16  # of the hyperparameters, which all Gaussian processes here are averaged over
 
 METHODS: dict[str, Callable] = {
     "network, unadapted": unadapted,
@@ -191,18 +197,24 @@ def score(task: Related, predictions: list, x_new: Tensor) -> Scores:
     )
 
 
-def compare_on_related_tasks(sizes: tuple[int, ...], num_tasks: int, steps: int) -> dict[int, list[Scores]]:
-    """A network, and so many tasks related to its own, each with so many labels."""
+def try_task(network: nn.Module, sizes: tuple[int, ...], seed: int) -> dict[int, Scores]:
+    """A task related to the network's own, with so many labels."""
+    torch.manual_seed(seed)
+    task = Related()
+    x, y = observe(task, max(sizes))
+    x_new = task.inputs(500)
+    return {n: score(task, [method(network, x[:n], y[:n], x_new) for method in METHODS.values()], x_new) for n in sizes}
+
+
+def compare_on_related_tasks(
+    sizes: tuple[int, ...], seeds: Iterable[int], steps: int, processes: ProcessPoolExecutor
+) -> dict[int, list[Scores]]:
+    """One network, and a task for each seed."""
     network = train(make_network(5), *observe(Related(is_source=True), 1000), steps)
-    scores: dict[int, list[Scores]] = {n: [] for n in sizes}
-    for _ in tqdm(range(num_tasks), desc="tasks with five inputs", disable=None):
-        task = Related()
-        x, y = observe(task, max(sizes))
-        x_new = task.inputs(500)
-        for n in sizes:
-            predictions = [method(network, x[:n], y[:n], x_new) for method in METHODS.values()]
-            scores[n].append(score(task, predictions, x_new))
-    return scores
+    seeds = list(seeds)
+    results = processes.map(partial(try_task, network, sizes), seeds)
+    results = list(tqdm(results, desc="tasks with five inputs", total=len(seeds), disable=None))
+    return {n: [result[n] for result in results] for n in sizes}
 
 
 def table(scores: dict[int, list[Scores]]) -> str:
@@ -231,41 +243,52 @@ GRID = torch.linspace(-7, 7, 281, dtype=torch.float64).unsqueeze(-1)
 class Look(NamedTuple):
     """One task of one input, its labels, and what was made of them."""
 
-    title: str
-    task: Sinusoid
+    is_related: bool
     x: Tensor
     y: Tensor
-    prediction: ntk_gp.averaging.Mixture
+    truth: Tensor
+    mean: Tensor
+    band: tuple[Tensor, Tensor]  # 95 %
+    densities: Tensor  # negative logarithms, of noisy values
     tuned: Tensor
-    evidence: ntk_gp.averaging.Comparison
+    weight: float  # of the adapted network, by its evidence, beside an RBF kernel from scratch
+
+    @property
+    def title(self) -> str:
+        return "related" if self.is_related else "unrelated"
 
 
-def look_at_sinusoids(steps: int) -> tuple[nn.Module, list[Look]]:
-    """Three related tasks and an unrelated one, with ten labels each."""
+def look(network: nn.Module, seed: int, is_related: bool) -> Look:
+    """A task of one input, with ten labels."""
+    torch.manual_seed(seed)
+    task = Sinusoid(is_related=is_related)
+    x, y = observe(task, 10)
+    model = AdaptedGP(x, y, network, source_inputs=(-7.5, 7.5))
+    scratch = GP(x, y, gpytorch.means.ZeroMean(), ScaleKernel(RBFKernel()) + ConstantKernel())
+    evidence = ntk_gp.compare({"adapted": model, "RBF from scratch": scratch}, DRAWS)
+    prediction = model.predict(GRID, DRAWS)
+    truth = task(GRID)
+    densities = -prediction.log_prob(truth + task.noise * torch.randn(len(truth)))
+    (weight,) = (row.weight for row in evidence if row.name == "adapted")
+    tuned = fine_tuned(network, x, y, GRID).mean
+    return Look(is_related, x, y, truth, prediction.mean, prediction.confidence_region(), densities, tuned, weight)
+
+
+def look_at_sinusoids(seed: int, steps: int, processes: ProcessPoolExecutor) -> tuple[nn.Module, list[Look]]:
+    """Three related tasks and an unrelated one."""
     network = train(make_network(1), *observe(Sinusoid(is_source=True), 1000), steps)
-    looks = []
-    for is_related in tqdm([True, True, True, False], desc="tasks with one input", disable=None):
-        task = Sinusoid(is_related=is_related)
-        x, y = observe(task, 10)
-        model = AdaptedGP(x, y, network, source_inputs=(-7.5, 7.5)).fit()
-        scratch = GP(x, y, gpytorch.means.ZeroMean(), ScaleKernel(RBFKernel()) + ConstantKernel())
-        evidence = ntk_gp.compare({"adapted": model, "RBF from scratch": scratch})
-        tuned = fine_tuned(network, x, y, GRID).mean
-        title = "related" if is_related else "unrelated"
-        looks.append(Look(title, task, x, y, model.predict(GRID), tuned, evidence))
-    return network, looks
+    looks = processes.map(partial(look, network), range(seed, seed + 4), [True, True, True, False])
+    return network, list(tqdm(looks, desc="tasks with one input", total=4, disable=None))
 
 
 def table_of_looks(looks: list[Look]) -> str:
     """In the range of the labels and beyond it, told apart."""
     inside = GRID.squeeze(-1).abs() <= 5
     lines = [f"{'one input':26}{'NLPD on [-5, 5]':>18}{'beyond':>12}   what the evidence says of the adapted network"]
-    for look in looks:
-        densities = -look.prediction.log_prob(look.task(GRID) + look.task.noise * torch.randn(len(GRID)))
-        weight = next(model.weight for model in look.evidence if model.name == "adapted")
+    for each in looks:
         lines.append(
-            f"  {look.title:24}{densities[inside].mean():18.2f}{densities[~inside].mean():12.2f}"
-            f"   {100 * weight:.0f} %, against an RBF kernel from scratch"
+            f"  {each.title:24}{each.densities[inside].mean():18.2f}{each.densities[~inside].mean():12.2f}"
+            f"   {100 * each.weight:.0f} %, against an RBF kernel from scratch"
         )
     return "\n".join(lines)
 
@@ -274,21 +297,24 @@ def figure(network: nn.Module, looks: list[Look]) -> plt.Figure:
     """A panel for each task: the truth, the labels, the network before and after, with its 95 % band."""
     fig, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True, squeeze=False, layout="constrained")
     x = GRID.squeeze(-1)
-    for axis, look in zip(axes.flat, looks, strict=True):
-        low, high = look.prediction.confidence_region()
+    for axis, each in zip(axes.flat, looks, strict=True):
         axis.axvspan(-5, 5, color="0.96", zorder=0)
-        axis.fill_between(x, low, high, color="C0", alpha=0.2, lw=0, label="95 %")
+        axis.fill_between(x, *each.band, color="C0", alpha=0.2, lw=0, label="95 %")
         axis.plot(x, network(GRID).detach(), color="0.6", lw=1, label="network, as trained")
-        axis.plot(x, look.tuned, color="C1", lw=1.2, ls="--", label="network, fine-tuned")
-        axis.plot(x, look.task(GRID), color="black", lw=1.2, ls=":", label="truth")
-        axis.plot(x, look.prediction.mean, color="C0", lw=2, label="adapted")
-        axis.plot(look.x.squeeze(-1), look.y, "ko", ms=5, label="the ten labels")
-        weight = next(model.weight for model in look.evidence if model.name == "adapted")
-        axis.set_title(f"{look.title} (evidence for the adapted network: {100 * weight:.0f} %)", fontsize=10)
-        reach = 1.8 * float(look.y.abs().max())
+        axis.plot(x, each.tuned, color="C1", lw=1.2, ls="--", label="network, fine-tuned")
+        axis.plot(x, each.truth, color="black", lw=1.2, ls=":", label="truth")
+        axis.plot(x, each.mean, color="C0", lw=2, label="adapted")
+        axis.plot(each.x.squeeze(-1), each.y, "ko", ms=5, label="the ten labels")
+        axis.set_title(f"{each.title} (evidence for the adapted network: {100 * each.weight:.0f} %)", fontsize=10)
+        reach = 1.8 * float(each.y.abs().max())
         axis.set(ylim=(-reach, reach), xlim=(-7, 7))
     fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     return fig
+
+
+def set_up() -> None:
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)  # tensors this small lose more to threads than they gain
 
 
 def main() -> None:
@@ -300,12 +326,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output/adaptation.png"), help="default: %(default)s")
     arguments = parser.parse_args()
 
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)  # tensors this small lose more to threads than they gain
+    set_up()
     torch.manual_seed(arguments.seed)
     start = time.perf_counter()
-    print(table(compare_on_related_tasks(tuple(arguments.labels), arguments.tasks, arguments.steps)), end="\n\n")
-    network, looks = look_at_sinusoids(arguments.steps)
+    seeds = range(1000 * arguments.seed, 1000 * arguments.seed + arguments.tasks)
+    spawned = get_context("spawn")  # a process of threads is not to be forked
+    with ProcessPoolExecutor(min(arguments.tasks, os.cpu_count() or 1), spawned, set_up) as processes:
+        print(table(compare_on_related_tasks(tuple(arguments.labels), seeds, arguments.steps, processes)), end="\n\n")
+        network, looks = look_at_sinusoids(arguments.seed, arguments.steps, processes)
     print(table_of_looks(looks), end="\n\n")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     figure(network, looks).savefig(arguments.output, dpi=150)
