@@ -23,8 +23,8 @@ from .means import NetworkMean
 from .network import ParameterSelection
 from .priors import register_log_prior, scale_to_data
 
-# The shares of what the network leaves unexplained that the terms start with: the network's own linear model is
-# expected to explain it; gain and offset have 0.3 each.
+# The shares of what the network leaves unexplained that the terms start with, beyond gain and offset where it is not
+# theirs: the network's own linear model is expected to explain it; gain and offset have 0.3 each.
 SHARES = {"gain": 0.6, "tangent": 1.0, "inputs": 0.1, "features": 0.1, "metric": 0.1}
 _NOISE = 0.1
 # Predictions outside of the source inputs' range by more than this part of it are told.
@@ -38,15 +38,16 @@ class AdaptedGP(ExactGP):
 
     =============  ============================================================================  ===============
     `"gain"`       the network is right up to a factor and a level: :class:`~ntk_gp.GainKernel`  0.3 v₀ each
-    `"tangent"`    other weights of the network: :class:`~ntk_gp.NTKKernel`                      v₀
-    `"inputs"`     anything smooth in the inputs: Matérn-3/2                                     0.1 v₀
-    `"features"`   anything smooth in the penultimate layer's features: Matérn-3/2               0.1 v₀
-    `"metric"`     anything smooth in the tangent kernel's metric: Matérn-3/2                    0.1 v₀
+    `"tangent"`    other weights of the network: :class:`~ntk_gp.NTKKernel`                      v₁
+    `"inputs"`     anything smooth in the inputs: Matérn-3/2                                     0.1 v₁
+    `"features"`   anything smooth in the penultimate layer's features: Matérn-3/2               0.1 v₁
+    `"metric"`     anything smooth in the tangent kernel's metric: Matérn-3/2                    0.1 v₁
     =============  ============================================================================  ===============
 
     The last column is the variance that each is expected to contribute, of :math:`v_0 = \operatorname{mean}\,(y -
-    f(x))^2`; the noise is expected to be 0.1 v₀. These are medians of log-normal priors 1.5 e-folds wide; lengthscales
-    have the median distance between the training inputs, one e-fold wide (:func:`~ntk_gp.priors.scale_to_data`).
+    f(x))^2` and of :math:`v_1`, what is left of that beside the best gain and offset; the noise is expected to be
+    0.1 v₁. These are medians of log-normal priors 1.5 e-folds wide; lengthscales
+    have the median distance between the training inputs, one e-fold wide (:func:`~ntk_gp.scale_to_data`).
     :meth:`predict` averages over the hyperparameters that the data leave open.
 
     It is an ordinary ExactGP: `gp(x)`, GPyTorch's training loop, BoTorch's `fit_gpytorch_mll` and acquisition functions
@@ -148,7 +149,7 @@ class AdaptedGP(ExactGP):
         return self.train().eval()
 
     def predict(self, x: Tensor, draws: int = 32, *, seed: int = 0, warn_outside: bool = False) -> Mixture:
-        """Predictions of observations at x (n, d), :func:`~ntk_gp.averaging.averaged` over the hyperparameters.
+        """Predictions of observations at x (n, d), :func:`~ntk_gp.averaged` over the hyperparameters.
 
         What is averaged is kept until data, hyperparameters, draws or seed change: the first call takes longest.
 
@@ -216,6 +217,10 @@ class AdaptedGP(ExactGP):
             distribution = self.likelihood(distribution, X)
         posterior = GPyTorchPosterior(distribution=distribution)
         return posterior if posterior_transform is None else posterior_transform(posterior=posterior, X=X)
+
+    def transform_inputs(self, X: Tensor, input_transform: Any = None) -> Tensor:
+        """X itself: there are no transforms."""
+        return X
 
     def condition_on_observations(self, X: Tensor, Y: Tensor, **kwargs: Any) -> ExactGP:
         """A model with more observations, X (*batch, n, d) and Y (*batch, n, 1), at the same hyperparameters."""

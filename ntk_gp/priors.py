@@ -15,6 +15,11 @@ from gpytorch.models import ExactGP
 from gpytorch.priors import NormalPrior
 from torch import Tensor, nn
 
+from .kernels import GainKernel
+
+# The part of a point with the variance of the whole residual that counts where gain and offset are taken out.
+_FURTHER_POINT = 0.5
+
 # What scales a kernel, of GPyTorch's kernels and of this package's: each a factor of a part of its diagonal.
 SCALES = ("outputscale", "variance", "gain_variance", "offset_variance", "constant")
 
@@ -76,13 +81,18 @@ def scale_to_data(
       inputs where the kernel has a metric of its own (a method `median_distance(x)`), else half the diagonal
       of the box around them; with ARD √d/2 times the range of each column, which is the same for columns alike.
 
+    A :class:`~ntk_gp.GainKernel` in the sum comes first: the other terms and the noise start at their shares of what
+    gain and offset leave, :math:`v_1`. That is the residual sum of squares beside their least-squares fit, over the
+    degrees of freedom that are left, with half a further point of :math:`v_0` for where there are few; at most
+    :math:`v_0`. An offset alone may be most of :math:`v_0`, and says nothing of the size of the rest.
+
     All of them by :func:`register_log_prior`. A parameter that has a prior already, or is not trained, stays as it is.
     The mean counts as it is: give a constant one its constant first.
 
     :param model: An ExactGP with training data, a `mean_module` and a `covar_module`: one scaled term, or a sum of
         them.
-    :param noise: The noise variance as a part of v₀.
-    :param shares: The share of v₀ of each term, in the order of the sum. (Default: equal ones that add up to one.)
+    :param noise: The noise variance as a part of v₀ (v₁ beside a gain).
+    :param shares: The share of v₀ (v₁) of each term, in the order of the sum. (Default: equal ones that add up to one.)
     :param width: Of the priors on scales and noise, in e-folds.
     :param lengthscale_width: Of the priors on lengthscales, in e-folds.
     :return: v₀.
@@ -109,11 +119,13 @@ def scale_to_data(
     x = _training_inputs(model)
     unexplained = unexplained_variance(model)
     terms = list(_terms(model.covar_module))
+    gains = [_gain_in(term) for term in terms]
+    beyond = _beyond_gain(model, next(filter(None, gains), None), unexplained)
     scales = [_scales(term) for term in terms]
     portions = _portions(shares, terms)
     values = [
-        portion * unexplained / _diagonal_per_scale(term, of, x)
-        for term, of, portion in zip(terms, scales, portions, strict=True)
+        portion * (beyond if gain is None else unexplained) / _diagonal_per_scale(term, of, x)
+        for term, of, portion, gain in zip(terms, scales, portions, gains, strict=True)
     ]
     for of, each in zip(scales, values, strict=True):
         for (kernel, name), value in zip(of, each.tolist(), strict=True):
@@ -122,8 +134,29 @@ def scale_to_data(
         _register_if_free(kernel, "lengthscale", value, lengthscale_width)
     kinds = [name for name in ("noise", "task_noises") if _is_free(model.likelihood, name)]
     for name in kinds:
-        _register_if_free(model.likelihood, name, noise * unexplained / len(kinds), width)
+        _register_if_free(model.likelihood, name, noise * beyond / len(kinds), width)
     return unexplained
+
+
+def _gain_in(term: Kernel) -> GainKernel | None:
+    while isinstance(term, ScaleKernel):
+        term = term.base_kernel
+    return term if isinstance(term, GainKernel) else None
+
+
+def _beyond_gain(model: ExactGP, gain: GainKernel | None, unexplained: float) -> float:
+    """v₁, what the mean leaves unexplained beside the best multiple of the network and the best level; v₀ without."""
+    if gain is None:
+        return unexplained
+    with torch.no_grad():
+        x, y = _training_inputs(model), model.train_targets
+        residual = (y - model.mean_module(x)).double().reshape(-1, 1)
+        seen = ~residual.isnan().squeeze(-1)
+        columns = gain.features(x).double()[seen]
+        fitted = torch.linalg.lstsq(columns, residual[seen], driver="gelsd" if columns.device.type == "cpu" else None)
+        squares = float((residual[seen] - columns @ fitted.solution).square().sum())
+    freedom = max(len(columns) - columns.shape[-1], 0)
+    return min(unexplained, (squares + _FURTHER_POINT * unexplained) / (freedom + _FURTHER_POINT))
 
 
 def unexplained_variance(model: ExactGP) -> float:

@@ -109,7 +109,7 @@ class LinearizedNetwork(LinearizedModule):
     :param input_shape: The shape of one input as the network wants it.
     :param output: Index of the output to take, or `"all"`.
     :param columns: Known features Ψ beside J, functions of x and f(x), such as those of a
-        :class:`~ntk_gp.kernels.GainKernel`.
+        :class:`~ntk_gp.GainKernel`.
     :param column_weights: The weights of these, (q,): Ψ(x) v̂ is added. (Default: zeros, to be loaded.)
     :raises ValueError: If ŵ has another number of elements than these parameters have.
     """
@@ -177,8 +177,8 @@ def draw_functions(
     solve with `num_functions` columns; memory of num_functions·P.
 
     :param model: An :class:`~gpytorch.models.ExactGP` in eval mode whose kernel is an
-        :class:`~ntk_gp.kernels.NTKKernel`, scaled or not, without batches; or its sum with a
-        :class:`~ntk_gp.kernels.GainKernel` of the same network and GPyTorch's ConstantKernel and LinearKernel.
+        :class:`~ntk_gp.NTKKernel`, scaled or not, without batches; or its sum with a
+        :class:`~ntk_gp.GainKernel` of the same network and GPyTorch's ConstantKernel and LinearKernel.
     :param num_functions: How many, k.
     :param prior: Draw from the prior instead.
     :param generator: The source of randomness. (Default: torch's own, on the CPU.)
@@ -217,8 +217,8 @@ def adapted_network(model: ExactGP) -> LinearizedNetwork:
     """The posterior mean of a model as a network of its own, f(x) + J(x) ŵ.
 
     :param model: An :class:`~gpytorch.models.ExactGP` in eval mode with a :class:`~ntk_gp.means.NetworkMean` and an
-        :class:`~ntk_gp.kernels.NTKKernel` (scaled or not) of the same network, without batches; or with its sum with a
-        :class:`~ntk_gp.kernels.GainKernel` of that network and GPyTorch's ConstantKernel and LinearKernel, whose
+        :class:`~ntk_gp.NTKKernel` (scaled or not) of the same network, without batches; or with its sum with a
+        :class:`~ntk_gp.GainKernel` of that network and GPyTorch's ConstantKernel and LinearKernel, whose
         features are functions of x and f(x) and cost no pass of their own.
     :raises TypeError: If mean or kernel are of another kind.
     :raises ValueError: If they are of different networks, or the model does more than apply them to its inputs.

@@ -57,7 +57,7 @@ class allow_tf32(FeatureFlag):
 
 class progress_bar(FeatureFlag):
     """Whether long work shows a progress bar (needs the package tqdm): Gram matrices, factorisations, the eigenvalues
-    that fitting needs, iterations, variances, and the network at many inputs.
+    that fitting needs, iterations, variances, the network at many inputs, and averages over hyperparameters.
 
     (Default: False.)
     """

@@ -102,3 +102,11 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-8) -> N
     assert actual.shape == expected.shape
     scale = float(expected.abs().max())
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=tolerance * max(scale, 1e-300))
+
+
+def beyond_gain_and_offset(f: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """v₁ by projection: the residual sum of squares, and half a point of v₀."""
+    columns = torch.stack([f, torch.ones_like(f)], dim=-1)
+    rest = residual - columns @ (torch.linalg.pinv(columns) @ residual)
+    v0 = residual.square().mean()
+    return ((rest.square().sum() + v0 / 2) / (len(f) - 2 + 0.5)).minimum(v0)

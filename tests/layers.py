@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -57,6 +58,56 @@ def tied() -> nn.Module:
     return nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(4, 1))
 
 
+class SinOnce(torch.autograd.Function):
+    """A function whose derivative its author has no derivative of."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad * ctx.saved_tensors[0].cos()
+
+
+class Square(torch.autograd.Function):
+    """x², whose second derivatives are right and whose third ones are not."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return SquareBackward.apply(grad, *ctx.saved_tensors)
+
+
+class SquareBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(grad, x)
+        return 2 * grad * x
+
+    @staticmethod
+    def backward(ctx, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        grad, x = ctx.saved_tensors
+        return 2 * cotangent * x.detach(), 2 * grad * cotangent
+
+
+def differentiates_twice(apply: Callable[[Tensor], Tensor]) -> bool:
+    """Whether torch has the second derivatives of a function of (3, 2)."""
+    x = torch.arange(6.0).square().reshape(3, 2).requires_grad_()
+    (gradient,) = torch.autograd.grad(apply(x).sum(), x, create_graph=True)
+    try:
+        torch.autograd.grad(gradient.sum(), x)
+    except RuntimeError:  # NotImplementedError is one
+        return False
+    return True
+
+
 def indices(x: Tensor) -> Tensor:
     return (2 * x.detach()).long().clamp(0, 4)
 
@@ -72,6 +123,8 @@ ACTIVATIONS = {
     )
 }  # fmt: skip
 
+PDIST = (4, lambda: function(lambda z: torch.stack([F.pdist(row.reshape(3, 2)) for row in z.tanh()]), width=3))
+
 # name: (number of inputs, how to make it)
 NETWORKS: dict[str, tuple[int, Callable[[], nn.Module]]] = {
     **{name: (4, lambda activation=activation: hidden(activation)) for name, activation in ACTIVATIONS.items()},
@@ -80,6 +133,7 @@ NETWORKS: dict[str, tuple[int, Callable[[], nn.Module]]] = {
     "GLU": (4, lambda: hidden(nn.GLU(), width=3)),
     "inplace": (4, lambda: hidden(nn.ReLU(inplace=True), nn.Linear(6, 6), nn.SiLU(inplace=True))),
     "tied": (4, tied),
+    "third_derivative": (4, lambda: function(lambda z: Square.apply(z))),
     "LayerNorm": (4, lambda: hidden(nn.LayerNorm(6), nn.Tanh())),
     "LayerNorm_last": (4, lambda: hidden(nn.Tanh(), nn.LayerNorm(6))),
     "RMSNorm": (4, lambda: hidden(nn.RMSNorm(6), nn.Tanh())),
@@ -184,13 +238,11 @@ NETWORKS: dict[str, tuple[int, Callable[[], nn.Module]]] = {
     "inverse": (4, lambda: function(lambda z: torch.linalg.inv(z[:, :4].reshape(-1, 2, 2)).flatten(1), width=4)),
 }  # fmt: skip
 
-# Layers whose derivative torch cannot differentiate with respect to the inputs: it raises.
+# Layers whose derivative cannot be differentiated with respect to the inputs.
 ONCE_DIFFERENTIABLE: dict[str, tuple[int, Callable[[], nn.Module]]] = {
-    "pdist": (
-        4,
-        lambda: function(lambda z: torch.stack([F.pdist(row.reshape(3, 2)) for row in z.tanh()]), width=3),
-    ),
+    "once": (4, lambda: function(lambda z: SinOnce.apply(z))),
 }  # fmt: skip
+(NETWORKS if differentiates_twice(F.pdist) else ONCE_DIFFERENTIABLE)["pdist"] = PDIST  # torch 2.14 does
 
 
 def make(name: str) -> tuple[nn.Module, Tensor]:

@@ -57,6 +57,7 @@ OPERATIONS: dict[str, Callable[[Model], Tensor]] = {
     "fast variance": fast_variance,
     "loss": fitted,
     "adapted network": lambda model: ntk_gp.adapted_network(model.eval())(model.train_inputs[0]),
+    "average": lambda model: ntk_gp.averaged(model, draws=4, seed=0).predict(model.train_inputs[0][:3]).quantile(0.5),
     "drawn functions": lambda model: ntk_gp.draw_functions(
         model.eval(), 2, generator=torch.Generator(device="cpu").manual_seed(0)
     )(model.train_inputs[0]),

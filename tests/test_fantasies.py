@@ -17,8 +17,9 @@ from tests.adapted import LARGE, SMALL, AdaptedGP, assert_close, closed_form, da
 WAYS = {"function": FunctionSpaceSolver, "weight": WeightSpaceSolver}
 
 
-@pytest.fixture(params=["chosen", *WAYS])
+@pytest.fixture(params=["chosen", *(pytest.param(name, marks=pytest.mark.engine_independent) for name in WAYS)])
 def way(request, monkeypatch):
+    """As the package would, which is either of the others at one of the sizes, or one way forced."""
     if request.param in WAYS:
         monkeypatch.setattr(ntk_gp.solvers.choice, "solver_class", lambda system: WAYS[request.param])
     return request.param

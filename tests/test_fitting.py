@@ -25,9 +25,9 @@ from tests.marks import beyond
 WAYS = {"function": FunctionSpaceSolver, "weight": WeightSpaceSolver}
 
 
-@pytest.fixture(params=["chosen", "spectrum", "function", "weight"])
+@pytest.fixture(params=["chosen", "function", "weight"])
 def way(request, monkeypatch):
-    """As the package would, or one way forced: "spectrum" is what is chosen at these sizes where it applies."""
+    """As the package would, by the spectrum at these sizes where it applies, or one way forced."""
     if request.param in WAYS:
         monkeypatch.setattr(added_diag, "_spectrum_fits", lambda system: False)
         monkeypatch.setattr(ntk_gp.solvers.choice, "solver_class", lambda system: WAYS[request.param])

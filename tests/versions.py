@@ -35,12 +35,12 @@ class Skipped(Exception):
 
 
 def requirements() -> list[str]:
-    """What the package and its suite need, as pyproject.toml says; without extras, and what lints."""
+    """What the package and its suite need, as pyproject.toml says: of the extras only progress bars; not what lints."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     lists = {
         name: re.findall(r'"([^"]+)"', body) for name, body in re.findall(r"^(\w+) = \[(.*?)\]$", text, re.M | re.S)
     }
-    needed = [*lists["dependencies"], *lists["test"]]
+    needed = [*lists["dependencies"], *(line for line in lists["demo"] if line.startswith("tqdm")), *lists["test"]]
     return [line for line in needed if not line.startswith(("ntk_gp", "ruff", "mypy"))]
 
 

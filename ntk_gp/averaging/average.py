@@ -40,15 +40,15 @@ class AveragedPredictions:
         components: list[MultivariateNormal] = []
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
             for model in settings.progress(list(self._models), "Predictions of each draw"):
-                component = model(x.double())
-                components.append(model.likelihood(component, *arguments) if observed else component)
-                if not keeps:
-                    model.prediction_strategy = None
+                # What a copy prepares goes with it, and other threads do not see it go.
+                used = model if keeps else copy.copy(model)
+                component = used(x.double())
+                components.append(used.likelihood(component, *arguments) if observed else component)
         return Mixture(self.weights.to(x.device), components, dtype=x.dtype)
 
 
 class Averaged(AveragedPredictions):
-    """A model's predictions averaged over the posterior of its hyperparameters; made by :func:`averaged`.
+    """A model's predictions averaged over the posterior of its hyperparameters; made by :func:`ntk_gp.averaged`.
 
     It stays as it was made: later changes of the model have no effect on it.
 
@@ -93,7 +93,7 @@ def averaged(model: ExactGP, draws: int = 32, seed: int | None = None) -> Averag
     themselves. Their posterior is approximated around its mode, in coordinates without constraints (logarithms of what
     is positive), by a Gaussian; draws from it are weighted by their exact density over the Gaussian's, so that what
     comes out is as exact as the effective number of draws allows. Priors count as they are registered
-    (:mod:`ntk_gp.priors` has weak ones that are scaled to the data); what has none is flat in these coordinates.
+    (`ntk_gp.priors` has weak ones that are scaled to the data); what has none is flat in these coordinates.
 
     The model itself is not changed; a copy in float64 is worked on, which shares the network's tensors and all that is
     kept of its kernel. Costs a search for the mode, of some tens of gradients of the marginal likelihood, 2 gradients
@@ -120,7 +120,8 @@ def averaged(model: ExactGP, draws: int = 32, seed: int | None = None) -> Averag
         or eval mode. Its present hyperparameters are where the search begins.
     :param draws: How many draws.
     :param seed: Of the draws. (Default: from torch's random numbers.)
-    :return: What maps x (n, d) to a :class:`Mixture` over the function's values, by `predict` over observations.
+    :return: What maps x (n, d) to a :class:`~ntk_gp.averaging.Mixture` over the function's values, by `predict` over
+        observations.
     :raises TypeError: If the model is no ExactGP.
     :raises ValueError: If it has no data, batches, or no hyperparameters.
     """

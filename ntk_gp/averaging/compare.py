@@ -30,7 +30,7 @@ class ComparedModel(NamedTuple):
 
 
 class Comparison(AveragedPredictions):
-    """Models by their evidence, and their predictions averaged with it; made by :func:`compare`.
+    """Models by their evidence, and their predictions averaged with it; made by :func:`ntk_gp.compare`.
 
     A sequence of :class:`ComparedModel`, in the order given; `print` shows a table. `comparison(x)` and
     `comparison.predict(x)` are as of :class:`Averaged`, over all models.
@@ -97,7 +97,7 @@ def compare(
     """Compares models of the same data by their evidence, the hyperparameters integrated out.
 
     Evidence depends on the priors: the data must be as likely under each model's as their user thinks. So scale all of
-    them alike, for instance by :func:`ntk_gp.priors.scale_to_data`.
+    them alike, for instance by :func:`ntk_gp.scale_to_data`.
 
     :param models: By name, or in a list. What :func:`averaged` has made is taken as it is.
     :param draws: For each model.

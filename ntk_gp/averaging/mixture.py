@@ -34,7 +34,7 @@ class Mixture(Distribution):
         self.weights = weights.to(self.components[0].mean)
         self.dtype = self.components[0].mean.dtype if dtype is None else dtype
         self._means = torch.stack([component.mean for component in self.components])
-        self._variances = torch.stack([component.variance for component in self.components])
+        self._variances = torch.stack([_variance(component) for component in self.components])
         super().__init__(batch_shape=self._means.shape[1:], validate_args=False)
 
     @property
@@ -141,3 +141,11 @@ class Mixture(Distribution):
 
     def __repr__(self) -> str:
         return f"Mixture({len(self.components)} components, batch_shape={tuple(self.batch_shape)})"
+
+
+def _variance(component: MultivariateNormal) -> Tensor:
+    """Of each point. GPyTorch rounds what is below 1e-10 up to that, whatever the unit of the targets is."""
+    if component.mean.dim() > 1:
+        return component.variance
+    variance = component.lazy_covariance_matrix.diagonal(dim1=-2, dim2=-1)
+    return variance.clamp_min(torch.finfo(variance.dtype).eps * float(variance.detach().max()))

@@ -211,12 +211,13 @@ class Hyperparameters:
         output = model(*model.train_inputs)
         if not contains_ntk(model):  # where there is one, GPyTorch is exact as it is
             output = type(output)(output.mean, NTKSumLinearOperator(output.lazy_covariance_matrix))
-        return self._mll(output, model.train_targets, *model.train_inputs).double() * output.event_shape.numel()
+        value = self._mll(output, model.train_targets, *model.train_inputs).double() * output.event_shape.numel()
+        return value - sum(prior.constant() for prior in self.priors)
 
     def _of_priors(self) -> Tensor:
         """Σ log |dt/draw|."""
         slopes = [prior.log_slope() for prior in self.priors] if self._jacobians else []
-        return torch.stack(slopes).sum() if slopes else torch.zeros((), dtype=torch.float64)
+        return torch.stack(slopes).sum() if slopes else self.parameters[0].new_zeros((), dtype=torch.float64)
 
     def _log_slopes(self, u: Tensor, raw: list[Tensor]) -> Tensor:
         """Σ log |draw/du| over what has a prior."""
@@ -235,7 +236,7 @@ class PriorTerm:
 
     def __init__(self, prior: Prior, owner: nn.Module, closure: Callable, hyperparameters: Hyperparameters):
         self.name = f"{type(prior).__name__} of {type(owner).__name__}"
-        self._owner, self._closure = owner, closure
+        self._prior, self._owner, self._closure = prior, owner, closure
         self._parameters = hyperparameters.parameters
         self.elements: Tensor | None = None
         self._is_elementwise = False
@@ -251,6 +252,13 @@ class PriorTerm:
             self.elements = None
             return
         self._is_elementwise = bool(((slopes != 0).sum(0) <= 1).all() and ((slopes != 0).sum(1) == 1).all())
+
+    def constant(self) -> float:
+        """The log density of a prior on what is not trained: of a number that is given, it is none."""
+        if self.elements is None or len(self.elements) > 0:
+            return 0.0
+        with torch.no_grad():
+            return float(self._prior.log_prob(self._closure(self._owner)).sum())
 
     def log_slope(self) -> Tensor:
         """log |det dt/draw|, differentiable in the raw parameters."""
@@ -296,7 +304,7 @@ def working_copy(model: ExactGP) -> ExactGP:
     Neither prediction caches nor graphs are copied: there is nothing of the copy's own in the model afterwards.
 
     :raises TypeError: If it is no ExactGP with a Gaussian likelihood.
-    :raises ValueError: If it has no training data or batches, or targets are NaN and not masked.
+    :raises ValueError: If it has no training data, batches or transforms, or targets are NaN and not masked.
     """
     _check(model)
     strategy = model.prediction_strategy
@@ -313,6 +321,11 @@ def _check(model: ExactGP) -> None:
             f"Expected a gpytorch.models.ExactGP, got {type(model).__name__}. Of a list of models, average each."
         )
     ExactMarginalLogLikelihood(model.likelihood, model)  # refuses other likelihoods
+    if any(getattr(model, name, None) is not None for name in ("input_transform", "outcome_transform")):
+        raise ValueError(
+            "The model transforms inputs or outcomes, as BoTorch's do, and its predictions would be of the transformed "
+            "ones. Make it with input_transform=None and outcome_transform=None, of data that are transformed already."
+        )
     if model.train_inputs is None or model.train_targets is None or model.train_targets.numel() == 0:
         raise ValueError("The model has no training data. Call model.set_train_data() first.")
     if any(x.dim() > 2 for x in model.train_inputs):

@@ -7,7 +7,7 @@ in `replaced.py` lists every function and property, with what is called in its p
 
 Each replacement first looks for a neural tangent kernel (`recognised.py`): a kernel is one by its class, a matrix has
 one in it if an operator that it is made of says so. Where there is none, GPyTorch's own function is called, and models
-without an :class:`~ntk_gp.kernels.NTKKernel` stay bitwise the same. Where there is one, `exactly_solved.py` says, in
+without an :class:`~ntk_gp.NTKKernel` stay bitwise the same. Where there is one, `exactly_solved.py` says, in
 one table, how each form of matrix is solved. :func:`uninstall` gives GPyTorch back its own functions.
 """
 

@@ -113,9 +113,9 @@ def _with_constant_apart(matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
     """
     kernel = matrix.kernel
     if type(kernel) is not ScaleKernel or contains_ntk(kernel) or kernel.outputscale.dim() or matrix.last_dim_is_batch:
-        return matrix.evaluate_kernel()
+        return evaluated(matrix)
     base = LazyEvaluatedKernelTensor(matrix.x1, matrix.x2, kernel=kernel.base_kernel, **matrix.params)
-    numbers = base.evaluate_kernel()
+    numbers = evaluated(base)  # not by GPyTorch, which switches lazy evaluation off for the whole process meanwhile
     if type(numbers) is not DenseLinearOperator:  # lazy already
         return numbers.mul(kernel.outputscale.reshape(1, 1))
     return ConstantMulLinearOperator(numbers, kernel.outputscale)

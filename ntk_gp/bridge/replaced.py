@@ -65,7 +65,7 @@ def install() -> None:
 def uninstall() -> None:
     """Gives GPyTorch back its own functions, for this process; :func:`install` puts this package's in again.
 
-    Models with an :class:`~ntk_gp.kernels.NTKKernel` alone keep this package's predictions; sums, products, marginal
+    Models with an :class:`~ntk_gp.NTKKernel` alone keep this package's predictions; sums, products, marginal
     likelihoods and samples become GPyTorch's: estimates beyond 800 points.
     """
     for owner, name, _ in REPLACED:

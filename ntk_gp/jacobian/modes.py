@@ -42,6 +42,7 @@ _AGREEING = frozenset(
     UpsampleNearest1D UpsampleNearest2D UpsampleTrilinear3D Vdot View WeightNormInterface Where
     """.split()  # noqa: SIM905
 )
+_ONCE = "torch::autograd::Error"  # leads nowhere: to `torch.autograd.grad`, what is before it does not depend on x
 _NO_PADDING = 1 << 62  # what an embedding without padding has for its place is larger
 
 
@@ -172,9 +173,12 @@ class Modes:
                     f"The network's Jacobian cannot be differentiated with respect to the inputs: {expected} Take "
                     "differences of predictions instead, or inputs that do not require gradients."
                 ) from expected
-            if of_products and self.forward:
+            if of_products and (self.forward or self.twice):
                 products = _try(lambda: _input_gradient(function, points, _pushed_plainly))
-                self._forward = self._repeats(products, lambda: _input_gradient(function, points, _pushed))
+                if self._forward:
+                    self._forward = self._repeats(products, lambda: _input_gradient(function, points, _pushed))
+                if self._twice and not (self._forward and self._formulas_agree):  # otherwise it is not asked for
+                    self._twice = self._repeats(products, lambda: _input_gradient(function, points, _pushed_twice))
             if self.together(len(x)):
                 self._vmap = self._repeats(expected, lambda: _input_gradient(function, points, _rows_together))
             self._differentiated.add(of_products)
@@ -217,6 +221,10 @@ def _pushed(function: NetworkFunction, x: Tensor) -> Tensor:
     return transforms.each(transforms.pushforward(function, x), _two_vectors(function.num_parameters, x), together=1)
 
 
+def _pushed_twice(function: NetworkFunction, x: Tensor) -> Tensor:
+    return plain.push(function, x, _two_vectors(function.num_parameters, x))
+
+
 def _pushed_plainly(function: NetworkFunction, x: Tensor) -> Tensor:
     rows = plain.rows(function, x).reshape(-1, function.num_parameters)
     return _two_vectors(function.num_parameters, x) @ rows.mT
@@ -233,6 +241,8 @@ def _input_gradient(
     total = (squares * weights).sum()
     if not total.requires_grad:
         return torch.zeros_like(x)
+    if any(node.name() == _ONCE for node in nodes_below(total)):
+        raise NotImplementedError("A part of it is marked with once_differentiable.")
     (gradient,) = torch.autograd.grad(total, x, allow_unused=True)
     return torch.zeros_like(x) if gradient is None else gradient
 

@@ -25,7 +25,8 @@ def linearization_of(network: nn.Module, engine: str | None = None, **options: A
 
     Where there is one already, of the same network in the same state, with the same options and engine, what is
     returned is a copy of that, with its caches: Jacobians, Gram matrices and solvers are computed for both at once. It
-    is a copy all the same. Converting it, loading other weights into it or replacing it changes no other.
+    is a copy all the same. Converting it, loading other weights into it or replacing it changes no other, and it is
+    tried at the first inputs of its own.
 
     :param network: The user's module.
     :param engine: As in :class:`Linearization`.
@@ -41,6 +42,7 @@ def linearization_of(network: nn.Module, engine: str | None = None, **options: A
     if shared is not None and _is_same(shared, new):  # still: another thread may just have converted it
         # A selection by a function may select otherwise in another network.
         shared.network.take_options(new.network)
+        shared.network.forget_trials()
         share_snapshot(source, shared.network.tensors)
         new = shared
     with _lock:

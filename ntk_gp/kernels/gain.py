@@ -25,7 +25,7 @@ class GainKernel(NetworkKernel, KnownFeaturesKernel):
 
     It is the covariance of :math:`a f(\boldsymbol x) + b` with :math:`a \sim N(1, s_a)` and :math:`b \sim N(0, s_b)`,
     for each output by itself: in a new domain, a network is often right up to its scale and level. Beside
-    :class:`~ntk_gp.means.NetworkMean` and an :class:`~ntk_gp.kernels.NTKKernel`,
+    :class:`~ntk_gp.means.NetworkMean` and an :class:`~ntk_gp.NTKKernel`,
     `NTKKernel(network) + GainKernel(network)` is one linear model in P + 2C weights: it is solved, fitted, served and
     sampled as the neural tangent kernel alone is, also with GPyTorch's ConstantKernel and LinearKernel in the sum, each
     in a :class:`~gpytorch.kernels.ScaleKernel` or not. In other sums and products it is exact as any kernel is.
@@ -48,7 +48,7 @@ class GainKernel(NetworkKernel, KnownFeaturesKernel):
     :ivar torch.Tensor gain_variance: :math:`s_a`, (*batch_shape, 1, 1), without a unit.
     :ivar torch.Tensor offset_variance: :math:`s_b`, (*batch_shape, 1, 1).
 
-    :raises ValueError: As :class:`~ntk_gp.kernels.NTKKernel`.
+    :raises ValueError: As :class:`~ntk_gp.NTKKernel`.
 
     Example:
         >>> from ntk_gp import NTKKernel
@@ -132,6 +132,11 @@ class GainKernel(NetworkKernel, KnownFeaturesKernel):
         if left.shape[-1] < left.shape[-2] and bool((by_column > 0).all()):
             return LowRankRootLinearOperator(left * by_column.sqrt())
         return MatmulLinearOperator(left * by_column, left.mT)
+
+    def features(self, x: Tensor) -> Tensor:
+        """f(x) and 1, for each output by itself: (*batch, n, d) to (*batch, n·C, 2C)."""
+        x = self._active(x)
+        return self._features(tuple(column for column, _ in self.known_features(x, x)), x)
 
     def known_features(self, x1: Tensor, x2: Tensor) -> list[tuple[Column, Tensor]]:
         function = self.network.bind(x1, x2)

@@ -16,7 +16,7 @@ from .base import refuse_last_dim_is_batch
 from .metric import MetricKernel
 
 
-class _StationaryKernel(MetricKernel):
+class StationaryTangentKernel(MetricKernel):
     """k(d² / ℓ²), d the distance in the network's metric; what both kernels below are."""
 
     raw_lengthscale: nn.Parameter
@@ -73,7 +73,7 @@ class _StationaryKernel(MetricKernel):
         return distances[:, above].sqrt()
 
 
-class TangentMaternKernel(_StationaryKernel):
+class TangentMaternKernel(StationaryTangentKernel):
     r"""A Matérn kernel in the metric of a trained network's tangent kernel.
 
     .. math::
@@ -86,7 +86,8 @@ class TangentMaternKernel(_StationaryKernel):
     where :math:`\Theta` is the :class:`~ntk_gp.NTKKernel` of the network with prior variances of one. That is linear in
     its features, and cannot follow what lies outside of their span; this kernel can, and calls alike what the network
     tells apart by the same parameters. Its variance is one: put it in a :class:`~gpytorch.kernels.ScaleKernel`, and add
-    it to the tangent kernel. :meth:`median_distance` tells the size of its lengthscale.
+    it to the tangent kernel. :meth:`~ntk_gp.kernels.metric.MetricKernel.median_distance` tells the size of its
+    lengthscale.
 
     It shares Jacobians and Gram matrices with other kernels made of the same network with the same options. Distances
     are computed in float64 from the Gram matrix, and kept for the inputs seen last within
@@ -151,7 +152,7 @@ class TangentMaternKernel(_StationaryKernel):
         self.nu = float(nu)
 
 
-class TangentRBFKernel(_StationaryKernel):
+class TangentRBFKernel(StationaryTangentKernel):
     r"""The squared exponential kernel in the metric of a trained network's tangent kernel,
     :math:`\exp(-d^2(\boldsymbol x, \boldsymbol x') / 2 \ell^2)`.
 

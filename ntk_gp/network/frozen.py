@@ -128,6 +128,13 @@ class FrozenNetwork(nn.Module):
         """What it was made with, beside the network."""
         return dict(self._options)
 
+    def forget_trials(self) -> None:
+        """Has the network tried again at the next inputs: what others have tried it at says nothing of those."""
+        with self._lock:
+            self._checked, self._exact_findings = set(), {}
+            plain = {kind: function for kind, function in self._functions.items() if function.inner_dtype is None}
+            self._functions = plain
+
     def take_options(self, other: FrozenNetwork) -> None:
         """Those of another snapshot, which is the same as this one, for :meth:`renewed`."""
         self._options = other.options

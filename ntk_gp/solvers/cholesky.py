@@ -49,7 +49,10 @@ def cholesky_solve(factor: Tensor, rhs: Tensor) -> Tensor:
 
 
 def factorise_in_place(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """L and LAPACK's `info` for a symmetric matrix, (*batch, N, N) and contiguous, whose memory L takes."""
+    """L and LAPACK's `info` for a symmetric matrix, (*batch, N, N) and contiguous, whose memory L takes on a CPU."""
+    if matrix.device.type != "cpu":
+        with settings.stage("Factorisation"):
+            return torch.linalg.cholesky_ex(matrix)
     factor = matrix.mT  # LAPACK's order of the entries, and the same matrix
     info = torch.empty(matrix.shape[:-2], dtype=torch.int32, device=matrix.device)
     with settings.stage("Factorisation"):

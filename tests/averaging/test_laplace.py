@@ -87,14 +87,14 @@ def test_a_search_ends_at_what_is_known():
 
 
 def test_two_modes_have_their_weights():
-    """Two Gaussians with 30 and 70 %, eight apart."""
-    centers = torch.tensor([[-4.0, 0.0], [4.0, 1.0]], dtype=torch.float64)
+    """Two Gaussians with 30 and 70 %, five apart."""
+    centers = torch.tensor([[-2.5, 0.0], [2.5, 1.0]], dtype=torch.float64)
     logs = torch.tensor([0.3, 0.7], dtype=torch.float64).log()
     density = Density(lambda u: (logs - (u - centers).square().sum(-1) / 2).logsumexp(0))
     draws = density.draws([centers[0] + 1], draws=256)
     assert draws.log_integral == pytest.approx(math.log(2 * math.pi), abs=4 * draws.log_integral_error)
-    share = draws.weights[draws.u[:, 0] < 0].sum().item()
-    assert share == pytest.approx(0.3, abs=4 * math.sqrt(0.21 / draws.effective_sample_size))
+    share = draws.weights[draws.u[:, 0] < 0].sum().item()  # up to the overlap, 0.6 %
+    assert share == pytest.approx(0.3, abs=0.006 + 4 * math.sqrt(0.21 / draws.effective_sample_size))
 
 
 def test_a_skewed_density_is_adapted_to():

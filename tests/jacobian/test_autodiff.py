@@ -69,11 +69,13 @@ def test_input_gradients_equal_finite_differences(name):
         torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6, msg=lambda text, way=way: f"{way}: {text}")
 
 
-def test_what_torch_cannot_differentiate_again_raises():
-    network, x = layers.make("pdist")
+@pytest.mark.parametrize("name", layers.ONCE_DIFFERENTIABLE)
+def test_what_torch_cannot_differentiate_again_raises(name):
+    """Also where `torch.autograd.grad` would not ask for it."""
+    network, x = layers.make(name)
     x = x.unsqueeze(0).requires_grad_()
     with pytest.raises(NotImplementedError):
-        linearize(network, x).rows().sum().backward()
+        torch.autograd.grad(linearize(network, x).rows().sum(), x)
 
 
 @pytest.mark.parametrize("name", ["Tanh", "LSTM", "weight_norm", "cdist", "MultiheadAttention", "BatchNorm2d"])
