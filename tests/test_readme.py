@@ -1,22 +1,26 @@
-"""The README's example is short and runs as it stands; its links lead somewhere."""
+"""The README's examples are short and run as they stand; its links lead somewhere."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-(EXAMPLE,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_example_has_at_most_25_lines():
-    assert len(EXAMPLE.splitlines()) <= 25
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_examples_have_at_most_25_lines(example):
+    assert len(example.splitlines()) <= 25
 
 
-def test_example_runs_in_an_empty_folder(tmp_path):
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_examples_run_in_an_empty_folder(example, tmp_path):
     script = tmp_path / "example.py"
-    script.write_text(EXAMPLE, encoding="utf-8")
+    script.write_text(example, encoding="utf-8")
     result = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("tensor") == 2

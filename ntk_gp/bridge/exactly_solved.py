@@ -71,13 +71,21 @@ def exactly_solved(matrix: LinearOperator) -> LinearOperator:
     """
     if isinstance(matrix, SOLVED_OPERATORS):
         return matrix
-    matrix = matrix.evaluate_kernel()
+    matrix = _evaluated(matrix)
     if isinstance(matrix, _KEPT):
         return matrix
     for kind, rule in _RULES.items():
         if isinstance(matrix, kind):
             return rule(matrix)
     return NTKSumLinearOperator(matrix)
+
+
+def _evaluated(matrix: LinearOperator) -> LinearOperator:
+    """With nothing in it to evaluate. A kernel's matrix and noise, the usual case, need not be taken apart for that."""
+    if type(matrix) is not AddedDiagLinearOperator:
+        return matrix.evaluate_kernel()
+    parts = (part if isinstance(part, DiagLinearOperator) else part.evaluate_kernel() for part in matrix.linear_ops)
+    return AddedDiagLinearOperator(*parts)
 
 
 def without_constants(matrix: LinearOperator) -> LinearOperator:
