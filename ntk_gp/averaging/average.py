@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from .. import memory, settings
 from .laplace import WeightedDraws, weighted_draws
-from .mixture import Mixture
+from .mixture import Mixture, marginals_of
 from .unconstrained import Hyperparameters, working_copy
 
 # Beyond so many labels, the search for other modes is kept short: each step takes long, and there are fewer of them.
 _MANY = 500
+# Points that are predicted together: covariances of all pairs of them are formed, for every draw.
+_POINTS = 500
 
 
 class AveragedPredictions:
@@ -36,15 +39,31 @@ class AveragedPredictions:
 
     def _mixture(self, x: Tensor, observed: bool, arguments: tuple) -> Mixture:
         _check_inputs(x)
+        weights = self.weights.to(x.device)
+        if len(x) <= _POINTS or arguments:  # arguments may be of each point
+            return Mixture(weights, self._components(x, observed, arguments), dtype=x.dtype)
+        marginals = [
+            marginals_of([self._posterior(model, block, observed, ()) for block in x.split(_POINTS)], dim=0)
+            for model in self._prepared()
+        ]
+        means, variances = (torch.stack(each) for each in zip(*marginals, strict=True))
+        return Mixture(weights, functools.partial(self._components, x, observed, ()), x.dtype, (means, variances))
+
+    def _components(self, x: Tensor, observed: bool, arguments: tuple) -> list[MultivariateNormal]:
+        """Each model's posterior at x."""
+        return [self._posterior(model, x, observed, arguments) for model in self._prepared()]
+
+    def _prepared(self) -> Iterator[ExactGP]:
+        """The models. What a copy prepares goes with it, and other threads do not see it go."""
         keeps = _is_kept(self._models)
-        components: list[MultivariateNormal] = []
+        for model in settings.progress(list(self._models), "Predictions of each draw"):
+            yield model if keeps else copy.copy(model)
+
+    @staticmethod
+    def _posterior(model: ExactGP, x: Tensor, observed: bool, arguments: tuple) -> MultivariateNormal:
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
-            for model in settings.progress(list(self._models), "Predictions of each draw"):
-                # What a copy prepares goes with it, and other threads do not see it go.
-                used = model if keeps else copy.copy(model)
-                component = used(x.double())
-                components.append(used.likelihood(component, *arguments) if observed else component)
-        return Mixture(self.weights.to(x.device), components, dtype=x.dtype)
+            posterior = model(x.double())
+            return model.likelihood(posterior, *arguments) if observed else posterior
 
 
 class Averaged(AveragedPredictions):

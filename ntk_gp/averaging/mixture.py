@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,20 +22,34 @@ class Mixture(Distribution):
     (n,), or (n, C) of several outputs; samples are joint ones over all points.
 
     :param weights: (S,), that add up to one.
-    :param components: S distributions of one shape, of one batch.
+    :param components: S distributions of one shape, of one batch; or a function that makes them, if ever they are asked
+        for: their covariances are matrices of n² numbers.
     :param dtype: Of what comes out. (Default: the components'.)
+    :param marginals: Their means and variances, (S, n) or (S, n, C) each, where these are known already.
     """
 
     arg_constraints: dict = {}  # noqa: RUF012 -- as torch.distributions has it
     has_rsample = True
 
-    def __init__(self, weights: Tensor, components: Sequence[MultivariateNormal], dtype: torch.dtype | None = None):
-        self.components = tuple(components)
-        self.weights = weights.to(self.components[0].mean)
-        self.dtype = self.components[0].mean.dtype if dtype is None else dtype
-        self._means = torch.stack([component.mean for component in self.components])
-        self._variances = torch.stack([_variance(component) for component in self.components])
+    def __init__(
+        self,
+        weights: Tensor,
+        components: Sequence[MultivariateNormal] | Callable[[], Sequence[MultivariateNormal]],
+        dtype: torch.dtype | None = None,
+        marginals: tuple[Tensor, Tensor] | None = None,
+    ):
+        self._made = components if callable(components) else tuple(components)
+        self._means, self._variances = marginals_of(self.components) if marginals is None else marginals
+        self.weights = weights.to(self._means)
+        self.dtype = self._means.dtype if dtype is None else dtype
         super().__init__(batch_shape=self._means.shape[1:], validate_args=False)
+
+    @property
+    def components(self) -> tuple[MultivariateNormal, ...]:
+        """The S distributions."""
+        if callable(self._made):
+            self._made = tuple(self._made())
+        return self._made
 
     @property
     def _column(self) -> Tensor:
@@ -140,7 +154,15 @@ class Mixture(Distribution):
         raise NotImplementedError("A mixture is over the points that it was made for: predict at repeated inputs.")
 
     def __repr__(self) -> str:
-        return f"Mixture({len(self.components)} components, batch_shape={tuple(self.batch_shape)})"
+        return f"Mixture({len(self.weights)} components, batch_shape={tuple(self.batch_shape)})"
+
+
+def marginals_of(components: Sequence[MultivariateNormal], dim: int | None = None) -> tuple[Tensor, Tensor]:
+    """The means and variances of S distributions, (S, n) or (S, n, C) each; put together along a dimension if one is
+    named."""
+    pairs = [(component.mean, _variance(component)) for component in components]
+    means, variances = (torch.stack(each) if dim is None else torch.cat(each, dim) for each in zip(*pairs, strict=True))
+    return means, variances
 
 
 def _variance(component: MultivariateNormal) -> Tensor:

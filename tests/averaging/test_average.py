@@ -13,6 +13,7 @@ from gpytorch.likelihoods import MultitaskGaussianLikelihood
 
 from ntk_gp import NetworkMean, NTKKernel, averaged, settings
 from ntk_gp.averaging import Mixture
+from ntk_gp.averaging import average as average_module
 from ntk_gp.priors import register_log_prior, scale_to_data
 from tests import adapted
 from tests.averaging.models import (
@@ -341,3 +342,30 @@ def test_progress(capsys):
     shown = capsys.readouterr().err
     for step in ("Starts for", "Modes of", "Draws of", "Predictions of"):
         assert step in shown
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_many_points_are_predicted_some_at_a_time(outputs, monkeypatch):
+    """As all together; joint covariances, of all pairs, are formed only where they are asked for."""
+    x, y = adapted.data(10, outputs=outputs)
+    model = TwoOutputs(x, y, adapted.network(outputs=2)) if outputs == 2 else rbf_model(("noise",))
+    if outputs == 2:
+        scale_to_data(model)
+    average = averaged(model, draws=3, seed=0)
+    z = torch.randn(23, model.train_inputs[0].shape[-1], dtype=torch.float64)
+    together = average.predict(z)
+    sizes = []
+    original = type(average)._posterior
+    monkeypatch.setattr(average_module, "_POINTS", 10)
+    monkeypatch.setattr(
+        type(average), "_posterior", staticmethod(lambda m, x, *rest: sizes.append(len(x)) or original(m, x, *rest))
+    )
+    apart = average.predict(z)
+    assert sizes == [10, 10, 3] * 3
+    for name in ("mean", "variance"):
+        torch.testing.assert_close(getattr(apart, name), getattr(together, name), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(apart.quantile(0.1), together.quantile(0.1), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(apart.covariance_matrix, together.covariance_matrix, rtol=1e-9, atol=1e-9)
+    assert sizes[9:] == [23] * 3
+    assert apart.sample(torch.Size([4])).shape == (4, *together.mean.shape)
+    assert sizes[12:] == []
