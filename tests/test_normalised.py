@@ -15,6 +15,8 @@ from ntk_gp import NTKKernel
 from tests import references
 from tests.in_threads import in_threads
 
+pytestmark = pytest.mark.engine_independent
+
 
 def randn(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)

@@ -26,6 +26,8 @@ from ntk_gp.solvers import cholesky
 from tests import references
 from tests.adapted import AdaptedGP, assert_close, data, network
 
+pytestmark = pytest.mark.engine_independent
+
 
 def layer_matrices(net: nn.Module, x: Tensor) -> Tensor:
     """The kernel matrix of each layer, (2, *batch, n, n); differentiable by the inputs."""

@@ -16,6 +16,8 @@ from ntk_gp.solvers.spectrum import Groups, SpectrumBeside
 from tests import references
 from tests.adapted import LARGE, SMALL, assert_close, data, network
 
+pytestmark = pytest.mark.engine_independent
+
 
 def layer(name: str) -> str:
     return name.rpartition(".")[0]
