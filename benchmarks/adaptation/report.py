@@ -37,6 +37,10 @@ is averaged over hyperparameters; the other Gaussian processes have those of the
 """
 
 
+def _seeds(lines: Iterable[Line]) -> list[str]:
+    return [str(seed) for seed in sorted({line["seed"] for line in lines})]
+
+
 class Scores(NamedTuple):
     """What one method has at one number of labels."""
 
@@ -145,7 +149,10 @@ def _mean_and_error(experiment: str, keys: Sequence[tuple], values: np.ndarray) 
 
 
 def markdown(lines: dict[str, list[Line]], rows: Sequence[dict]) -> str:
-    commands = "\n".join(f"    python -m benchmarks.adaptation {name} --processes 2" for name in lines)
+    commands = "\n".join(
+        f"    python -m benchmarks.adaptation {name} --processes 2 --seeds {' '.join(_seeds(some))}"
+        for name, some in lines.items()
+    )
     parts = ["# Adaptation, method by method", commands, EXPLANATION.strip(), report.machine_line()]
     for name in lines:
         own = [row for row in rows if row["experiment"] == name]
