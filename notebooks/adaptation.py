@@ -207,12 +207,12 @@ def try_task(network: nn.Module, sizes: tuple[int, ...], seed: int) -> dict[int,
 
 
 def compare_on_related_tasks(
-    sizes: tuple[int, ...], seeds: Iterable[int], steps: int, processes: ProcessPoolExecutor
+    sizes: tuple[int, ...], seeds: Iterable[int], steps: int, run: Callable
 ) -> dict[int, list[Scores]]:
     """One network, and a task for each seed."""
     network = train(make_network(5), *observe(Related(is_source=True), 1000), steps)
     seeds = list(seeds)
-    results = processes.map(partial(try_task, network, sizes), seeds)
+    results = run(partial(try_task, network, sizes), seeds)
     results = list(tqdm(results, desc="tasks with five inputs", total=len(seeds), disable=None))
     return {n: [result[n] for result in results] for n in sizes}
 
@@ -265,7 +265,7 @@ def look(network: nn.Module, seed: int, is_related: bool) -> Look:
     x, y = observe(task, 10)
     model = AdaptedGP(x, y, network, source_inputs=(-7.5, 7.5))
     scratch = GP(x, y, gpytorch.means.ZeroMean(), ScaleKernel(RBFKernel()) + ConstantKernel())
-    evidence = ntk_gp.compare({"adapted": model, "RBF from scratch": scratch}, DRAWS)
+    evidence = ntk_gp.compare({"adapted": model.averaged(DRAWS), "RBF from scratch": scratch}, DRAWS)
     prediction = model.predict(GRID, DRAWS)
     truth = task(GRID)
     densities = -prediction.log_prob(truth + task.noise * torch.randn(len(truth)))
@@ -274,10 +274,10 @@ def look(network: nn.Module, seed: int, is_related: bool) -> Look:
     return Look(is_related, x, y, truth, prediction.mean, prediction.confidence_region(), densities, tuned, weight)
 
 
-def look_at_sinusoids(seed: int, steps: int, processes: ProcessPoolExecutor) -> tuple[nn.Module, list[Look]]:
+def look_at_sinusoids(seed: int, steps: int, run: Callable) -> tuple[nn.Module, list[Look]]:
     """Three related tasks and an unrelated one."""
     network = train(make_network(1), *observe(Sinusoid(is_source=True), 1000), steps)
-    looks = processes.map(partial(look, network), range(seed, seed + 4), [True, True, True, False])
+    looks = run(partial(look, network), range(seed, seed + 4), [True, True, True, False])
     return network, list(tqdm(looks, desc="tasks with one input", total=4, disable=None))
 
 
@@ -331,9 +331,11 @@ def main() -> None:
     start = time.perf_counter()
     seeds = range(1000 * arguments.seed, 1000 * arguments.seed + arguments.tasks)
     spawned = get_context("spawn")  # a process of threads is not to be forked
-    with ProcessPoolExecutor(min(arguments.tasks, os.cpu_count() or 1), spawned, set_up) as processes:
-        print(table(compare_on_related_tasks(tuple(arguments.labels), seeds, arguments.steps, processes)), end="\n\n")
-        network, looks = look_at_sinusoids(arguments.seed, arguments.steps, processes)
+    count = min(arguments.tasks, os.cpu_count() or 1)
+    with ProcessPoolExecutor(count, spawned, set_up) as processes:
+        run = processes.map if count > 1 else map
+        print(table(compare_on_related_tasks(tuple(arguments.labels), seeds, arguments.steps, run)), end="\n\n")
+        network, looks = look_at_sinusoids(arguments.seed, arguments.steps, run)
     print(table_of_looks(looks), end="\n\n")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     figure(network, looks).savefig(arguments.output, dpi=150)
