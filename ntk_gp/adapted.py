@@ -264,9 +264,10 @@ class _CannotServe(Exception):
 
 
 def _gain(network: nn.Module, x: Tensor, options: dict[str, Any]) -> Kernel:
-    if not (NetworkMean(network, **options)(x) != 0).any():
+    kernel = GainKernel(network, **options)
+    if not (kernel.features(x)[:, 0] != 0).any():
         raise _CannotServe("the network is zero at all training inputs, and so is any multiple of it.")
-    return GainKernel(network, **options)
+    return kernel
 
 
 def _on_features(network: nn.Module, x: Tensor, input_shape: tuple[int, ...] | None) -> Kernel:

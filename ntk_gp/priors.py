@@ -310,7 +310,7 @@ def _half_spread(kernel: Kernel, x: Tensor) -> Tensor:
 
 
 def _prior_name(name: str) -> str:
-    return "log_NAME_prior".replace("NAME", name)
+    return f"log_{name}_prior"
 
 
 def _log_of(name: str, module: Module) -> Tensor:
@@ -393,9 +393,7 @@ def _set_within_constraint(module: Module, name: str, value: Tensor) -> None:
         for parameter, old in before:
             parameter.copy_(old)
     limits = [
-        str(constraint)
-        for key, constraint in module.named_constraints()
-        if key.endswith("raw_NAME_constraint".replace("NAME", name))
+        str(constraint) for key, constraint in module.named_constraints() if key.endswith(f"raw_{name}_constraint")
     ]
     raise ValueError(
         f"{type(module).__name__}.{name} cannot be {value.flatten().tolist()}: its constraint is "

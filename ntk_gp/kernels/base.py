@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from gpytorch.constraints import Interval, Positive
 from gpytorch.kernels import Kernel
+from gpytorch.priors import Prior
 from torch import Size, Tensor, nn
 
 from .._compat import parameters_in
@@ -55,13 +56,17 @@ class NetworkKernel(NeuralTangentKernel):
 
         Results are in the inputs' dtype.
         """
-        parameters = (torch.promote_types(parameter.dtype, torch.float32) for parameter in self.parameters())
-        dtypes = {self.network.dtype, *parameters}
+        dtypes = self._dtypes()
         if len(dtypes) > 1:
             raise RuntimeError(
                 f"The kernel's parameters have multiple dtypes: {dtypes}. Convert the kernel with .to(dtype)."
             )
         return dtypes.pop()
+
+    def _dtypes(self) -> set[torch.dtype]:
+        """Those that have to be one."""
+        parameters = (torch.promote_types(parameter.dtype, torch.float32) for parameter in self.parameters())
+        return {self.network.dtype, *parameters}
 
     @property
     def device(self) -> torch.device:
@@ -128,11 +133,32 @@ class NetworkKernel(NeuralTangentKernel):
             setattr(new, name, inner(kernel.expand_batch(self.batch_shape)))
         return new
 
-    def _register_variance(self, raw_name: str, constraint: Interval | None) -> None:
-        """A parameter of this name, (*batch, 1, 1), with its constraint, positive by default."""
-        zeros = torch.zeros(*self.batch_shape, 1, 1, dtype=self.network.dtype, device=self.network.device)
-        self.register_parameter(raw_name, nn.Parameter(zeros))
-        self.register_constraint(raw_name, Positive() if constraint is None else constraint)
+    def _register_variance(
+        self,
+        name: str,
+        closures: tuple[Callable[..., Tensor], Callable[..., None]],
+        prior: Prior | None,
+        constraint: Interval | None,
+        groups: int = 1,
+    ) -> None:
+        """A parameter `raw_name`, (*batch, 1, groups), with its constraint, positive by default, and its prior.
+
+        :param closures: What reads and sets its value, at the top of a module, so that it can be pickled.
+        """
+        zeros = torch.zeros(*self.batch_shape, 1, groups, dtype=self.network.dtype, device=self.network.device)
+        self.register_parameter(f"raw_{name}", nn.Parameter(zeros))
+        self.register_constraint(f"raw_{name}", constraint or Positive())
+        if prior is None:
+            return
+        if not isinstance(prior, Prior):
+            raise TypeError(f"Expected gpytorch.priors.Prior but got {type(prior).__name__}")
+        self.register_prior(f"{name}_prior", prior, *closures)
+
+
+def detached(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+    """Both without a graph; one set of inputs stays one."""
+    first = x1.detach()
+    return first, first if x2 is x1 else x2.detach()
 
 
 def refuse_last_dim_is_batch(last_dim_is_batch: bool) -> None:

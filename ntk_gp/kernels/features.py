@@ -15,7 +15,7 @@ from torch import Size, Tensor, nn
 from ..bridge.kernel_matrices import evaluated
 from ..jacobian.linearization import Linearization
 from ..network import ALL_OUTPUTS, PENULTIMATE, NetworkFunction, head_of, layer_features, normal_tensor
-from ..operators._batches import flatten_batch, same_memory
+from ..operators._batches import are_one, flatten_batch
 from ..operators.of_network_linear_operator import OfNetworkLinearOperator
 from .base import refuse_last_dim_is_batch
 from .metric import MetricKernel
@@ -85,20 +85,9 @@ class FeatureKernel(MetricKernel):
         super()._take(linearization)
         self._head: str | None = None  # known once the network has been called
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the base kernel's parameters, or of the network where it has none."""
-        dtypes = {parameter.dtype for parameter in self.parameters()}
-        if len(dtypes) > 1:
-            raise RuntimeError(
-                f"The kernel's parameters have multiple dtypes: {dtypes}. Convert the kernel with .to(dtype)."
-            )
-        return dtypes.pop() if dtypes else self.network.dtype
-
-    @property
-    def is_stationary(self) -> bool:
-        """Not in the inputs, which is what GPyTorch asks for."""
-        return False
+    def _dtypes(self) -> set[torch.dtype]:
+        """Of the base kernel's parameters, or of the network where it has none."""
+        return {parameter.dtype for parameter in self.parameters()} or {self.network.dtype}
 
     def features(self, x: Tensor) -> Tensor:
         """φ(x): (*batch, n, d) to (*batch, n, F)."""
@@ -130,8 +119,7 @@ class FeatureKernel(MetricKernel):
         refuse_last_dim_is_batch(last_dim_is_batch)
         function = self.network.bind(x1, x2)
         features1 = self._features(x1, function)
-        same = x2 is x1 or (same_memory(x1, x2) and not (x1.requires_grad or x2.requires_grad))
-        features2 = features1 if same else self._features(x2, function)
+        features2 = features1 if are_one(x1, x2) else self._features(x2, function)
         result = self.base_kernel(features1, features2, diag=diag, **params)
         if diag:
             return to_dense(result).to(x1.dtype)

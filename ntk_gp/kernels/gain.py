@@ -12,8 +12,8 @@ from torch import Size, Tensor, nn
 
 from ..bridge.recognised import KnownFeaturesKernel
 from ..jacobian.columns import Column, Ones, Values, features
-from ..network import ALL_OUTPUTS
-from .base import NetworkKernel
+from ..network import ALL_OUTPUTS, normal_tensor
+from .base import NetworkKernel, detached
 
 
 class GainKernel(NetworkKernel, KnownFeaturesKernel):
@@ -78,14 +78,9 @@ class GainKernel(NetworkKernel, KnownFeaturesKernel):
     ):
         options = {"parameters": "*", "input_shape": input_shape, "output": output, "group_by": None}
         super().__init__(network, None, options, batch_shape=batch_shape, active_dims=active_dims)
-        self._register_variance("raw_gain_variance", gain_variance_constraint)
-        self._register_variance("raw_offset_variance", offset_variance_constraint)
-        if _is_prior(gain_variance_prior):
-            self.register_prior("gain_variance_prior", gain_variance_prior, _get_gain_variance, _set_gain_variance)
-        if _is_prior(offset_variance_prior):
-            self.register_prior(
-                "offset_variance_prior", offset_variance_prior, _get_offset_variance, _set_offset_variance
-            )
+        gain, offset = (_get_gain_variance, _set_gain_variance), (_get_offset_variance, _set_offset_variance)
+        self._register_variance("gain_variance", gain, gain_variance_prior, gain_variance_constraint)
+        self._register_variance("offset_variance", offset, offset_variance_prior, offset_variance_constraint)
 
     @property
     def gain_variance(self) -> Tensor:
@@ -107,7 +102,7 @@ class GainKernel(NetworkKernel, KnownFeaturesKernel):
         self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **params: Any
     ) -> LinearOperator | Tensor:
         if not torch.is_grad_enabled():  # the matrix may be evaluated where gradients are on
-            x1, x2 = x1.detach(), x1.detach() if x2 is x1 else x2.detach()
+            x1, x2 = detached(x1, x2)
         if last_dim_is_batch:
             x1, x2 = (x.transpose(-1, -2).unsqueeze(-1) for x in (x1, x2))
         columns, variances = zip(*self.known_features(x1, x2), strict=True)
@@ -154,8 +149,8 @@ class GainKernel(NetworkKernel, KnownFeaturesKernel):
         else:
             with torch.inference_mode(False), torch.no_grad():
                 key = tuple(column.key for column in columns)
-                x_given = flat.detach().clone() if flat.is_inference() else flat.detach()
-                out = self._linearization.keep(f"features {key}", (x_given,), lambda x: features(columns, x))
+                given = normal_tensor(flat.detach())
+                out = self._linearization.keep(f"features {key}", (given,), lambda x: features(columns, x))
         return out.reshape(*x.shape[:-2], *out.shape[-2:])
 
 
@@ -186,9 +181,3 @@ def _set(kernel: GainKernel, raw_name: str, value: float | Tensor) -> None:
     if value.dim() and value.shape == kernel.batch_shape:
         value = value[..., None, None]
     kernel.initialize(**{raw_name: kernel.constraint_for_parameter_name(raw_name).inverse_transform(value)})
-
-
-def _is_prior(prior: Prior | None) -> bool:
-    if prior is not None and not isinstance(prior, Prior):
-        raise TypeError(f"Expected gpytorch.priors.Prior but got {type(prior).__name__}")
-    return prior is not None

@@ -16,6 +16,11 @@ _POINTS = 1000
 class MetricKernel(NetworkKernel):
     """A kernel of distances that a network defines."""
 
+    @property
+    def is_stationary(self) -> bool:
+        """Not in the inputs, which is what GPyTorch asks for."""
+        return False
+
     def median_distance(self, x: Tensor) -> float:
         """The median distance of two of these inputs, in the metric of this kernel, where its lengthscale belongs.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpytorch.constraints import Interval, Positive
+from gpytorch.constraints import Interval
 from gpytorch.priors import Prior
 from torch import Size, Tensor, nn
 
@@ -16,7 +16,7 @@ from ..jacobian.shared import linearization_of
 from ..network import ParameterSelection
 from ..operators import JacobianLinearOperator, NTKLinearOperator
 from ..operators._batches import flatten_batch
-from .base import NetworkKernel
+from .base import NetworkKernel, detached
 from .normalization import Normalization
 
 
@@ -110,19 +110,8 @@ class NTKKernel(NetworkKernel):
             if variance_prior is not None or variance_constraint is not None:
                 raise ValueError("variance_prior and variance_constraint need variance_groups, such as 'layer'.")
             return
-        self.register_parameter(
-            "raw_variance",
-            nn.Parameter(
-                torch.zeros(
-                    *self.batch_shape, 1, self.network.num_groups, dtype=self.network.dtype, device=self.network.device
-                )
-            ),
-        )
-        self.register_constraint("raw_variance", variance_constraint or Positive())
-        if variance_prior is not None:
-            if not isinstance(variance_prior, Prior):
-                raise TypeError(f"Expected gpytorch.priors.Prior but got {type(variance_prior).__name__}")
-            self.register_prior("variance_prior", variance_prior, _get_variance, _set_variance)
+        groups = self.network.num_groups
+        self._register_variance("variance", (_get_variance, _set_variance), variance_prior, variance_constraint, groups)
 
     @property
     def variance(self) -> Tensor:
@@ -180,7 +169,9 @@ class NTKKernel(NetworkKernel):
         else:
             variance = x1.new_ones(*self.batch_shape, 1, 1)
         if not torch.is_grad_enabled():  # the matrix may be evaluated where gradients are on
-            variance, x1, x2 = variance.detach(), *_detached(x1, x2)
+            variance = variance.detach()
+            if x1.requires_grad or x2.requires_grad:
+                x1, x2 = detached(x1, x2)
         if last_dim_is_batch:
             x1, x2 = (x.transpose(-1, -2).unsqueeze(-1) for x in (x1, x2))
             variance = variance.unsqueeze(-3)
@@ -248,11 +239,6 @@ def _check_no_lengthscale(arguments: dict[str, Any]) -> None:
             "parameters, input_shape, output, variance_groups, variance_prior, variance_constraint, engine, normalize, "
             "batch_shape and active_dims."
         )
-
-
-def _detached(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-    detached = x1.detach()
-    return detached, detached if x2 is x1 else x2.detach()
 
 
 def _group_function(variance_groups: str | Callable[[str], str] | None) -> Callable[[str], str] | None:

@@ -12,7 +12,7 @@ from torch import Size, Tensor, nn
 from ..jacobian.distances import squared_distances
 from ..network import ParameterSelection
 from ..operators.ntk_stationary_linear_operator import NTKStationaryLinearOperator
-from .base import refuse_last_dim_is_batch
+from .base import detached, refuse_last_dim_is_batch
 from .metric import MetricKernel
 
 
@@ -47,19 +47,13 @@ class StationaryTangentKernel(MetricKernel):
         )
         self.raw_lengthscale = nn.Parameter(self.raw_lengthscale.detach().to(self.network.device, self.network.dtype))
 
-    @property
-    def is_stationary(self) -> bool:
-        """Not in the inputs, which is what GPyTorch asks for."""
-        return False
-
     def forward(
         self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **params
     ) -> NTKStationaryLinearOperator | Tensor:
         refuse_last_dim_is_batch(last_dim_is_batch)
         lengthscale = self.lengthscale.to(x1.device)
         if not torch.is_grad_enabled():  # the matrix may be evaluated where gradients are on
-            same, x1, lengthscale = x2 is x1, x1.detach(), lengthscale.detach()
-            x2 = x1 if same else x2.detach()
+            lengthscale, x1, x2 = lengthscale.detach(), *detached(x1, x2)
         function = self.network.bind(x1, x2)
         kernel_matrix = NTKStationaryLinearOperator(
             x1, x2, lengthscale, nu=self.nu, linearization=self._linearization, function=function

@@ -63,6 +63,11 @@ def same_memory(a: Tensor, b: Tensor) -> bool:
     return layouts[0] == layouts[1]
 
 
+def are_one(x1: Tensor, x2: Tensor) -> bool:
+    """Whether two sets of inputs are one: the same tensor, or the same memory, of which each has no derivative."""
+    return x1 is x2 or (same_memory(x1, x2) and not (x1.requires_grad or x2.requires_grad))
+
+
 def points_of_rows(index: IndexType, num_rows: int, outputs: int) -> tuple[IndexType, IndexType]:
     """The points that rows belong to, C rows each, and the index of those rows among all rows of these points."""
     if outputs == 1:

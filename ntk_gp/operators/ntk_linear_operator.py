@@ -1,8 +1,10 @@
-"""The empirical neural tangent kernel as a lazy matrix."""
+"""Kernel matrices between two sets of inputs, as lazy matrices: what they share, and the neural tangent kernel's."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from linear_operator.operators import (
@@ -23,12 +25,12 @@ from ..jacobian.widened import WidenedLinearization, widened_function
 from ..network import NetworkFunction
 from ._batches import (
     FoldedColumns,
+    are_one,
     expand,
     flatten_batch,
     in_common_batches,
     is_everything,
     points_of_rows,
-    same_memory,
     select,
 )
 from ._parts import Arguments, GramMatrices, Numbers, Part, part_of
@@ -36,7 +38,80 @@ from .ntk_added_diag_linear_operator import NTKAddedDiagLinearOperator
 from .ntk_sum_linear_operator import NTKSumLinearOperator, entry_by_entry, product_over_batch
 
 
-class NTKLinearOperator(LinearOperator):
+class BetweenInputs(LinearOperator):
+    """A matrix (*batch, n₁·C, n₂·C), rows and columns point-major and output-minor, whose slices are of the inputs.
+
+    :param x1: (*batch, n₁, d).
+    :param x2: (*batch, n₂, d).
+    :param numbers: What else each batch has, (*batch, 1, k): the hyperparameters.
+    :param linearization: The frozen network with its engines.
+    :param function: The network as it was bound to the inputs, where the caller has it; else it is asked for when it is
+        wanted.
+    :param options: What a subclass takes beside these.
+    """
+
+    def __init__(
+        self,
+        x1: Tensor,
+        x2: Tensor,
+        numbers: Tensor,
+        *,
+        linearization: Linearization,
+        function: NetworkFunction | None = None,
+        **options: Any,
+    ):
+        super().__init__(x1, x2, numbers, linearization=linearization, function=function, **options)
+        self._function = function
+        self.x1 = x1
+        self.x2 = x2
+        self.linearization = linearization
+
+    @abstractmethod
+    def _like(self, x1: Tensor, x2: Tensor, numbers: Tensor) -> BetweenInputs:
+        """The same of other inputs."""
+
+    @property
+    @abstractmethod
+    def _numbers(self) -> Tensor:
+        """The hyperparameters, (*batch, 1, k)."""
+
+    @property
+    def _inputs_require_grad(self) -> bool:
+        return self.x1.requires_grad or self.x2.requires_grad
+
+    @property
+    def _outputs(self) -> int:
+        """C."""
+        return self.linearization.network.num_outputs(self.x1) if self._function is None else self._function.num_outputs
+
+    @property
+    def network_state(self) -> int:
+        """The state of the network that this is a kernel of: the one it was bound in."""
+        bound = None if self._function is None else self._function.state
+        return self.linearization.network.fingerprint() if bound is None else bound
+
+    def _size(self) -> Size:
+        outputs = self._outputs
+        return Size([*self.x1.shape[:-2], self.x1.shape[-2] * outputs, self.x2.shape[-2] * outputs])
+
+    def __getstate__(self) -> dict:
+        state = {**self.__dict__, "_function": None}  # states are those of one process
+        return {**state, OPTIONS: {**state[OPTIONS], "function": None}}
+
+    def _transpose_nonbatch(self) -> BetweenInputs:
+        return self._like(self.x2, self.x1, self._numbers)
+
+    def _getitem(self, row_index: IndexType, col_index: IndexType, *batch_indices: IndexType) -> LinearOperator:
+        rows, row_rest = points_of_rows(row_index, self.shape[-2], self._outputs)
+        columns, col_rest = points_of_rows(col_index, self.shape[-1], self._outputs)
+        x1, x2 = select(self.x1, batch_indices, rows), select(self.x2, batch_indices, columns)
+        points = self._like(x1, x2, select(self._numbers, batch_indices))
+        if is_everything(row_rest) and is_everything(col_rest):
+            return points
+        return LinearOperator._getitem(points, row_rest, col_rest, *[slice(None)] * len(points.batch_shape))
+
+
+class NTKLinearOperator(BetweenInputs):
     r"""The kernel matrix :math:`\boldsymbol J(\boldsymbol X_1) \boldsymbol\Sigma \boldsymbol J(\boldsymbol X_2)^\top`.
 
     Of size (*batch, n₁·C, n₂·C), rows and columns point-major and output-minor. Products run Jacobian-vector products
@@ -65,11 +140,7 @@ class NTKLinearOperator(LinearOperator):
         if not x1.shape[:-2] == x2.shape[:-2] == variances.shape[:-2]:
             x1, x2, variances = in_common_batches(x1, x2, variances)
         super().__init__(x1, x2, variances, linearization=linearization, function=function)
-        self._function = function
-        self.x1 = x1
-        self.x2 = x2
         self.variances = variances
-        self.linearization = linearization
         self._jacobians_memo: tuple[Jacobian, Jacobian] | None = None
 
     @property
@@ -82,15 +153,11 @@ class NTKLinearOperator(LinearOperator):
         if self._jacobians_memo is not None and not (torch.is_grad_enabled() and self._inputs_require_grad):
             return self._jacobians_memo
         jacobian1 = self.linearization.jacobian(flatten_batch(self.x1))
-        same = self.x1 is self.x2 or (same_memory(self.x1, self.x2) and not self._inputs_require_grad)
+        same = are_one(self.x1, self.x2)
         jacobian2 = jacobian1 if same else self.linearization.jacobian(flatten_batch(self.x2))
         if not (torch.is_grad_enabled() and self._inputs_require_grad):
             self._jacobians_memo = (jacobian1, jacobian2)
         return jacobian1, jacobian2
-
-    @property
-    def _inputs_require_grad(self) -> bool:
-        return self.x1.requires_grad or self.x2.requires_grad
 
     @property
     def _prior_variances(self) -> Tensor:
@@ -98,24 +165,13 @@ class NTKLinearOperator(LinearOperator):
         return self.variances.reshape(-1, self.variances.shape[-1])
 
     @property
-    def _outputs(self) -> int:
-        """C."""
-        return self.linearization.network.num_outputs(self.x1) if self._function is None else self._function.num_outputs
-
-    @property
-    def network_state(self) -> int:
-        """The state of the network that this is the kernel of: the one it was bound in."""
-        bound = None if self._function is None else self._function.state
-        return self.linearization.network.fingerprint() if bound is None else bound
+    def _numbers(self) -> Tensor:
+        return self.variances
 
     @property
     def function(self) -> NetworkFunction:
         """What says which parameters are in which group."""
         return self._jacobians[0].function if self._function is None else self._function
-
-    def _size(self) -> Size:
-        outputs = self._outputs
-        return Size([*self.x1.shape[:-2], self.x1.shape[-2] * outputs, self.x2.shape[-2] * outputs])
 
     def _like(self, x1: Tensor, x2: Tensor, variances: Tensor) -> NTKLinearOperator:
         return self.__class__(x1, x2, variances, linearization=self.linearization, function=self._function)
@@ -133,8 +189,7 @@ class NTKLinearOperator(LinearOperator):
         return self.__class__(self.x1, self.x2, torch.cat(own, -1), linearization=linearization, function=function)
 
     def __getstate__(self) -> dict:
-        state = {**self.__dict__, "_function": None, "_jacobians_memo": None}  # states are those of one process
-        return {**state, OPTIONS: {**state[OPTIONS], "function": None}}
+        return {**super().__getstate__(), "_jacobians_memo": None}
 
     def is_of_one_kernel_with(self, other: NTKLinearOperator) -> bool:
         """Whether both are of one state of one network, with the same prior variances."""
@@ -152,11 +207,8 @@ class NTKLinearOperator(LinearOperator):
         :param points: A mask, (n,).
         """
         x1 = self.x1[..., points, :]
-        same = self.x1 is self.x2 or (same_memory(self.x1, self.x2) and not self._inputs_require_grad)
+        same = are_one(self.x1, self.x2)
         return self._like(x1, x1 if same else self.x2[..., points, :], self.variances)
-
-    def _transpose_nonbatch(self) -> NTKLinearOperator:
-        return self._like(self.x2, self.x1, self.variances)
 
     def _expand_batch(self, batch_shape: Size | list[int]) -> NTKLinearOperator:
         return self._like(*(expand(tensor, batch_shape) for tensor in (self.x1, self.x2, self.variances)))
@@ -216,15 +268,6 @@ class NTKLinearOperator(LinearOperator):
     def _diagonal(self) -> Tensor:
         diagonal = self.linearization.diagonal(*self._jacobians, self._prior_variances)
         return diagonal.expand(self.batch_shape.numel(), -1).reshape(self.shape[:-1])
-
-    def _getitem(self, row_index: IndexType, col_index: IndexType, *batch_indices: IndexType) -> LinearOperator:
-        rows, row_rest = points_of_rows(row_index, self.shape[-2], self._outputs)
-        columns, col_rest = points_of_rows(col_index, self.shape[-1], self._outputs)
-        x1, x2 = select(self.x1, batch_indices, rows), select(self.x2, batch_indices, columns)
-        points = self._like(x1, x2, select(self.variances, batch_indices))
-        if is_everything(row_rest) and is_everything(col_rest):
-            return points
-        return LinearOperator._getitem(points, row_rest, col_rest, *[slice(None)] * len(points.batch_shape))
 
     def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
         row_index, col_index, *batch_indices = torch.broadcast_tensors(row_index, col_index, *batch_indices)
@@ -323,7 +366,7 @@ def _of_tangent_kernel(matrix: NTKLinearOperator, arguments: Arguments) -> Part:
         x1, x2, variances = (tensor.double() for tensor in (matrix.x1, matrix.x2, matrix.variances))
         return Numbers(arguments.add(matrix._like(x1, x2, variances).to_dense()))
     x1 = matrix.x1.detach().double()
-    same = matrix.x1 is matrix.x2 or same_memory(matrix.x1, matrix.x2)
+    same = are_one(matrix.x1.detach(), matrix.x2.detach())
     double = matrix._like(x1, x1 if same else matrix.x2.detach().double(), matrix.variances.double())
     grams = matrix.linearization.unit_grams(*double._jacobians) if same else None  # test inputs may not come again
     if grams is None:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import torch
-from linear_operator.operators import LinearOperator
-from linear_operator.utils.getitem import IndexType
 from torch import Size, Tensor
 
 from .. import memory
-from .._compat import OPTIONS
 from ..jacobian.distances import paired_squared_distances, squared_distances
 from ..jacobian.linearization import Linearization
 from ..network import NetworkFunction
-from ._batches import expand, flatten_batch, in_common_batches, is_everything, points_of_rows, same_memory, select
+from ._batches import are_one, expand, flatten_batch, in_common_batches
 from ._radial import profile, radial
+from .ntk_linear_operator import BetweenInputs
 
 # Matrices of float64 numbers that are held at once while one is made: the Gram matrix, distances, and values.
 _HELD = 4
 
 
-class NTKStationaryLinearOperator(LinearOperator):
+class NTKStationaryLinearOperator(BetweenInputs):
     r"""The matrix of :math:`k(d^2(\boldsymbol x, \boldsymbol x') / \ell^2)`, d the distance of tangent features.
 
     Of size (*batch, n₁·C, n₂·C), rows and columns point-major and output-minor; each output has distances of its own,
@@ -46,13 +44,9 @@ class NTKStationaryLinearOperator(LinearOperator):
     ):
         if not x1.shape[:-2] == x2.shape[:-2] == lengthscale.shape[:-2]:
             x1, x2, lengthscale = in_common_batches(x1, x2, lengthscale)
-        super().__init__(x1, x2, lengthscale, nu=nu, linearization=linearization, function=function)
-        self._function = function
-        self.x1 = x1
-        self.x2 = x2
+        super().__init__(x1, x2, lengthscale, linearization=linearization, function=function, nu=nu)
         self.lengthscale = lengthscale
         self.nu = nu
-        self.linearization = linearization
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,40 +54,21 @@ class NTKStationaryLinearOperator(LinearOperator):
         return self.x1.dtype
 
     @property
-    def network_state(self) -> int:
-        """The state of the network that this is a kernel of: the one it was bound in."""
-        bound = None if self._function is None else self._function.state
-        return self.linearization.network.fingerprint() if bound is None else bound
-
-    @property
-    def _outputs(self) -> int:
-        """C."""
-        return self.linearization.network.num_outputs(self.x1) if self._function is None else self._function.num_outputs
+    def _numbers(self) -> Tensor:
+        return self.lengthscale
 
     @property
     def _is_symmetric(self) -> bool:
         """Whether both sets of inputs are the same, also where they are in different places."""
-        if self.x1 is self.x2:
+        if are_one(self.x1, self.x2):
             return True
-        if self.x1.requires_grad or self.x2.requires_grad:
-            return False
-        return same_memory(self.x1, self.x2) or (self.x1.shape == self.x2.shape and torch.equal(self.x1, self.x2))
-
-    def _size(self) -> Size:
-        outputs = self._outputs
-        return Size([*self.x1.shape[:-2], self.x1.shape[-2] * outputs, self.x2.shape[-2] * outputs])
+        equal = not self._inputs_require_grad and self.x1.shape == self.x2.shape
+        return equal and torch.equal(self.x1, self.x2)
 
     def _like(self, x1: Tensor, x2: Tensor, lengthscale: Tensor) -> NTKStationaryLinearOperator:
         return self.__class__(
             x1, x2, lengthscale, nu=self.nu, linearization=self.linearization, function=self._function
         )
-
-    def __getstate__(self) -> dict:
-        state = {**self.__dict__, "_function": None}  # states are those of one process
-        return {**state, OPTIONS: {**state[OPTIONS], "function": None}}
-
-    def _transpose_nonbatch(self) -> NTKStationaryLinearOperator:
-        return self._like(self.x2, self.x1, self.lengthscale)
 
     def _expand_batch(self, batch_shape: Size | list[int]) -> NTKStationaryLinearOperator:
         x1 = expand(self.x1, batch_shape)
@@ -153,15 +128,6 @@ class NTKStationaryLinearOperator(LinearOperator):
         grad_x1 = None if above[0] is None or below[0] is None else torch.cat([above[0], below[0]], dim=-2)
         sums = (None if a is None or b is None else a + b for a, b in zip(above[1:], below[1:], strict=True))
         return grad_x1, *sums
-
-    def _getitem(self, row_index: IndexType, col_index: IndexType, *batch_indices: IndexType) -> LinearOperator:
-        rows, row_rest = points_of_rows(row_index, self.shape[-2], self._outputs)
-        columns, col_rest = points_of_rows(col_index, self.shape[-1], self._outputs)
-        x1, x2 = select(self.x1, batch_indices, rows), select(self.x2, batch_indices, columns)
-        points = self._like(x1, x2, select(self.lengthscale, batch_indices))
-        if is_everything(row_rest) and is_everything(col_rest):
-            return points
-        return LinearOperator._getitem(points, row_rest, col_rest, *[slice(None)] * len(points.batch_shape))
 
     def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
         row_index, col_index, *batch_indices = torch.broadcast_tensors(row_index, col_index, *batch_indices)
