@@ -9,7 +9,6 @@ figure.
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import os
 import time
@@ -24,6 +23,7 @@ import gpytorch
 import matplotlib.pyplot as plt
 import torch
 from gpytorch.kernels import ConstantKernel, RBFKernel, ScaleKernel
+from sine_transfer import predict_fine_tuned, train
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -91,18 +91,6 @@ def make_network(dimension: int) -> nn.Sequential:
     )
 
 
-def train(network: nn.Module, x: Tensor, y: Tensor, steps: int, layers: nn.Module | None = None) -> nn.Module:
-    """Least squares by Adam; `layers` are those to train (default: all)."""
-    optimizer = torch.optim.Adam((layers or network).parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (network(x) - y).square().mean().backward()
-        optimizer.step()
-        schedule.step()
-    return network
-
-
 # ---- 3. What one would do: each takes the network and the labels, and returns a density for each new point ----
 
 
@@ -117,14 +105,7 @@ def fine_tuned(
 ) -> torch.distributions.Normal:
     """By Adam from the trained weights. It passes through its labels: the error bar is that of five-fold validation."""
 
-    def tune(some: Tensor) -> nn.Module:
-        tuned = copy.deepcopy(network)
-        return train(tuned, x[some], y[some], steps=200, layers=tuned[-2] if last_layer_only else None)
-
-    folds = torch.arange(len(y)) % 5
-    errors = [(tune(folds != k)(x[folds == k]) - y[folds == k]).detach() for k in range(5)]
-    mean = tune(folds >= 0)(x_new).detach()
-    return torch.distributions.Normal(mean, torch.cat(errors).square().mean().sqrt())
+    return predict_fine_tuned(network, x, y, x_new, last_layer_only, steps=200)
 
 
 class GP(gpytorch.models.ExactGP):

@@ -122,7 +122,7 @@ def nlpd(prediction: Distribution, y: Tensor) -> float:
 
 
 def predict_fine_tuned(
-    network: nn.Module, x: Tensor, y: Tensor, x_new: Tensor, last_layer_only: bool, folds: int = 5
+    network: nn.Module, x: Tensor, y: Tensor, x_new: Tensor, last_layer_only: bool, folds: int = 5, steps: int = 300
 ) -> Normal:
     """Fine-tunes on (x, y). A network has no error bars of its own: it gets one variance, from cross-validation.
 
@@ -131,9 +131,9 @@ def predict_fine_tuned(
     errors = torch.empty_like(y)
     for fold in range(folds):
         held_out = torch.arange(len(y)) % folds == fold
-        tuned = fine_tune(network, x[~held_out], y[~held_out], last_layer_only)
+        tuned = fine_tune(network, x[~held_out], y[~held_out], last_layer_only, steps)
         errors[held_out] = (tuned(x[held_out]) - y[held_out]).detach()
-    mean = fine_tune(network, x, y, last_layer_only)(x_new).detach()
+    mean = fine_tune(network, x, y, last_layer_only, steps)(x_new).detach()
     return Normal(mean, errors.square().mean().sqrt())
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import gpytorch
+import torch
+from gpytorch.models import ExactGP
+from torch import Tensor
 
 THREADS = 4
 
@@ -37,3 +40,23 @@ def settings_of_gpytorch_restored() -> Iterator[None]:
     before = gpytorch.settings.cg_tolerance._global_value
     yield
     gpytorch.settings.cg_tolerance._global_value = before
+
+
+def check_predictions(model: ExactGP, points: Sequence[Tensor], check: Callable[[Tensor, Tensor], None]) -> None:
+    """That several threads, each with inputs of its own, predict the means that one thread does.
+
+    :param model: In eval mode; its predictions are prepared anew, by whichever thread comes first.
+    :param points: Inputs for each of the threads.
+    :param check: Of a thread's means and one thread's.
+    """
+    with torch.no_grad():
+        expected = [model(x).mean for x in points]
+    model.train()
+    model.eval()
+
+    def work(number: int) -> None:
+        with torch.no_grad():
+            check(model(points[number]).mean, expected[number])
+
+    with settings_of_gpytorch_restored():
+        in_threads(work)

@@ -19,7 +19,7 @@ from ntk_gp.jacobian.autodiff import AutodiffJacobian
 from ntk_gp.jacobian.structured import StructuredJacobian
 from ntk_gp.testing import explicit_jacobian
 from tests import references
-from tests.in_threads import in_threads, settings_of_gpytorch_restored
+from tests.in_threads import THREADS, check_predictions
 
 NUS = [0.5, 1.5, 2.5, math.inf]
 
@@ -444,19 +444,7 @@ class TestModels:
 
     def test_threads_predict_what_one_does(self):
         model, *_ = self.make()
-        model.eval()
-        points = [randn(5, 3) for _ in range(4)]
-        with torch.no_grad():
-            expected = [model(z).mean for z in points]
-            model.train()
-            model.eval()
-
-            def work(number: int) -> None:
-                with torch.no_grad():
-                    assert_close(model(points[number]).mean, expected[number])
-
-            with settings_of_gpytorch_restored():
-                in_threads(work)
+        check_predictions(model.eval(), [randn(5, 3) for _ in range(THREADS)], assert_close)
 
 
 class TestAsAKernelOfGPyTorch:

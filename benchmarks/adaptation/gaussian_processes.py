@@ -22,7 +22,7 @@ from gpytorch.means import ConstantMean, Mean
 from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Tensor, nn
 
-from ntk_gp import NetworkMean, NTKKernel
+from ntk_gp import NetworkMean, NTKKernel, register_log_prior
 from ntk_gp.averaging import averaged as averaged_over
 
 from .predictions import Gaussian, Prediction
@@ -48,8 +48,8 @@ class GaussianProcess(gpytorch.models.ExactGP):
             unexplained = (y - mean(x)).square().mean().clamp_min(1e-8)
             scaled = [ScaleKernel(kernel.to(x), outputscale_constraint=positive()).to(x) for kernel, _ in terms]
             for term, (kernel, share) in zip(scaled, terms, strict=True):
-                log_prior(term, "outputscale", share * unexplained / kernel(x, diag=True).mean(), WIDTH)
-            log_prior(self.likelihood, "noise", NOISE * unexplained, WIDTH)
+                register_log_prior(term, "outputscale", share * unexplained / kernel(x, diag=True).mean(), WIDTH)
+            register_log_prior(self.likelihood, "noise", NOISE * unexplained, WIDTH)
         self.covar_module = sum(scaled[1:], start=scaled[0])
 
     def forward(self, x: Tensor) -> MultivariateNormal:
@@ -199,24 +199,12 @@ def positive() -> Positive:
     return Positive(transform=torch.exp, inv_transform=torch.log)
 
 
-def log_prior(module: gpytorch.Module, name: str, value: Tensor | float, width: float) -> None:
-    """Sets a parameter, and registers log θ ~ N(log value, width²)."""
-    value = torch.as_tensor(value)
-    module.initialize(**{name: value})
-    prior = gpytorch.priors.NormalPrior(value.log(), torch.as_tensor(width).to(value))
-    module.register_prior(f"log_{name}_prior", prior, functools.partial(_log_of, name))
-
-
-def _log_of(name: str, module: gpytorch.Module) -> Tensor:
-    return getattr(module, name).log()
-
-
 def _stationary(kernel: Kernel, x: Tensor) -> Kernel:
     """With its lengthscales at the median distance between these points."""
     distances = torch.pdist(x)
     median = distances[distances > 0].median() if (distances > 0).any() else x.new_tensor(1.0)
     kernel.register_constraint("raw_lengthscale", positive())
-    log_prior(kernel.to(x), "lengthscale", median, LENGTHSCALE_WIDTH)
+    register_log_prior(kernel.to(x), "lengthscale", median, LENGTHSCALE_WIDTH)
     return kernel
 
 

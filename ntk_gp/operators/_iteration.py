@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import warnings
 
 from linear_operator.operators import AddedDiagLinearOperator, LinearOperator
-from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
 from .._compat import added_diagonal, without_diagonal
@@ -58,13 +56,6 @@ class Iteration:
         solution, self.report = conjugate_gradients(self, rhs.double(), self.preconditioner)
         logger.debug("Conjugate gradients: %s", self.report)
         if not self.report.converged:
-            warnings.warn(
-                f"Conjugate gradients for a sum or product of kernels stopped after {self.report.steps} steps with a "
-                f"relative residual of {self.report.residual:.1e} (and an error of about {self.report.error:.1e}); "
-                f"{self.report.tolerance:.1e} was asked for (N = {len(self.noise)}). The result is that inexact. Allow "
-                "more steps (gpytorch.settings.max_cg_iterations), more memory for an exact solve "
-                "(ntk_gp.settings.memory_budget), more noise, or float64 inputs.",
-                NumericalWarning,
-                stacklevel=2,
-            )
+            what = "Conjugate gradients for a sum or product of kernels"
+            self.report.warn(what, len(self.noise), "more noise, or float64 inputs")
         return solution.to(rhs.dtype)

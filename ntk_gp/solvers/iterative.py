@@ -59,6 +59,22 @@ class SolveReport:
     def converged(self) -> bool:
         return self.residual <= self.tolerance
 
+    def warn(self, what: str, rows: int, otherwise: str) -> None:
+        """Says that a solve stopped short of its tolerance, how far, and what to do.
+
+        :param what: The solve, as the beginning of a sentence.
+        :param rows: N.
+        :param otherwise: What else to allow, beside steps and memory.
+        """
+        warnings.warn(
+            f"{what} stopped after {self.steps} steps with a relative residual of {self.residual:.1e} (and an error of "
+            f"about {self.error:.1e}); {self.tolerance:.1e} was asked for (N = {rows}). The result is that inexact. "
+            "Allow more steps (gpytorch.settings.max_cg_iterations), more memory for an exact solve "
+            f"(ntk_gp.settings.memory_budget), {otherwise}.",
+            NumericalWarning,
+            stacklevel=3,
+        )
+
 
 class IterativeSolver(Solver):
     """Preconditioned conjugate gradients in float64, all columns at once: J and Jᵀ once for each step and column.
@@ -104,15 +120,7 @@ class IterativeSolver(Solver):
             return solution.unsqueeze(0)
         if FunctionSpaceSolver.fits(self.system):
             return FunctionSpaceSolver(self.system).solve(rhs)
-        warnings.warn(
-            f"Conjugate gradients stopped after {self.report.steps} steps with a relative residual of "
-            f"{self.report.residual:.1e} (and an error of about {self.report.error:.1e}); {self.report.tolerance:.1e} "
-            f"was asked for (N = {self.system.num_rows}). The result is that inexact. Allow more steps "
-            "(gpytorch.settings.max_cg_iterations), more memory for an exact solve (ntk_gp.settings.memory_budget), or "
-            "more noise.",
-            NumericalWarning,
-            stacklevel=2,
-        )
+        self.report.warn("Conjugate gradients", self.system.num_rows, "or more noise")
         return solution.unsqueeze(0)
 
     def logdet(self) -> Tensor:
