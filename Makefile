@@ -9,7 +9,9 @@ SEEDS ?= 1 2
 seeded = PYTHONHASHSEED=$(word $(1),$(SEEDS)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal \
 	--randomly-seed=$(word $(1),$(SEEDS))
 # What names its engine in every test, or has none.
-ENGINE_NAMED := tests/jacobian tests/replacements tests/test_network.py tests/test_docs.py tests/test_notebooks.py tests/test_peak_memory.py tests/test_readme.py
+ENGINE_NAMED := tests/jacobian tests/replacements tests/test_network.py tests/test_docs.py tests/test_peak_memory.py tests/test_readme.py
+# Small versions of the notebooks are run by themselves: make notebooks QUICK=1
+NOTEBOOKS := tests/test_notebooks.py
 
 .PHONY: demo test test-engines test-versions fuzz lint notebooks benchmark docs clean
 
@@ -18,13 +20,13 @@ demo: $(VENV)/.demo
 
 # Without --engine, the engine is the structured one.
 test: lint docs
-	$(call seeded,1)
-	$(call seeded,2) $(ENGINE_NAMED:%=--ignore %) --engine autodiff
+	$(call seeded,1) --ignore $(NOTEBOOKS)
+	$(call seeded,2) --ignore $(NOTEBOOKS) $(ENGINE_NAMED:%=--ignore %) --engine autodiff
 
 # Every suite with each Jacobian engine forced in turn.
 test-engines: $(VENV)/.test
-	$(call seeded,1) $(ENGINE_NAMED:%=--ignore %) --engine structured
-	$(call seeded,2) $(ENGINE_NAMED:%=--ignore %) --engine autodiff
+	$(call seeded,1) --ignore $(NOTEBOOKS) $(ENGINE_NAMED:%=--ignore %) --engine structured
+	$(call seeded,2) --ignore $(NOTEBOOKS) $(ENGINE_NAMED:%=--ignore %) --engine autodiff
 
 # On the oldest and the newest versions that pyproject.toml allows, each in an environment of its own in build/versions.
 test-versions:
@@ -41,9 +43,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Executes the notebooks and writes their outputs into them; with QUICK=1, small versions of them that leave no trace.
-notebooks: $(VENV)/.notebooks
-	$(BIN)/python notebooks/execute.py $(if $(QUICK),--quick)
+# Executes the notebooks and writes their outputs into them; with QUICK=1, tests small versions that leave no trace.
+notebooks: $(VENV)/$(if $(QUICK),.test,.notebooks)
+	$(if $(QUICK),$(call seeded,1) $(NOTEBOOKS),$(BIN)/python notebooks/execute.py)
 
 benchmark: $(VENV)/.test
 	$(BIN)/python -m benchmarks.run

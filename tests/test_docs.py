@@ -5,8 +5,7 @@ import importlib
 import importlib.util
 import pkgutil
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 from types import ModuleType
 
@@ -46,14 +45,14 @@ GUIDES = [page for page in PAGES if blocks(page, "python") and page.name != "REA
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
-def test_guide(page, tmp_path):
+def test_guide(page, tmp_path, monkeypatch, capsys):
     """The blocks of Python of one page, one after the other in an empty folder, print its blocks of text."""
     script = tmp_path / "guide.py"
     script.write_text("\n".join(blocks(page, "python")), encoding="utf-8")
-    result = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(script))
     printed = blocks(page, "text")
-    assert not printed or result.stdout == "".join(printed)
+    assert not printed or capsys.readouterr().out == "".join(printed)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -17,6 +17,8 @@ from ntk_gp.kernels import features
 from tests import references
 from tests.in_threads import THREADS, check_predictions
 
+pytestmark = pytest.mark.engine_independent
+
 
 def randn(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)

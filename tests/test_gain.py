@@ -22,6 +22,8 @@ from tests.adapted import LARGE, SMALL, AdaptedGP, assert_close, data, network
 from tests.in_threads import in_threads
 from tests.sums import KNOWN, SUMS, dense, gain, sum_kernel
 
+pytestmark = pytest.mark.engine_independent
+
 TWO_SPACES = ("function_space", "weight_space")
 
 

@@ -26,7 +26,13 @@ BUILD = ROOT / "build" / "versions"
 CELLS = ("oldest", "newest")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 # Notebooks and pages are built with the versions that CI pins; what they show depends on those.
-LEFT_OUT = ("tests/test_notebooks.py", "tests/test_docs.py", "tests/test_readme.py", "tests/test_benchmarks.py")
+LEFT_OUT = (
+    "tests/test_notebooks.py",
+    "tests/test_demo.py",
+    "tests/test_docs.py",
+    "tests/test_readme.py",
+    "tests/test_benchmarks.py",
+)
 PLAIN = r"^([A-Za-z0-9_.-]+)>=([0-9.]+)$"
 
 

@@ -29,6 +29,7 @@ from linear_operator.operators import (
     CholLinearOperator,
     ConstantDiagLinearOperator,
     ConstantMulLinearOperator,
+    DenseLinearOperator,
     DiagLinearOperator,
     InterpolatedLinearOperator,
     KroneckerProductLinearOperator,
@@ -90,7 +91,7 @@ def _evaluated(matrix: LinearOperator) -> LinearOperator:
 
 def without_constants(matrix: LinearOperator) -> LinearOperator:
     """The same matrix, evaluated; a constant in front of it is multiplied into its parts where that is possible."""
-    if isinstance(matrix, NTKLinearOperator):
+    if isinstance(matrix, NTKLinearOperator | DenseLinearOperator):
         return matrix
     matrix = matrix.evaluate_kernel()
     if type(matrix) is ConstantMulLinearOperator:

@@ -7,7 +7,7 @@ sum or a product of kernels has the dtype and device of its neural tangent kerne
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gpytorch import settings as gpytorch_settings
@@ -66,12 +66,27 @@ def evaluate_kernel(default: Callable[..., Any], matrix: LazyEvaluatedKernelTens
 @recall_grad_state
 def evaluated(matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
     """The same for any kernel."""
-    result = sum_of_features(matrix) if _is_sum(matrix.kernel) else None
-    if result is None:
-        result = _evaluated_by_kernel(matrix)
+    result = _evaluated_within(matrix)
     if gpytorch_settings.debug.on() and result.shape != matrix.shape:
         raise RuntimeError(f"Expected a kernel matrix of shape {tuple(matrix.shape)}, got {tuple(result.shape)}.")
     return result
+
+
+def _evaluated_within(matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
+    """The same as a part of a sum: of its shape only rows and columns are checked. The batch, which GPyTorch finds by
+    a walk through all kernels within, is that of the whole."""
+    result = sum_of_features(matrix) if _is_sum(matrix.kernel) else None
+    if result is None:
+        result = _evaluated_by_kernel(matrix)
+    if gpytorch_settings.debug.on() and result.matrix_shape != (expected := _rows_and_columns(matrix)):
+        raise RuntimeError(f"Expected a kernel matrix of shape {expected}, got {tuple(result.matrix_shape)}.")
+    return result
+
+
+def _rows_and_columns(matrix: LazyEvaluatedKernelTensor) -> tuple[int, int]:
+    outputs = matrix.kernel.num_outputs_per_input(matrix.x1, matrix.x2)
+    of_rows, of_columns = outputs if isinstance(outputs, tuple) else (outputs, outputs)
+    return matrix.x1.shape[-2] * of_rows, matrix.x2.shape[-2] * of_columns
 
 
 def _is_sum(kernel: Kernel) -> bool:
@@ -82,6 +97,9 @@ def _is_sum(kernel: Kernel) -> bool:
 
 
 def _evaluated_by_kernel(matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
+    if type(matrix.kernel) is AdditiveKernel and not matrix.last_dim_is_batch:
+        terms = [kernel(matrix.x1, matrix.x2, **matrix.params) for kernel in matrix.kernel.kernels]
+        return _sum_of([to_linear_operator(term) for term in terms])
     kernel = object.__new__(type(matrix.kernel))  # GPyTorch's own copies share their attributes
     buffers = {**buffers_in(matrix.kernel), "active_dims": None}  # x₁ and x₂ are those columns already
     kernel.__dict__.update({**matrix.kernel.__dict__, BUFFERS: buffers})
@@ -92,7 +110,7 @@ def _evaluated_by_kernel(matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
 
 def _evaluated_parts(matrix: LinearOperator) -> LinearOperator:
     """The same matrix with nothing in it to evaluate; a sum without the parts that are zero, which have no numbers."""
-    if isinstance(matrix, ZeroLinearOperator):
+    if isinstance(matrix, ZeroLinearOperator) or type(matrix) is DenseLinearOperator:
         return matrix
     if type(matrix) is ConstantMulLinearOperator:
         base = _evaluated_parts(matrix.base_linear_op)
@@ -101,9 +119,14 @@ def _evaluated_parts(matrix: LinearOperator) -> LinearOperator:
         return _with_constant_apart(matrix)
     if type(matrix) is not SumLinearOperator:
         return matrix.evaluate_kernel()
-    parts = [_evaluated_parts(part) for part in matrix.linear_ops]
-    parts = [without_constants(part) for part in parts if not isinstance(part, ZeroLinearOperator)]
-    return SumLinearOperator(*parts) if len(parts) > 1 else parts[0]
+    return _sum_of(matrix.linear_ops)
+
+
+def _sum_of(terms: Sequence[LinearOperator]) -> LinearOperator:
+    """All of them together, evaluated; not added one by one, for which each partial sum is asked for its shape."""
+    evaluated_terms = [_evaluated_parts(term) for term in terms]
+    parts = [without_constants(part) for part in evaluated_terms if not isinstance(part, ZeroLinearOperator)]
+    return SumLinearOperator(*parts) if len(parts) > 1 else [*parts, *evaluated_terms][0]
 
 
 def _with_constant_apart(matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
@@ -113,9 +136,9 @@ def _with_constant_apart(matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
     """
     kernel = matrix.kernel
     if type(kernel) is not ScaleKernel or contains_ntk(kernel) or kernel.outputscale.dim() or matrix.last_dim_is_batch:
-        return evaluated(matrix)
+        return _evaluated_within(matrix)
     base = LazyEvaluatedKernelTensor(matrix.x1, matrix.x2, kernel=kernel.base_kernel, **matrix.params)
-    numbers = evaluated(base)  # not by GPyTorch, which switches lazy evaluation off for the whole process meanwhile
+    numbers = _evaluated_within(base)  # not by GPyTorch, which switches lazy evaluation off in all threads meanwhile
     if type(numbers) is not DenseLinearOperator:  # lazy already
         return numbers.mul(kernel.outputscale.reshape(1, 1))
     return ConstantMulLinearOperator(numbers, kernel.outputscale)

@@ -16,8 +16,9 @@ from linear_operator.operators import (
 )
 from linear_operator.utils import linear_cg
 from linear_operator.utils.cholesky import psd_safe_cholesky
+from linear_operator.utils.memoize import cached
 from linear_operator.utils.warnings import NumericalWarning
-from torch import Tensor
+from torch import Size, Tensor
 
 from .. import memory
 from .._compat import InvQuadLogdet
@@ -38,6 +39,10 @@ class DenselySolved(Factorised):
     preconditioner where there is noise. No setting of GPyTorch is changed for that: other threads would meet it."""
 
     _iteration_memo: Iteration | None = None
+
+    @cached(name="size")  # of a sum it is put together from its parts', and asked for throughout linear_operator
+    def _size(self) -> Size:
+        return super()._size()
 
     @property
     def _is_dense(self) -> bool:

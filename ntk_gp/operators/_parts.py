@@ -23,7 +23,13 @@ from collections.abc import Iterator, Sequence
 from functools import singledispatch
 
 import torch
-from linear_operator.operators import ConstantMulLinearOperator, DiagLinearOperator, LinearOperator, SumLinearOperator
+from linear_operator.operators import (
+    ConstantMulLinearOperator,
+    DenseLinearOperator,
+    DiagLinearOperator,
+    LinearOperator,
+    SumLinearOperator,
+)
 from torch import Tensor
 
 from .._compat import constant_in
@@ -293,6 +299,11 @@ def part_of(matrix: LinearOperator, arguments: Arguments) -> Part:
     if type(evaluated) is not type(matrix):
         return part_of(evaluated, arguments)
     return Numbers(arguments.add(evaluated.to_dense()))
+
+
+@part_of.register
+def _of_numbers(matrix: DenseLinearOperator, arguments: Arguments) -> Part:
+    return Numbers(arguments.add(matrix.tensor))
 
 
 @part_of.register
