@@ -124,7 +124,7 @@ class Descent(Filter):
         return torch.where(flipped, 1 + torch.exp(exponent), -torch.expm1(exponent)) / eigenvalues
 
     def _series(self, eigenvalues: Tensor, elapsed: Tensor) -> Tensor:
-        k, z = self._steps(eigenvalues), self.rate * eigenvalues
+        k, z = self.steps.reshape(elapsed.shape), self.rate * eigenvalues
         binomial = self.rate**2 * k * (k - 1) / 2  # η² C(k, 2), then C(k, 3) ηλ, …
         return binomial * (1 - (k - 2) / 3 * z * (1 - (k - 3) / 4 * z * (1 - (k - 4) / 5 * z)))
 

@@ -135,8 +135,8 @@ class Problem(Inputs):
         if targets.shape != expected:
             raise ValueError(
                 f"Expected targets of shape {expected} for {len(self.x)} inputs and {self.num_outputs} output(s) of "
-                f"the kernel, got {tuple(train_y.shape)}. Of a network with several outputs, NTKKernel(network, output=i) "
-                "takes one, output='all' all of them."
+                f"the kernel, got {tuple(train_y.shape)}. Of a network with several outputs, "
+                "NTKKernel(network, output=i) takes one, output='all' all of them."
             )
         if not targets.isfinite().all():
             raise ValueError("Some targets are NaN or infinite. Remove these points.")
