@@ -321,6 +321,7 @@ class GradientDescent(LinearizedTraining):
     Example:
         >>> network = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
         >>> x = torch.randn(20, 2)
+        >>> from ntk_gp import largest_stable_rate
         >>> rate = 0.5 * largest_stable_rate(network, x, loss="mse")
         >>> descent = GradientDescent(network, x, x.prod(-1), rate=rate, loss="mse")
         >>> descent.predict(torch.randn(5, 2), times=[0, 10, 1000]).shape
