@@ -331,6 +331,16 @@ class TestKrylov:
             with pytest.raises(RuntimeError, match="memory_budget"):
                 forced.predict(case.test_x, 1.0)
 
+    def test_keeps_within_the_memory_budget(self):
+        case = self.CASE
+        expected = GradientFlow(case.kernel, case.x, case.y).distribution(case.test_x, 0.3).covariance_matrix
+        krylov = GradientFlow(case.kernel, case.x, case.y, method="krylov", tolerance=1e-9)
+        with settings.memory_budget(16 * 60 * 130):
+            assert krylov._room_for_vectors() == 130  # of two Krylov spaces, at most
+            close(krylov.distribution(case.test_x, 0.3).covariance_matrix, expected, 1e-9)
+        with settings.memory_budget(16 * 60 * 12), pytest.warns(NumericalWarning, match="stopped after 12 steps"):
+            GradientFlow(case.kernel, case.x, case.y, method="krylov").predict(case.test_x, 100.0)
+
     def test_has_no_infinite_time(self):
         case = self.CASE
         with pytest.raises(ValueError, match="method='spectrum'"):

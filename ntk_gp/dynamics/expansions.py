@@ -155,8 +155,8 @@ class KrylovExpansion(Expansion):
         warnings.warn(
             f"Lanczos' process stopped after {self.steps} steps with a relative error of up to {self.error:.1e} in the "
             f"weights; {self._tolerance:.1e} was asked for, at times up to {float(filter.elapsed.max()):.3g} "
-            "(in units of half the sum of squares). Allow more steps (max_steps), ask for shorter times, or take all "
-            "eigenvectors (method='spectrum').",
+            "(in units of half the sum of squares). Allow more steps (max_steps, and memory for as many vectors: "
+            "ntk_gp.settings.memory_budget), ask for shorter times, or take all eigenvectors (method='spectrum').",
             NumericalWarning,
             stacklevel=6,
         )

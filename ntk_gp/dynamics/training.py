@@ -16,6 +16,7 @@ from linear_operator import to_linear_operator
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor, nn
 
+from .. import memory
 from ..sampling import LinearizedFunctions, LinearizedNetwork
 from .expansions import Eigenvectors, Expansion, KrylovExpansion
 from .filters import Descent, Filter, Flow
@@ -92,11 +93,11 @@ class LinearizedTraining(ABC):
         at = rows.double()
         cross = problem.between(problem.x, at).to_dense()
         if self._initial is None:
-            learned = self._expand(cross).apply(filter.twice())[0]
+            learned = self._learned(cross, filter.twice())
             covariance = problem.between(at, at).to_dense() - cross.mT @ learned
         else:
             initial = self._initial
-            learned = self._expand(cross).apply(filter)[0]
+            learned = self._learned(cross, filter)
             forgotten = initial.between(at, initial.x).to_dense() @ learned
             kept = learned.mT @ (initial.matrix @ learned)
             covariance = initial.between(at, at).to_dense() - forgotten - forgotten.mT + kept
@@ -164,7 +165,7 @@ class LinearizedTraining(ABC):
         start = drawn.to(problem.x) * problem.variances.sqrt()
         with torch.no_grad():
             residuals = problem.residual.unsqueeze(-1) - problem.jacobian() @ start.mT
-        weights = start + problem.weights_of(self._expand(residuals).apply(filter)[0].mT)
+        weights = start + problem.weights_of(self._learned(residuals, filter).mT)
         identity = torch.arange(problem.x.shape[-1], device=problem.x.device)
         seen = problem.seen(identity.unsqueeze(0))[0]
         dims = None if seen.equal(identity) else seen
@@ -236,9 +237,21 @@ class LinearizedTraining(ABC):
             self._expansion = self._expand(self._problem.residual.unsqueeze(-1))
         return self._expansion
 
+    def _learned(self, columns: Tensor, filter: Filter) -> Tensor:
+        """φ(K) V at one time, (N, r); some columns at a time where each has a Krylov space to itself."""
+        block = columns.shape[1]
+        if self.method == "krylov":
+            block = max(1, self._room_for_vectors() // min(self.max_steps, self._problem.num_rows))
+        pieces = [self._expand(some).apply(filter)[0] for some in columns.split(max(1, block), dim=1)]
+        return torch.cat(pieces, dim=1)
+
+    def _room_for_vectors(self) -> int:
+        """How many of N numbers the memory budget has room for, and for a copy of them."""
+        return memory.SYSTEM.bytes(self._problem.x.device) // (2 * 8 * self._problem.num_rows)
+
     def _expand(self, columns: Tensor) -> Expansion:
         if self.method == "krylov":
-            most = min(self.max_steps, self._problem.num_rows)
+            most = max(1, min(self.max_steps, self._problem.num_rows, self._room_for_vectors() // columns.shape[1]))
             return KrylovExpansion(self._problem.product, columns.detach(), self.tolerance, most)
         if self._eigenvectors is None:
             if not self._problem.has_room_for_eigenvectors():
@@ -281,8 +294,8 @@ class GradientFlow(LinearizedTraining):
     :param loss: What time is measured by: `"half_sum"` of squares; `"sum"` makes it pass twice as fast, `"half_mse"`
         N times as slowly, and `"mse"`, which is :class:`torch.nn.MSELoss`, by 2/N.
     :param mean: The function that training begins at. (Default: the network; zero for other kernels.)
-    :param initial_kernel: The covariance of the function that training begins at, for :meth:`distribution`. (Default: K
-        itself, initial weights ~ N(w₀, Σ).)
+    :param initial_kernel: The covariance of the function that training begins at, for
+        :meth:`~ntk_gp.dynamics.LinearizedTraining.distribution`. (Default: K itself, initial weights ~ N(w₀, Σ).)
     :param method: `"spectrum"` or `"krylov"`. (Default: by the number of rows.)
     :param tolerance: Of Krylov's method: the error of w_t − w₀, relative to it, as the prior measures weights.
     :param max_steps: Of Krylov's method: how many products with K.
