@@ -220,6 +220,21 @@ class TestFlow:
         close(ours.variance.double(), theirs.variance, 1e-6)
         assert ours.variance.dtype == torch.float32
 
+    def test_inputs_in_the_networks_own_shape(self):
+        net = nn.Sequential(nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(4, 2))
+        (x, y), test_x = data(9, inputs=6, outputs=2), data(5, inputs=6, seed=1)[0]
+        kernel = NTKKernel(net.double()[1:], input_shape=(2, 3), output="all", normalize=True)
+        flow = GradientFlow(kernel, x.unflatten(1, (2, 3)), y)
+        jacobian, test_jacobian = (references.jacobian(net, each) for each in (x, test_x))
+        matrix, cross = (left @ jacobian.mT for left in (jacobian, test_jacobian))
+        size = matrix.diagonal().mean()
+        with torch.no_grad():
+            residual, start = (y - net(x)).reshape(-1), net(test_x)
+        expected = start + (cross / size @ learned(matrix / size, 0.7) @ residual).reshape(5, 2)
+        for given in (test_x, test_x.unflatten(1, (2, 3))):
+            close(flow.predict(given, 0.7), expected)
+            close(flow.network(0.7)(given), expected)
+
     def test_columns_of_the_inputs(self):
         case, dims = Trained(1), (2, 0, 1)
         wide = torch.cat([case.x, torch.full((9, 1), 7.0, dtype=torch.float64)], dim=1)[:, [1, 2, 0, 3]]
@@ -632,6 +647,17 @@ class TestErrors:
         arguments = {"source": NTKKernel(network()), "train_x": x, "train_y": y} | options
         with pytest.raises(error, match=message):
             GradientFlow(**arguments)
+
+    @pytest.mark.parametrize("shape", [(4, 2), (4, 5), (2, 4, 3)])
+    def test_of_test_inputs(self, shape):
+        flow = GradientFlow(network(), *data(9))
+        for method in (flow.predict, flow.distribution):
+            with pytest.raises(ValueError, match=r"Expected inputs \(m, 3\)"):
+                method(torch.zeros(shape), 1.0)
+
+    def test_of_kernels_with_batches(self):
+        with pytest.raises(ValueError, match="without batches"):
+            GradientFlow(NTKKernel(network(), batch_shape=torch.Size([2])), *data(9))
 
     def test_of_times(self):
         net, (x, y) = network(), data(9)

@@ -84,6 +84,16 @@ class Inputs:
         check_finite(x)
         return x
 
+    def test_rows(self, x: Tensor) -> Tensor:
+        """Inputs at which predictions are wanted, (m, d), likewise."""
+        rows = self.rows_of(x)
+        if rows.dim() != 2 or rows.shape[-1] != self.x.shape[-1] or rows.device != self.x.device:
+            raise ValueError(
+                f"Expected inputs (m, {self.x.shape[-1]}) on {self.x.device}, as the training inputs are, got "
+                f"{tuple(x.shape)} on {x.device}. Take each batch by itself."
+            )
+        return rows
+
     def between(self, x1: Tensor, x2: Tensor) -> LinearOperator:
         """K(x₁, x₂), evaluated lazily where it can be."""
         matrix = self.kernel(x1, x2)

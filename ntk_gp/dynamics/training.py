@@ -67,7 +67,7 @@ class LinearizedTraining(ABC):
 
         In the dtype of x, and differentiable with respect to it.
         """
-        rows = self._problem.rows_of(x)
+        rows = self._problem.test_rows(x)
         filter, shape = self._filter_at(times)
         change = self._problem.between(rows.double(), self._problem.x) @ self._duals(filter).mT
         values = self._problem.initial(rows.double()) + change.mT
@@ -85,7 +85,7 @@ class LinearizedTraining(ABC):
         :return: A :class:`~gpytorch.distributions.MultivariateNormal`, or an interleaved
             :class:`~gpytorch.distributions.MultitaskMultivariateNormal` for several outputs.
         """
-        problem, rows = self._problem, self._problem.rows_of(x)
+        problem, rows = self._problem, self._problem.test_rows(x)
         filter, shape = self._filter_at(time)
         if shape:
             raise ValueError(f"distribution() is for one time, got {tuple(shape)}. Call it for each.")
