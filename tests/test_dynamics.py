@@ -548,13 +548,19 @@ class TestLanczos:
         close(lanczos.norms, start.norm(dim=0), 1e-15)
 
     def test_ends_where_a_space_is_exhausted(self):
-        values = torch.tensor([3.0, 3.0, 1.0, 0.0, 0.0], dtype=torch.float64).unsqueeze(-1)
-        start = torch.tensor([[1.0, 0.0], [1, 1], [1, 0], [1, 0], [1, 0]], dtype=torch.float64)
-        lanczos = Lanczos(lambda v: values * v, start)
-        lanczos.extend(5)
+        """Three different eigenvalues, of which the second vector sees two."""
+        generator = torch.Generator().manual_seed(0)
+        basis = torch.linalg.qr(torch.randn(20, 20, generator=generator, dtype=torch.float64))[0]
+        values = torch.tensor([3.0, 1.0, 1e-3], dtype=torch.float64).repeat_interleave(torch.tensor([5, 7, 8]))
+        matrix = basis * values @ basis.mT
+        start = torch.stack([basis.sum(1), basis[:, :12].sum(1)], dim=1)
+        lanczos = Lanczos(lambda v: matrix @ v, start)
+        lanczos.extend(9)
         assert lanczos.steps == 3
         assert lanczos.is_exhausted
-        close(lanczos.eigh()[0][0], torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64), 1e-12)
+        found = lanczos.eigh()[0]
+        close(found[0], torch.tensor([1e-3, 1.0, 3.0], dtype=torch.float64), 1e-12)
+        close(found[1, 1:], torch.tensor([1.0, 3.0], dtype=torch.float64), 1e-12)
 
 
 class NTKLinear(nn.Module):
