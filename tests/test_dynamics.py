@@ -94,8 +94,12 @@ class TestDescent:
             rate = 2.1 * 0.5 * largest_stable_rate(trained.kernel, trained.x, num_outputs=trained.y.dim())
             descent = GradientDescent(trained.kernel, trained.x, trained.y, rate=rate)
             assert descent.training_loss(200) > descent.training_loss(100) > descent.training_loss(0)
+            for method in (descent.training_loss, lambda k: descent.predict(trained.x, k)):
+                with pytest.raises(OverflowError, match="largest_stable_rate"):
+                    method(10**6)
             with pytest.raises(OverflowError, match="largest_stable_rate"):
-                descent.predict(trained.x, 10**6)
+                descent.distribution(trained.x, 5000)  # twice as many steps are too many
+            assert descent.predict(trained.x, 5000).isfinite().all()
 
     def test_becomes_gradient_flow_as_steps_get_small(self, trained):
         flow = GradientFlow(trained.kernel, trained.x, trained.y).predict(trained.test_x, 0.4)

@@ -114,7 +114,7 @@ class LinearizedTraining(ABC):
         filter, shape = self._filter_at(times)
         values, squares = self._of_residual().measure(filter)
         left = filter.left(values[0]).square()
-        return (self._problem.factor / 2 * (left * squares[0]).sum(-1)).reshape(shape)
+        return _finite(self._problem.factor / 2 * (left * squares[0]).sum(-1)).reshape(shape)
 
     def weights(self, times: Times) -> Tensor:
         """w_t − w₀ = ΣJᵀ φₜ(K)(y − f₀), (*times, P), float64, for the parameters in the order of
@@ -224,13 +224,7 @@ class LinearizedTraining(ABC):
 
     def _duals(self, filter: Filter) -> Tensor:
         """φ(K)(y − f₀), (T, N)."""
-        duals = self._of_residual().apply(filter).squeeze(-1)
-        if not duals.isfinite().all():
-            raise OverflowError(
-                "Training has diverged beyond all numbers at these times: the rate is far above "
-                "largest_stable_rate(network, train_x)."
-            )
-        return duals
+        return _finite(self._of_residual().apply(filter).squeeze(-1))
 
     def _of_residual(self) -> Expansion:
         if self._expansion is None:
@@ -243,7 +237,7 @@ class LinearizedTraining(ABC):
         if self.method == "krylov":
             block = max(1, self._room_for_vectors() // min(self.max_steps, self._problem.num_rows))
         pieces = [self._expand(some).apply(filter)[0] for some in columns.split(max(1, block), dim=1)]
-        return torch.cat(pieces, dim=1)
+        return _finite(torch.cat(pieces, dim=1))
 
     def _room_for_vectors(self) -> int:
         """How many of N numbers the memory budget has room for, and for a copy of them."""
@@ -367,3 +361,12 @@ class GradientDescent(LinearizedTraining):
                 NumericalWarning,
                 stacklevel=5,
             )
+
+
+def _finite(learned: Tensor) -> Tensor:
+    if not learned.isfinite().all():
+        raise OverflowError(
+            "Training has diverged beyond all numbers at these times: the rate is far above "
+            "largest_stable_rate(network, train_x)."
+        )
+    return learned
