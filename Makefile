@@ -13,7 +13,7 @@ ENGINE_NAMED := tests/jacobian tests/replacements tests/test_network.py tests/te
 # Small versions of the notebooks are run by themselves: make notebooks QUICK=1
 NOTEBOOKS := tests/test_notebooks.py
 
-.PHONY: demo test test-engines test-versions fuzz lint notebooks benchmark docs clean
+.PHONY: demo test test-engines test-versions test-peers fuzz lint notebooks benchmark docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python notebooks/adaptation.py
@@ -31,6 +31,11 @@ test-engines: $(VENV)/.test
 # On the oldest and the newest versions that pyproject.toml allows, each in an environment of its own in build/versions.
 test-versions:
 	$(PYTHON) -m tests.versions
+
+# Beside other packages, each in an environment of its own, which is made where there is none: .venv-peers-NAME.
+test-peers: $(VENV)/.test
+	$(BIN)/python -m benchmarks.peers setup neural_tangents
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/peers
 
 # Random networks, each in every operation: make fuzz SECONDS=600 SEED=1000
 SECONDS ?= 300

@@ -3,6 +3,7 @@
 from . import bridge, settings
 from .adapted import AdaptedGP
 from .averaging import averaged, compare
+from .dynamics import GradientDescent, GradientFlow, largest_stable_rate
 from .explain import solver_report
 from .jacobian.rules import register_rule
 from .kernels import FeatureKernel, GainKernel, NTKKernel, TangentMaternKernel, TangentRBFKernel
@@ -19,6 +20,8 @@ __all__ = [
     "AdaptedGP",
     "FeatureKernel",
     "GainKernel",
+    "GradientDescent",
+    "GradientFlow",
     "JacobianLinearOperator",
     "LinearizedFunctions",
     "LinearizedNetwork",
@@ -31,6 +34,7 @@ __all__ = [
     "averaged",
     "compare",
     "draw_functions",
+    "largest_stable_rate",
     "register_log_prior",
     "register_rule",
     "scale_to_data",

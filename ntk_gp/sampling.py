@@ -38,7 +38,7 @@ class LinearizedFunctions(LinearizedModule):
 
     :param network: The frozen network whose Jacobian it is.
     :param weights: (k, P), float64.
-    :param mean_module: The prior mean m.
+    :param mean_module: The prior mean m; None for the network itself.
     :param active_dims: The columns of the inputs that the network sees.
     :param input_transform: Applied to x first, as BoTorch's models do.
     :param outcome_transform: Undone on the functions' values, as BoTorch's models do.
@@ -54,7 +54,7 @@ class LinearizedFunctions(LinearizedModule):
         self,
         network: FrozenNetwork,
         weights: Tensor,
-        mean_module: nn.Module,
+        mean_module: nn.Module | None,
         active_dims: Tensor | None = None,
         input_transform: nn.Module | None = None,
         outcome_transform: Any = None,
@@ -64,7 +64,8 @@ class LinearizedFunctions(LinearizedModule):
         super().__init__(network)
         self._columns = tuple(columns)
         # Where the mean is the network, the pass that gives J(x) w gives it as well.
-        self.mean_module = None if _is_mean_of(network, active_dims, mean_module) else _own_copy(mean_module)
+        is_network = mean_module is None or _is_mean_of(network, active_dims, mean_module)
+        self.mean_module = None if is_network else _own_copy(mean_module)
         self.register_buffer("weights", weights.detach().clone())
         self.register_buffer("column_weights", None if column_weights is None else column_weights.detach().clone())
         self.register_buffer("active_dims", None if active_dims is None else active_dims.clone())
