@@ -9,8 +9,9 @@ from plain_docstrings import escaped
 
 project = "ntk_gp"
 author = "The ntk_gp authors"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax"]
 myst_enable_extensions = ["dollarmath"]
+nb_execution_mode = "off"  # notebooks are shown as they were executed: `make notebooks`
 html_theme = "furo"
 default_role = "code"
 autodoc_typehints = "none"
