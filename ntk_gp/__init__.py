@@ -1,6 +1,6 @@
 """Trained PyTorch networks as Gaussian processes, adapted to a new domain in closed form; an extension of GPyTorch."""
 
-from . import bridge, settings
+from . import bridge, settings, similarity
 from .adapted import AdaptedGP
 from .averaging import averaged, compare
 from .explain import solver_report
@@ -35,5 +35,6 @@ __all__ = [
     "register_rule",
     "scale_to_data",
     "settings",
+    "similarity",
     "solver_report",
 ]
