@@ -1,6 +1,6 @@
 """Trained PyTorch networks as Gaussian processes, adapted to a new domain in closed form; an extension of GPyTorch."""
 
-from . import bridge, settings, similarity
+from . import bridge, plots, settings, similarity
 from .adapted import AdaptedGP
 from .averaging import averaged, compare
 from .explain import solver_report
@@ -31,6 +31,7 @@ __all__ = [
     "averaged",
     "compare",
     "draw_functions",
+    "plots",
     "register_log_prior",
     "register_rule",
     "scale_to_data",
