@@ -100,7 +100,7 @@ def maps(x: Tensor, truth: Tensor, prediction: Distribution, ax: Sequence[Axes] 
         ("prediction", mean, ends),
         ("standard deviation", deviation, {"cmap": "magma"}),
     )
-    size = min(40.0, 4000 / len(x))
+    size = min(40.0, 20_000 / len(x))
     for axes, (title, values, options) in zip(ax, panels, strict=True):
         points = axes.scatter(_numbers(x[:, 0]), _numbers(x[:, 1]), c=_numbers(values), s=size, lw=0, **options)
         axes.figure.colorbar(points, ax=axes)
@@ -214,14 +214,14 @@ def layers(similarity: Similarity, ax: Axes | None = None) -> Axes:
         )
     ax.set_xticks(_numbers(places), [row.name for row in similarity])
     ax.set(xlabel="layer", ylabel="similarity", ylim=(0, 1.05))
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(columns))
     return ax
 
 
 def spectrum(
     matrix: Tensor | LinearOperator, ax: Axes | None = None, *, noise: float | None = None, label: str | None = None
 ) -> Axes:
-    """The eigenvalues of a kernel matrix, the largest first, computed in float64.
+    """The eigenvalues of a kernel matrix, the largest first, computed in float64, as far as rounding leaves them.
 
     :param matrix: K, (n, n), dense or lazy: `kernel(x)`.
     :param ax: The axes. (Default: new ones.)
@@ -241,7 +241,7 @@ def spectrum(
             raise ValueError("Expected a symmetric matrix without NaN. Is it that of two different sets of inputs?")
         values = torch.linalg.eigvalsh(dense).flip(-1)
     ax = _axes(ax)
-    seen = values > 0  # what rounding leaves of zero has no logarithm
+    seen = values > torch.finfo(values.dtype).eps * values[0]  # the rest is what rounding leaves of zero
     number = torch.arange(1, len(values) + 1)[seen.cpu()]
     ax.loglog(_numbers(number), _numbers(values[seen]), ".-", label=label)
     if noise is not None:
