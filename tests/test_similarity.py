@@ -428,6 +428,10 @@ class TestErrors:
         with pytest.raises(ValueError, match="two at least, got 1"):
             similarity.of_targets(make_network(), inputs(), torch.randn(12), resamples=1)
 
+    def test_a_layer_of_that_name(self):
+        with pytest.raises(ValueError, match="A layer is called 'whole'"):
+            similarity.of_targets(make_network(), inputs(), torch.randn(12), by=lambda _: "whole")
+
     def test_other_parameters(self):
         names = iter("ababab" + "bababa")  # those of one network, then those of the other
         with pytest.raises(ValueError, match="'whole', 'a', 'b' come in another order"):

@@ -53,7 +53,12 @@ class Layered:
         self.linearization: Linearization = linearization_of(
             network, parameters=parameters, input_shape=input_shape, output=output, group_by=group_function(by)
         )
-        self.layers: tuple[str, ...] = () if by is None else self.linearization.network.group_names
+        names = () if by is None else self.linearization.network.group_names
+        self.layers = tuple(name or "(network)" for name in names)  # parameters of the network itself
+        if WHOLE in self.layers:
+            raise ValueError(
+                f"A layer is called {WHOLE!r}, as all of them together are. Pass by=, and call it otherwise."
+            )
 
     def at(self, x: Tensor, what: str) -> Tangents:
         """The Jacobian there.
@@ -94,7 +99,7 @@ class Tangents:
         for size, group in zip(self.function.sizes, self.function.group_indices, strict=True):
             sizes[group] += size
         self.layers = {WHOLE: self.function.num_parameters}
-        self.layers |= {name or "(network)": size for name, size in zip(layered.layers, sizes, strict=False)}
+        self.layers |= dict(zip(layered.layers, sizes, strict=False))
         self._check_finite()
 
     @property
