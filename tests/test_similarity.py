@@ -299,8 +299,9 @@ class TestLeadingEigenpairs:
         with pytest.warns(NumericalWarning, match=r"leading 5 eigenvectors.*lower rank"):
             subspaces.leading_eigenpairs(lambda v: matrix @ v, matrix[0], 20, 5)
 
-    def test_serves_many_rows(self, monkeypatch):
-        network, x_a, x_b = make_network(), inputs(60), inputs(50, seed=2, shift=0.3)
+    @pytest.mark.parametrize("outputs", [1, 3])
+    def test_serves_many_rows(self, monkeypatch, outputs):
+        network, x_a, x_b = make_network(outputs), inputs(60), inputs(50, seed=2, shift=0.3)
         dense = similarity.of_tasks(network, x_a, x_b, rank=3, resamples=3)
         monkeypatch.setattr(subspaces, "_DENSE", 10)
         searched = similarity.of_tasks(network, x_a, x_b, rank=3, resamples=3)

@@ -41,7 +41,7 @@ def of_tasks(
       Fisher information).
     * `overlap` and `angles`: the principal angles θ between the subspaces of the first `rank` right singular vectors of
       J_A and J_B, the directions of the weights that the tasks can tell best; the overlap is mean cos² θ, one where
-      they are the same, `rank` / P by chance.
+      they are the same, and k / P by chance where k of P are compared.
 
     Both are one for equal inputs, in whatever order. Standard errors are those of the bootstrap over the points of
     either task, for which nothing is evaluated again; directions beyond the first 4 `rank` (32 at least) are left out
@@ -64,7 +64,8 @@ def of_tasks(
     :param output: The index of one output of a network with several, or `"all"`.
     :param by: What is a layer: `"layer"` (a module with parameters), `"parameter"`, a function from a parameter's name
         to its layer's, or None for the whole network alone.
-    :param rank: k, how many directions are compared.
+    :param rank: How many directions are compared: fewer where a Jacobian has a lower rank, more where the last of them
+        has its singular value in common with the next, as in the last layer of a network with several outputs.
     :param resamples: How many sets of points are drawn for the standard errors, 0 for none.
     :param seed: Of these draws.
     :return: A table with a row for the whole network and one for each layer.

@@ -48,7 +48,9 @@ class Leading(NamedTuple):
 
 def leading(tangents: Tangents, layer: int, rank: int) -> Leading:
     """As many as are kept for `rank` of them, or as the layer's Jacobian has above rounding."""
-    kept = min(max(_KEPT * rank, _LEAST_KEPT), tangents.num_rows)
+    # Of C outputs, up to C - 1 more may be equal to the last.
+    wanted = min(rank + tangents.num_outputs, tangents.num_rows)
+    kept = min(max(_KEPT * rank, _LEAST_KEPT, wanted), tangents.num_rows)
     jacobian, variances = tangents.jacobian, tangents.variances(layer)
     is_formed = 8 * tangents.num_rows**2 <= memory.GRAM_BLOCK.bytes(tangents.x.device)
     matrix = jacobian.gram(jacobian, variances)[0] if is_formed else None
@@ -62,7 +64,7 @@ def leading(tangents: Tangents, layer: int, rank: int) -> Leading:
         values, vectors = torch.linalg.eigh(matrix)
         values, vectors = values.flip(-1)[:kept], vectors.flip(-1)[:, :kept]
     else:
-        values, vectors = leading_eigenpairs(multiply, tangents.x.new_empty(tangents.num_rows), kept, rank)
+        values, vectors = leading_eigenpairs(multiply, tangents.x.new_empty(tangents.num_rows), kept, wanted)
     seen = values > _FLOOR * values[0].clamp_min(0.0)
     return Leading(vectors[:, seen], values[seen].sqrt())
 
