@@ -1,6 +1,6 @@
 """Trained PyTorch networks as Gaussian processes, adapted to a new domain in closed form; an extension of GPyTorch."""
 
-from . import bridge, settings
+from . import bridge, plots, settings, similarity
 from .adapted import AdaptedGP
 from .averaging import averaged, compare
 from .dynamics import GradientDescent, GradientFlow, largest_stable_rate
@@ -35,9 +35,11 @@ __all__ = [
     "compare",
     "draw_functions",
     "largest_stable_rate",
+    "plots",
     "register_log_prior",
     "register_rule",
     "scale_to_data",
     "settings",
+    "similarity",
     "solver_report",
 ]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from gpytorch.models import ExactGP
 
+from ..tables import Table
 from .average import Averaged, AveragedPredictions, averaged
 
 
@@ -29,7 +29,7 @@ class ComparedModel(NamedTuple):
     effective_sample_size: float
 
 
-class Comparison(AveragedPredictions):
+class Comparison(AveragedPredictions, Table[ComparedModel]):
     """Models by their evidence, and their predictions averaged with it; made by :func:`ntk_gp.compare`.
 
     A sequence of :class:`ComparedModel`, in the order given; `print` shows a table. `comparison(x)` and
@@ -50,15 +50,6 @@ class Comparison(AveragedPredictions):
         self._models = [model for each in every for model in each._models]
         self.weights = torch.cat([row.weight * each.weights for row, each in zip(self.rows, every, strict=True)])
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> ComparedModel:
-        return self.rows[index]
-
-    def __iter__(self) -> Iterator[ComparedModel]:
-        return iter(self.rows)
-
     def _cells(self) -> Sequence[tuple[str, ...]]:
         return [("model", "log evidence", "weight", "effective draws")] + [
             (
@@ -69,24 +60,6 @@ class Comparison(AveragedPredictions):
             )
             for row in self.rows
         ]
-
-    def __str__(self) -> str:
-        cells = self._cells()
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in cells
-        )
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        head, *rows = [[html.escape(cell) for cell in row] for row in self._cells()]
-        lines = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
-        body = "".join(f"<tr>{line}</tr>" for line in lines)
-        return f"<table><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>{body}</table>"
 
 
 def compare(

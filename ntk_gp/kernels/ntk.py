@@ -101,7 +101,7 @@ class NTKKernel(NetworkKernel):
         _check_no_lengthscale(kwargs)
         _refuse_in_botorch()
         selection = {"parameters": parameters, "input_shape": input_shape, "output": output}
-        options = {**selection, "group_by": _group_function(variance_groups)}
+        options = {**selection, "group_by": group_function(variance_groups)}
         super().__init__(network, engine, options, batch_shape=batch_shape, active_dims=active_dims, **kwargs)
         self.normalization: Normalization | None = None
         if normalize is not False:
@@ -241,7 +241,7 @@ def _check_no_lengthscale(arguments: dict[str, Any]) -> None:
         )
 
 
-def _group_function(variance_groups: str | Callable[[str], str] | None) -> Callable[[str], str] | None:
+def group_function(variance_groups: str | Callable[[str], str] | None) -> Callable[[str], str] | None:
     if variance_groups is None or callable(variance_groups):
         return variance_groups
     if variance_groups == "layer":
