@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -44,6 +45,15 @@ def test_docstring_example(example, capsys):
 GUIDES = [page for page in PAGES if blocks(page, "python") and page.name != "README.md"]  # that is test_readme.py's
 
 
+@pytest.fixture
+def default_dtype():
+    """A page may set it for its reader."""
+    before = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.usefixtures("default_dtype")
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
 def test_guide(page, tmp_path, monkeypatch, capsys):
     """The blocks of Python of one page, one after the other in an empty folder, print its blocks of text."""
