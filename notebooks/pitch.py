@@ -437,10 +437,6 @@ def jumps_told_by(make_kernel: Callable[[Task], Kernel], task: Task) -> Predicti
     return around_jumps(before, jumps, model.probabilities(task.x_new))
 
 
-def _tangent(task: Task) -> Kernel:
-    return NTKKernel(task.expected, normalize=True)
-
-
 def _on_features(base: Kernel, task: Task) -> Kernel:
     kernel = FeatureKernel(task.expected, base)
     if base.has_lengthscale:
@@ -461,7 +457,7 @@ METHODS: dict[str, Callable[[Task], Prediction]] = {
     "jumps: by frequency": jumps_by_frequency,
     "jumps: linear in features": partial(jumps_told_by, lambda task: _on_features(LinearKernel(), task)),
     "jumps: Matérn on features": partial(jumps_told_by, lambda task: _on_features(MaternKernel(1.5), task)),
-    "jumps: NTK": partial(jumps_told_by, _tangent),
+    "jumps: NTK": partial(jumps_told_by, lambda task: NTKKernel(task.expected, normalize=True)),
 }
 
 
@@ -470,9 +466,9 @@ METHODS: dict[str, Callable[[Task], Prediction]] = {
 INSTRUMENTS = {14: "tubular bells", 16: "drawbar organ", 19: "church organ", 47: "timpani"}
 
 
-def prepare(program: int, seed: int, count: int, test_count: int) -> tuple[Task, Notes]:
-    """An instrument's labelled notes for CREPE's tiny version, and the new notes with their pitches."""
-    network = load_crepe("tiny")
+def prepare(program: int, seed: int, count: int, test_count: int, size: str = "tiny") -> tuple[Task, Notes]:
+    """An instrument's labelled notes for one of CREPE's sizes, and the new notes with their pitches."""
+    network = load_crepe(size)
     labelled, new = make_task(Player(), program, seed, count, test_count)
     with torch.no_grad():
         x, x_new = (Lower(network)(notes.frames) for notes in (labelled, new))
@@ -485,16 +481,17 @@ def adapt(
     sizes: Sequence[int],
     test_count: int = 100,
     names: Sequence[str] = tuple(METHODS),
+    size: str = "tiny",
 ) -> np.ndarray:
     """The methods on one instrument, (sizes, methods, metrics). Fewer labels are the first of more."""
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)  # tensors this small lose more to threads than they gain
-    task, new = prepare(program, seed, max(sizes), test_count)
+    task, new = prepare(program, seed, max(sizes), test_count, size)
     table = np.empty((len(sizes), len(names), len(METRICS)))
     for i, n in enumerate(sizes):
         for k, name in enumerate(names):
             start = time.process_time()
             prediction = METHODS[name](task._replace(x=task.x[:n], y=task.y[:n]))
-            seconds = time.process_time() - start
-            table[i, k] = *scores(prediction, new.pitches), seconds
+            table[i, k, -1] = time.process_time() - start
+            table[i, k, :-1] = scores(prediction, new.pitches)
     return table
