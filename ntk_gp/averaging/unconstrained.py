@@ -331,6 +331,12 @@ def _check(model: ExactGP) -> None:
     if any(x.dim() > 2 for x in model.train_inputs):
         shapes = [tuple(x.shape) for x in model.train_inputs]
         raise ValueError(f"Expected training inputs (n, d), got {shapes}: make a model for each batch.")
+    points, targets = len(model.train_inputs[0]), tuple(model.train_targets.shape)
+    if targets[0] != points:
+        raise ValueError(
+            f"Expected targets ({points},) or ({points}, C) at {points} inputs, got {targets}: "
+            "make a model for each batch."
+        )
     if gpytorch_settings.observation_nan_policy.value() == "ignore" and not model.train_targets.isfinite().all():
         raise ValueError(
             "Training targets are NaN or infinite. Remove them, or set "

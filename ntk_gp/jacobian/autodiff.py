@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import memory
 from ..network import FrozenNetwork, NetworkFunction, is_finite, normal_tensor, some_rows
 from . import plain, transforms
 from .base import Jacobian, JacobianEngine
@@ -228,6 +229,21 @@ class AutodiffJacobian(Jacobian):
             block = part if block is None else block + part
         assert block is not None
         return block
+
+    def kernel_matmul(self, other: Jacobian, rhs: Tensor, variances: Tensor) -> Tensor:
+        """A block of the matrix is formed for many columns, if it has room: that takes fewer passes."""
+        graph = torch.is_grad_enabled() and any(t.requires_grad for t in (rhs, variances, self.x, other.x))
+        if graph or not isinstance(other, AutodiffJacobian) or not self._pays_to_form(other, rhs.shape[-1]):
+            return super().kernel_matmul(other, rhs, variances)
+        return self.gram(other, variances) @ rhs
+
+    def _pays_to_form(self, other: AutodiffJacobian, columns: int) -> bool:
+        """Whether :meth:`gram` costs less than so many columns; each of its blocks of rows meets all other rows."""
+        points = self.num_points * (1 if other is self else 1 + other.num_points / max(1, self.points_per_block()))
+        passes = 5.0 * len(self.x) * points * self.function.num_outputs * self.function.num_parameters
+        fits = self._results(other) * self.num_rows * other.num_rows * self.x.element_size()
+        is_cheaper = passes + self.gram_cost(other) < columns * self.product_cost(other)
+        return is_cheaper and fits <= memory.BLOCK.bytes(self.x.device)
 
     def diagonal(self, variances: Tensor) -> Tensor:
         batch = max(self.x.shape[0], variances.shape[0])

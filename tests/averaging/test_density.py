@@ -273,3 +273,9 @@ def test_noise_of_several_kinds_is_learned():
     model = PlainGP(x, y, ScaleKernel(RBFKernel()), likelihood)
     names = [c.public_name for c in Hyperparameters(working_copy(model)).coordinates]
     assert names[0] == "likelihood.second_noise_covar.noise"
+
+
+def test_targets_of_several_models_are_refused():
+    x, y = data(6)
+    with pytest.raises(ValueError, match=r"Expected targets \(6,\) or \(6, C\).*got \(2, 6\)"):
+        working_copy(PlainGP(x, torch.stack([y, y]), RBFKernel()))

@@ -110,6 +110,26 @@ def test_batches_outputs_and_chunks(name):
             )
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("columns", "is_formed"), [(40, True), (2, False)])
+def test_a_block_is_formed_for_many_columns(monkeypatch, symmetric, columns, is_formed):
+    """That takes as many passes as there are rows, not two for each column; where it has no room, columns do."""
+    network, x = layers.make("GELU_tanh")
+    x = torch.randn(20, x.shape[1], dtype=x.dtype)
+    other = x if symmetric else x[:15] + 0.1
+    J, K = references.jacobian(network, x), references.jacobian(network, other)
+    left = linearize(network, x.unsqueeze(0))
+    right = left if symmetric else linearize(network, other.unsqueeze(0))
+    rhs, ones = torch.randn(1, len(K), columns, dtype=x.dtype), torch.ones(1, 1, dtype=x.dtype)
+    expected = J @ K.mT @ rhs[0]
+    with settings.memory_budget(64):
+        assert_close(left.kernel_matmul(right, rhs, ones)[0], expected)
+    products = []
+    monkeypatch.setattr(AutodiffJacobian, "jvp", lambda self, u: products.append(u) or u @ J.mT)
+    assert_close(left.kernel_matmul(right, rhs, ones)[0], expected)
+    assert (len(products) == 0) == is_formed
+
+
 def test_no_points_and_no_vectors():
     network, x = layers.make("Tanh")
     empty = linearize(network, x[:0].unsqueeze(0))

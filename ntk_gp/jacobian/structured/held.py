@@ -174,12 +174,17 @@ class StructuredJacobian(Jacobian):
             if is_tiled(term) and pairs * term.gram_cost() < columns * term.product_cost()
         ]
         with torch.no_grad():
-            total = self._tiled_matmul(other, rhs, variances, by_tile) if by_tile else None
-            if len(by_tile) < len(self.terms) or self.rest is not None or total is None:
+            parts = [self._tiled_matmul(other, rhs, variances, by_tile)] if by_tile else []
+            if self.rest is not None:
+                rest = self.rest if other is self else other.rest
+                assert rest is not None
+                parts.append(self.rest.kernel_matmul(rest, rhs, variances))
+            if len(by_tile) < len(self.terms) or not parts:
                 others = [i for i in range(len(self.terms)) if i not in set(by_tile)]
-                part = super(StructuredJacobian, self._only(others)).kernel_matmul(other._only(others), rhs, variances)
-                total = part if total is None else total + part
-        return total
+                left, right = self._only(others), other._only(others)
+                parts.append(super(StructuredJacobian, left).kernel_matmul(right, rhs, variances))
+        first, *more = parts
+        return sum(more, start=first)
 
     def _tiled_matmul(self, other: StructuredJacobian, rhs: Tensor, variances: Tensor, terms: list[int]) -> Tensor:
         left = self._only(terms)
@@ -187,7 +192,8 @@ class StructuredJacobian(Jacobian):
         return left._gram(right, variances).matmul(rhs)
 
     def _only(self, terms: list[int]) -> StructuredJacobian:
-        return StructuredJacobian(self.function, self.x, [self.terms[i] for i in terms], self.rest, self.labels)
+        """Some terms, without the rest."""
+        return StructuredJacobian(self.function, self.x, [self.terms[i] for i in terms], None, self.labels)
 
     def gram_cost(self, other: Jacobian) -> float:
         own = sum(term.gram_cost() for term in self.terms)
