@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the benchmarks are no part of what is installed
 
-from benchmarks.adaptation.methods import METHODS as BENCHMARKED  # noqa: E402
-from benchmarks.adaptation.methods import RECIPE, Predict  # noqa: E402
-from benchmarks.adaptation.predictions import scores  # noqa: E402
-from benchmarks.adaptation.real import DEFAULT_FOLDER, VARIABLE  # noqa: E402
-from benchmarks.adaptation.tasks import Task  # noqa: E402
+from benchmarks.adaptation.methods import METHODS as BENCHMARKED
+from benchmarks.adaptation.methods import RECIPE, Predict
+from benchmarks.adaptation.predictions import scores
+from benchmarks.adaptation.real import DEFAULT_FOLDER, VARIABLE
+from benchmarks.adaptation.tasks import Task
 
 AVERAGED = ", averaged"
 NAMES = ("last layer", "Matérn", "RBF on features", "Matérn, inputs + features", "NTK", "NTK + Matérn")
