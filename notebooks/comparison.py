@@ -42,9 +42,9 @@ BEST, TIED = "*", "·"
 # Title, factor, digits, and whether the lowest is the best.
 METRICS = {
     "mse": ("MSE, relative to the variance of the target", 1, 3, True),
-    "nlpd": ("NLPD of observations, the target's standard deviation being 1", 1, 3, True),
-    "coverage": ("% of the observations within ±1.96 standard deviations", 100, 0, False),
-    "seconds": ("processor seconds of adapting and predicting", 1, 2, False),
+    "nlpd": ("NLPD, of observations, the target's standard deviation being 1", 1, 3, True),
+    "coverage": ("coverage, % of the observations within ±1.96 standard deviations", 100, 0, False),
+    "seconds": ("processor seconds, of adapting and predicting", 1, 2, False),
 }
 
 
@@ -73,7 +73,7 @@ def compare(
     :return: Columns task, seed, n, method, and :data:`METRICS`.
     """
     lines, told = [], Counter()
-    progress = tqdm(total=len(tasks) * len(seeds) * len(labels) * len(methods), mininterval=60)
+    progress = tqdm(total=len(tasks) * len(seeds) * len(labels) * len(methods), mininterval=60, maxinterval=120)
     for task_name, seed in product(tasks, seeds):
         task = tasks[task_name](seed)
         for n, name in product(labels, methods):
