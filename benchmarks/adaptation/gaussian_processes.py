@@ -125,12 +125,18 @@ def untrained_ntk(network: nn.Sequential, x: Tensor, y: Tensor) -> GaussianProce
     return GaussianProcess(x, y, NetworkMean(network), [(NTKKernel(untrained), 1.0)])
 
 
-def from_scratch(network: nn.Sequential, x: Tensor, y: Tensor) -> GaussianProcess:
-    """Without the network: an RBF kernel with a lengthscale for each input, and an unknown constant."""
+def _rbf_ard(num_inputs: int) -> Kernel:
+    return RBFKernel(ard_num_dims=num_inputs)
+
+
+def from_scratch(
+    network: nn.Sequential, x: Tensor, y: Tensor, kernel: Callable[[int], Kernel] = _rbf_ard
+) -> GaussianProcess:
+    """Without the network: a stationary kernel for so many inputs, and an unknown constant."""
     mean = ConstantMean().to(x)
     mean.initialize(constant=y.mean()).raw_constant.requires_grad_(False)  # what is unknown of it is in the kernel
-    kernel = _stationary(RBFKernel(ard_num_dims=x.shape[-1]), x)
-    return GaussianProcess(x, y, mean, [(kernel, 1.0), (_fixed_constant(), GAIN)])
+    terms = [(_stationary(kernel(x.shape[-1]), x), 1.0), (_fixed_constant(), GAIN)]
+    return GaussianProcess(x, y, mean, terms)
 
 
 # ---- Fitting and predicting ----

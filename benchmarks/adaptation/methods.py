@@ -45,7 +45,7 @@ def _at_mode(
     return gaussian_processes.at_mode(make(network, x, y), x_test, with_priors)
 
 
-def _averaged(
+def averaged(
     make: Callable[..., GaussianProcess], network: nn.Sequential, x: Tensor, y: Tensor, x_test: Tensor
 ) -> Prediction:
     return gaussian_processes.averaged(make(network, x, y), x_test)
@@ -74,7 +74,7 @@ METHODS: dict[str, Method] = {
     "fine-tuning, last layer": Method(fine_tuning.last_layer),
     "last layer, evidence": Method(partial(_at_mode, gaussian_processes.last_layer, False)),
     **{name: Method(partial(_at_mode, make, True)) for name, make in _GAUSSIAN_PROCESSES.items()},
-    **{f"{name}, averaged": Method(partial(_averaged, make)) for name, make in _GAUSSIAN_PROCESSES.items()},
+    **{f"{name}, averaged": Method(partial(averaged, make)) for name, make in _GAUSSIAN_PROCESSES.items()},
     "laplace-torch, last layer": Method(laplace_approximation.last_layer, partial(_has, "laplace")),
     "laplace-torch, all layers": Method(laplace_approximation.all_layers, partial(_has, "laplace")),
 }

@@ -76,18 +76,26 @@ def malaria(source_year: int, target_year: int) -> Split:
 
 
 def colorado(
-    variable: str, months: Sequence[int], source_years: tuple[int, int], target_year: int, labels: Sequence[int]
+    variable: str,
+    months: Sequence[int],
+    source_years: tuple[int, int],
+    target_year: int,
+    labels: Sequence[int],
+    target_months: Sequence[int] | None = None,
 ) -> Split:
-    """The sum over some months, at the stations that have all of them; the last of the source's years is included."""
+    """The sum over some months, at the stations that have all of them; the last of the source's years is included.
+
+    :param target_months: Of the target, where they are others than the source's.
+    """
 
     def read(folder: Path) -> tuple[Rows, Rows]:
         data = _npz(folder, "co_monthly_precip_1895_1997.npz")
-        sums = data[variable][:, list(months)].sum(axis=1)  # years × stations, NaN where a month is missing
         x = np.stack([data["lon"], data["lat"], data["elev"]], axis=-1)
         first, last = source_years
         source, target = (
-            _present(x, sums[(data["years"] >= begin) & (data["years"] <= end)])
-            for begin, end in ((first, last), (target_year, target_year))
+            # years × stations, NaN where a month is missing
+            _present(x, data[variable][(data["years"] >= begin) & (data["years"] <= end)][:, list(some)].sum(axis=1))
+            for begin, end, some in ((first, last, months), (target_year, target_year, target_months or months))
         )
         return source, target
 

@@ -62,7 +62,7 @@ def trained(
         network = make_network(len(state["numbers"][0]), seed)
         network.load_state_dict(state["weights"])
         return Trained(network.eval(), *state["numbers"])
-    result = _train(*source(), seed, steps)
+    result = train(*source(), seed, steps)
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(f".{os.getpid()}")  # another process may be writing the same
     torch.save({"weights": result.network.state_dict(), "numbers": list(result[1:])}, unfinished)
@@ -70,7 +70,7 @@ def trained(
     return result
 
 
-def _train(x: Tensor, y: Tensor, seed: int, steps: int) -> Trained:
+def train(x: Tensor, y: Tensor, seed: int, steps: int = STEPS) -> Trained:
     """Least squares on nine tenths, by Adam with a cosine schedule, stopped where it is best on the last tenth."""
     x_scale, y_scale = x.std(0), y.std()
     if not (x_scale > 0).all() or not y_scale > 0:
