@@ -202,7 +202,8 @@ class Hyperparameters:
         """Whether this is a linear model, the marginal likelihoods of which come from one eigendecomposition where they
         are differentiated."""
         with torch.no_grad():
-            matrix = self.likelihood(self.model(*self.model.train_inputs)).lazy_covariance_matrix.evaluate_kernel()
+            inputs = self.model.train_inputs  # noise may depend on them
+            matrix = self.likelihood(self.model(*inputs), *inputs).lazy_covariance_matrix.evaluate_kernel()
         return isinstance(matrix, NTKAddedDiagLinearOperator)
 
     def _of_model(self) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from gpytorch.constraints import GreaterThan, Interval, LessThan, Positive
 from gpytorch.kernels import RBFKernel, ScaleKernel
 from gpytorch.priors import GammaPrior, LogNormalPrior, NormalPrior
+from linear_operator.operators import DiagLinearOperator
 from linear_operator.utils.errors import NanError, NotPSDError
 
 from ntk_gp import NetworkMean, NTKKernel
@@ -279,3 +280,28 @@ def test_targets_of_several_models_are_refused():
     x, y = data(6)
     with pytest.raises(ValueError, match=r"Expected targets \(6,\) or \(6, C\).*got \(2, 6\)"):
         working_copy(PlainGP(x, torch.stack([y, y]), RBFKernel()))
+
+
+class Growing(gpytorch.likelihoods.GaussianLikelihood):
+    """Noise σ² exp(x): it depends on the inputs, as that of GPyTorch's HeteroskedasticNoise does."""
+
+    def __init__(self):
+        super().__init__(noise_constraint=Positive())
+
+    def marginal(self, function, *inputs, **kwargs):
+        (x,) = inputs if torch.is_tensor(inputs[0]) else inputs[0]
+        noise = DiagLinearOperator(self.noise * x.squeeze(-1).exp())
+        return type(function)(function.mean, function.lazy_covariance_matrix + noise)
+
+
+def test_noise_that_depends_on_the_inputs():
+    x, y = data()
+    net = adapted.network(inputs=1)
+    model = PlainGP(x, y, ScaleKernel(NTKKernel(net)), Growing())
+    hyperparameters = Hyperparameters(working_copy(model))
+    u = torch.tensor([-2.0, 0.3], dtype=torch.float64)
+    noise, scale = u.exp()
+    covariance = scale * adapted.reference_kernel(net, x) + torch.diag(noise * x.squeeze(-1).exp())
+    expected = torch.distributions.MultivariateNormal(torch.zeros_like(y), covariance).log_prob(y).item()
+    assert hyperparameters.value(u) == pytest.approx(expected, abs=1e-9)
+    assert hyperparameters.log_density(u)[0] == pytest.approx(expected, abs=1e-9)
