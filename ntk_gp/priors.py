@@ -47,6 +47,10 @@ def register_log_prior(module: Module, name: str, value: float | Tensor, width: 
         >>> round(kernel.outputscale.item(), 6)
         0.5
     """
+    _register(module, name, value, width, NormalPrior)
+
+
+def _register(module: Module, name: str, value: float | Tensor, width: float | Tensor, kind: type[NormalPrior]) -> None:
     if not isinstance(module, Module) or not isinstance(getattr(module, name, None), Tensor):
         raise AttributeError(f"{type(module).__name__} has no parameter {name!r} to have a prior.")
     prior_name = _prior_name(name)
@@ -55,7 +59,7 @@ def register_log_prior(module: Module, name: str, value: float | Tensor, width: 
     values, widths = (_positive(each, what, name, present) for each, what in ((value, "value"), (width, "width")))
     _set_within_constraint(module, name, values.expand_as(present))
     # One number stays one: it is easier to read, and serves the parameter in every shape.
-    prior = NormalPrior(values.log(), widths.expand_as(values) if values.dim() else widths)
+    prior = kind(values.log(), widths.expand_as(values) if values.dim() else widths)
     module.register_prior(prior_name, prior, functools.partial(_log_of, name), functools.partial(_set_by_log, name))
 
 
@@ -86,7 +90,8 @@ def scale_to_data(
     degrees of freedom that are left, with half a further point of :math:`v_0` for where there are few; at most
     :math:`v_0`. An offset alone may be most of :math:`v_0`, and says nothing of the size of the rest.
 
-    All of them by :func:`register_log_prior`. A parameter that has a prior already, or is not trained, stays as it is.
+    All of them as by :func:`register_log_prior`. A parameter that has a prior already, but for one of an earlier call, or
+    is not trained, stays as it is.
     The mean counts as it is: give a constant one its constant first.
 
     :param model: An ExactGP with training data, a `mean_module` and a `covar_module`: one scaled term, or a sum of
@@ -357,13 +362,21 @@ def _check_has_no_prior(module: Module, name: str, except_for: str) -> None:
         )
 
 
+class _PriorFromData(NormalPrior):
+    """One that `scale_to_data` has made, and may make again for other data."""
+
+
 def _is_free(module: Module, name: str) -> bool:
-    return bool(_parameters_behind(module, name)) and _prior_on(module, name, _prior_name(name)) is None
+    own = getattr(module, _prior_name(name), None)
+    is_chosen = own is not None and not isinstance(own, _PriorFromData)
+    return (
+        bool(_parameters_behind(module, name)) and not is_chosen and _prior_on(module, name, _prior_name(name)) is None
+    )
 
 
 def _register_if_free(module: Module, name: str, value: float | Tensor, width: float) -> None:
     if _is_free(module, name):
-        register_log_prior(module, name, value, width)
+        _register(module, name, value, width, _PriorFromData)
 
 
 def _positive(value: float | Tensor, what: str, name: str, like: Tensor) -> Tensor:

@@ -264,6 +264,17 @@ def test_what_has_a_prior_or_is_not_trained_stays():
     assert len(list(model.named_priors())) == 2
 
 
+@pytest.mark.parametrize("between", [lambda model: model, copy.deepcopy], ids=["itself", "a copy"])
+def test_a_prior_of_ones_own_stays(between):
+    model = model_of(ScaleKernel(RBFKernel()).double())
+    register_log_prior(model.likelihood, "noise", 0.3, width=0.2)
+    model = between(model)
+    scale_to_data(model)
+    scale_to_data(model)
+    assert model.likelihood.noise.item() == pytest.approx(0.3)
+    assert model.likelihood.log_noise_prior.scale.item() == pytest.approx(0.2)
+
+
 def test_it_may_be_called_again():
     model = model_of(ScaleKernel(NTKKernel(adapted.network())).double())
     scale_to_data(model)
