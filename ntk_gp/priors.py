@@ -90,9 +90,8 @@ def scale_to_data(
     degrees of freedom that are left, with half a further point of :math:`v_0` for where there are few; at most
     :math:`v_0`. An offset alone may be most of :math:`v_0`, and says nothing of the size of the rest.
 
-    All of them as by :func:`register_log_prior`. A parameter that has a prior already, but for one of an earlier call, or
-    is not trained, stays as it is.
-    The mean counts as it is: give a constant one its constant first.
+    All of them as by :func:`register_log_prior`. A parameter that has a prior already, but for one of an earlier call,
+    or is not trained, stays as it is. The mean counts as it is: give a constant one its constant first.
 
     :param model: An ExactGP with training data, a `mean_module` and a `covar_module`: one scaled term, or a sum of
         them.
