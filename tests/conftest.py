@@ -1,3 +1,4 @@
+import gc
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -28,6 +29,12 @@ def pytest_configure(config: pytest.Config) -> None:
     engine = config.getoption("--engine")
     if engine is not None:
         linearization.default_engine = engine
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays until the end: the garbage collector need not go through it after each test."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -125,7 +125,7 @@ class NetworkFunction:
             tensors = convert_each(tensors, self.inner_dtype)
         if self.specification.input_shape is not None:
             x = x.reshape(x.shape[0], *self.specification.input_shape)
-        if self.runs_again:
+        if self.runs_again and torch.is_grad_enabled():  # without a graph nothing runs again
             module = self.skeletons.given(tensors)
             with watch(module):
                 return module(x)
