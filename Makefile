@@ -19,7 +19,8 @@ demo: $(VENV)/.demo
 	$(BIN)/python notebooks/adaptation.py
 
 # Without --engine, the engine is the structured one.
-test: lint docs
+test: $(VENV)/.test $(VENV)/.docs
+	$(MAKE) --jobs 2 --output-sync lint docs
 	$(call seeded,1) --ignore $(NOTEBOOKS)
 	$(call seeded,2) --ignore $(NOTEBOOKS) $(ENGINE_NAMED:%=--ignore %) --engine autodiff
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,17 @@ _MANY = 500
 # Points that are predicted together: covariances of all pairs of them are formed, for every draw.
 _POINTS = 500
 
+# What is predicted from a model's posterior: that itself, or observations.
+_Outcome = Callable[[ExactGP, MultivariateNormal], MultivariateNormal]
+
+
+def _latent(model: ExactGP, posterior: MultivariateNormal) -> MultivariateNormal:
+    return posterior
+
+
+def _observed(args: tuple, kwargs: dict, model: ExactGP, posterior: MultivariateNormal) -> MultivariateNormal:
+    return model.likelihood(posterior, *args, **kwargs)
+
 
 class AveragedPredictions:
     """What is predicted from weighted models: those of :class:`Averaged`, and of a comparison."""
@@ -31,27 +42,32 @@ class AveragedPredictions:
 
     def __call__(self, x: Tensor) -> Mixture:
         """The posterior over the function's values at x (n, d), as a mixture of the models' posteriors."""
-        return self._mixture(x, observed=False, arguments=())
+        return self._mixture(x, _latent, splits=True)
 
-    def predict(self, x: Tensor, *likelihood_arguments: Any) -> Mixture:
-        """The same over observations there, through each model's likelihood, with its own noise."""
-        return self._mixture(x, observed=True, arguments=likelihood_arguments)
+    def predict(self, x: Tensor, *args: Any, **kwargs: Any) -> Mixture:
+        """The same over observations there, through each model's likelihood, with its own noise.
 
-    def _mixture(self, x: Tensor, observed: bool, arguments: tuple) -> Mixture:
+        :param args: For the likelihoods, as these take them: `noise=` (n,) of
+            :class:`~gpytorch.likelihoods.FixedNoiseGaussianLikelihood`, the inputs of one whose noise depends on them.
+        """
+        splits = not args and not kwargs  # they may be of each point
+        return self._mixture(x, functools.partial(_observed, args, kwargs), splits)
+
+    def _mixture(self, x: Tensor, outcome: _Outcome, splits: bool) -> Mixture:
         _check_inputs(x)
         weights = self.weights.to(x.device)
-        if len(x) <= _POINTS or arguments:  # arguments may be of each point
-            return Mixture(weights, self._components(x, observed, arguments), dtype=x.dtype)
+        if len(x) <= _POINTS or not splits:
+            return Mixture(weights, self._components(x, outcome), dtype=x.dtype)
         marginals = [
-            marginals_of([self._posterior(model, block, observed, ()) for block in x.split(_POINTS)], dim=0)
+            marginals_of([self._posterior(model, block, outcome) for block in x.split(_POINTS)], dim=0)
             for model in self._prepared()
         ]
         means, variances = (torch.stack(each) for each in zip(*marginals, strict=True))
-        return Mixture(weights, functools.partial(self._components, x, observed, ()), x.dtype, (means, variances))
+        return Mixture(weights, functools.partial(self._components, x, outcome), x.dtype, (means, variances))
 
-    def _components(self, x: Tensor, observed: bool, arguments: tuple) -> list[MultivariateNormal]:
+    def _components(self, x: Tensor, outcome: _Outcome) -> list[MultivariateNormal]:
         """Each model's posterior at x."""
-        return [self._posterior(model, x, observed, arguments) for model in self._prepared()]
+        return [self._posterior(model, x, outcome) for model in self._prepared()]
 
     def _prepared(self) -> Iterator[ExactGP]:
         """The models. What a copy prepares goes with it, and other threads do not see it go."""
@@ -60,10 +76,9 @@ class AveragedPredictions:
             yield model if keeps else copy.copy(model)
 
     @staticmethod
-    def _posterior(model: ExactGP, x: Tensor, observed: bool, arguments: tuple) -> MultivariateNormal:
+    def _posterior(model: ExactGP, x: Tensor, outcome: _Outcome) -> MultivariateNormal:
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
-            posterior = model(x.double())
-            return model.likelihood(posterior, *arguments) if observed else posterior
+            return outcome(model, model(x.double()))
 
 
 class Averaged(AveragedPredictions):

@@ -19,6 +19,7 @@ from tests import adapted
 from tests.averaging.models import (
     PRIORS,
     PlainGP,
+    data,
     log_priors,
     rbf_log_likelihood,
     rbf_model,
@@ -369,3 +370,15 @@ def test_many_points_are_predicted_some_at_a_time(outputs, monkeypatch):
     assert sizes[9:] == [23] * 3
     assert apart.sample(torch.Size([4])).shape == (4, *together.mean.shape)
     assert sizes[12:] == []
+
+
+def test_noise_at_new_points_is_passed_on():
+    """As FixedNoiseGaussianLikelihood takes it, by its name."""
+    x, y = data(8)
+    likelihood = gpytorch.likelihoods.FixedNoiseGaussianLikelihood(torch.full_like(y, 0.1))
+    model = PlainGP(x, y, ScaleKernel(RBFKernel()), likelihood)
+    scale_to_data(model)
+    average, noise = averaged(model, draws=4, seed=0), torch.linspace(0.1, 0.7, len(Z), dtype=torch.float64)
+    latent, observed = average(Z), average.predict(Z, noise=noise)
+    torch.testing.assert_close(observed.variance - latent.variance, noise, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(copy.deepcopy(observed).mean, latent.mean)
