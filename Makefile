@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 # The order of tests, what hypothesis draws and the order of sets follow from a seed: two of them, since a suite runs twice.
 # Each run prints its own; others: make test SEEDS="3 4".
 SEEDS ?= 1 2
-seeded = PYTHONHASHSEED=$(word $(1),$(SEEDS)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal \
+# Bytecode is written, so that the second suite and processes of their own need not compile anew.
+seeded = PYTHONDONTWRITEBYTECODE= PYTHONHASHSEED=$(word $(1),$(SEEDS)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal \
 	--randomly-seed=$(word $(1),$(SEEDS))
 # What names its engine in every test, or has none.
 ENGINE_NAMED := tests/jacobian tests/replacements tests/test_network.py tests/test_docs.py tests/test_peak_memory.py tests/test_readme.py
