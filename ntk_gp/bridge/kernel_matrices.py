@@ -66,21 +66,29 @@ def evaluate_kernel(default: Callable[..., Any], matrix: LazyEvaluatedKernelTens
 @recall_grad_state
 def evaluated(matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
     """The same for any kernel."""
-    result = _evaluated_within(matrix)
-    if gpytorch_settings.debug.on() and result.shape != matrix.shape:
-        raise RuntimeError(f"Expected a kernel matrix of shape {tuple(matrix.shape)}, got {tuple(result.shape)}.")
+    result = _evaluated_unchecked(matrix)
+    if gpytorch_settings.debug.on():
+        _check_shape(result.shape, matrix.shape)
     return result
 
 
 def _evaluated_within(matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
     """The same as a part of a sum: of its shape only rows and columns are checked. The batch, which GPyTorch finds by
     a walk through all kernels within, is that of the whole."""
-    result = sum_of_features(matrix) if _is_sum(matrix.kernel) else None
-    if result is None:
-        result = _evaluated_by_kernel(matrix)
-    if gpytorch_settings.debug.on() and result.matrix_shape != (expected := _rows_and_columns(matrix)):
-        raise RuntimeError(f"Expected a kernel matrix of shape {expected}, got {tuple(result.matrix_shape)}.")
+    result = _evaluated_unchecked(matrix)
+    if gpytorch_settings.debug.on():
+        _check_shape(result.matrix_shape, _rows_and_columns(matrix))
     return result
+
+
+def _evaluated_unchecked(matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
+    result = sum_of_features(matrix) if _is_sum(matrix.kernel) else None
+    return _evaluated_by_kernel(matrix) if result is None else result
+
+
+def _check_shape(shape: Sequence[int], expected: Sequence[int]) -> None:
+    if tuple(shape) != tuple(expected):
+        raise RuntimeError(f"Expected a kernel matrix of shape {tuple(expected)}, got {tuple(shape)}.")
 
 
 def _rows_and_columns(matrix: LazyEvaluatedKernelTensor) -> tuple[int, int]:

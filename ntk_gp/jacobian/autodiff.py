@@ -147,8 +147,7 @@ class AutodiffJacobian(Jacobian):
 
     def _from_rows(self, x: Tensor, tangents: Tensor) -> Tensor:
         points = AutodiffJacobian(self.function, x.unsqueeze(0), self.modes)
-        blocks = _row_blocks(points, points.points_per_block())
-        return torch.cat([tangents @ rows[0].mT for _, rows in blocks], dim=-1)
+        return torch.cat([tangents @ rows[0].mT for _, rows in points.row_blocks()], dim=-1)
 
     def vjp(self, cotangents: Tensor) -> Tensor:
         batch = max(self.x.shape[0], cotangents.shape[0])
@@ -204,7 +203,8 @@ class AutodiffJacobian(Jacobian):
         outputs = self.function.num_outputs
         size = self.points_per_block()
         width = size if other is self else other.points_per_block()
-        for i, rows in _row_blocks(self, size):
+        for points, rows in self.row_blocks():
+            i = points.start
             scaled = rows * self.function.expand_variances(variances).unsqueeze(-2) if variances.shape[0] == 1 else rows
             for j in range(0, min(other.num_points, i + size) if other is self else other.num_points, width):
                 columns = rows if other is self and j == i else other[slice(j, j + width)].rows()
@@ -250,8 +250,7 @@ class AutodiffJacobian(Jacobian):
         if self.num_rows == 0:
             return self.x.new_zeros(batch, 0)
         expanded = self.function.expand_variances(variances).unsqueeze(-2)
-        blocks = _row_blocks(self, self.points_per_block())
-        return torch.cat([(rows.square() * expanded).sum(-1) for _, rows in blocks], dim=-1)
+        return torch.cat([(rows.square() * expanded).sum(-1) for _, rows in self.row_blocks()], dim=-1)
 
     def _by_transforms(self, way: Callable[..., Callable[[Tensor], Tensor]], vectors: Tensor, x: Tensor) -> Tensor:
         """A product with each of r vectors: together where they are small, one by one where not."""
@@ -279,9 +278,3 @@ def _tried(compute: Callable[..., Tensor], *arguments: Any) -> Tensor | None:
     except TRANSFORM_ERRORS as error:
         logger.debug("torch.func failed (%s: %s): plain autograd.", type(error).__name__, error)
         return None
-
-
-def _row_blocks(jacobian: Jacobian, size: int) -> Iterator[tuple[int, Tensor]]:
-    """The rows of J at `size` points at a time, with the number of the first point."""
-    for start in range(0, jacobian.num_points, size):
-        yield start, jacobian[slice(start, start + size)].rows()

@@ -8,6 +8,7 @@ and a block of r row vectors (B, r, N), so that every vector is contiguous.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -78,6 +79,13 @@ class Jacobian(ABC):
         ]
         batch = max(self.x.shape[0], other.x.shape[0], variances.shape[0])
         return torch.cat(blocks, dim=-1) if blocks else self.x.new_zeros(batch, 0)
+
+    def row_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Points, as many as whose rows may be held at once, and their rows of J, (B, m·C, P)."""
+        size = self.points_per_block()
+        for start in range(0, self.num_points, size):
+            points = slice(start, min(start + size, self.num_points))
+            yield points, self[points].rows()
 
     def points_per_block(self) -> int:
         """How many points' rows may be held at once: an eighth of the memory budget."""

@@ -112,13 +112,14 @@ def _right(
     if count == 0:
         return _UNDEFINED, a.x.new_empty(0)
     angles = principal_angles(right_basis(a, layer, one, count), right_basis(b, layer, other, count))
-    if len(weights[0]) == 1:
-        return Estimate(angles.cos().square().mean().item(), float("nan")), angles
-    product = a.jacobian.kernel_matmul(b.jacobian, other.vectors.unsqueeze(0), a.variances(layer))[0]
-    cross = (one.vectors / one.values).mT @ product / other.values
-    rows = _of_rows(one, weights[0], a), _of_rows(other, weights[1], b)
-    drawn = overlaps(*rows, lambda _: cross, count, left=False)
-    return Estimate(angles.cos().square().mean().item(), estimate(drawn).error), angles
+
+    def resampled() -> Tensor:
+        product = a.jacobian.kernel_matmul(b.jacobian, other.vectors.unsqueeze(0), a.variances(layer))[0]
+        cross = (one.vectors / one.values).mT @ product / other.values
+        rows = _of_rows(one, weights[0], a), _of_rows(other, weights[1], b)
+        return overlaps(*rows, lambda _: cross, count, left=False)
+
+    return _overlap(angles, resampled if len(weights[0]) > 1 else None), angles
 
 
 @without_graph
@@ -202,11 +203,12 @@ def _left(tangents: Tangents, found: tuple[Leading, Leading], weights: Tensor, r
     if count == 0:
         return _UNDEFINED, tangents.x.new_empty(0)
     angles = principal_angles(one.vectors[:, :count], other.vectors[:, :count])
-    if len(weights) == 1:
-        return Estimate(angles.cos().square().mean().item(), float("nan")), angles
-    rows = _of_rows(one, weights, tangents), _of_rows(other, weights, tangents)
-    drawn = overlaps(*rows, lambda w: one.features.mT @ (w.unsqueeze(-1) * other.features), count, left=True)
-    return Estimate(angles.cos().square().mean().item(), estimate(drawn).error), angles
+
+    def resampled() -> Tensor:
+        rows = _of_rows(one, weights, tangents), _of_rows(other, weights, tangents)
+        return overlaps(*rows, lambda w: one.features.mT @ (w.unsqueeze(-1) * other.features), count, left=True)
+
+    return _overlap(angles, resampled if len(weights) > 1 else None), angles
 
 
 @without_graph
@@ -258,6 +260,12 @@ def of_targets(
             for layer, (name, size) in zip(tangents.numbers, tangents.layers.items(), strict=True)
         ]
     )
+
+
+def _overlap(angles: Tensor, resampled: Callable[[], Tensor] | None) -> Estimate:
+    """The mean squared cosine, with an error where overlaps of resampled points are to be had."""
+    error = float("nan") if resampled is None else estimate(resampled()).error
+    return Estimate(angles.cos().square().mean().item(), error)
 
 
 def _of_rows(found: Leading, weights: Tensor, tangents: Tangents) -> tuple[Leading, Tensor]:

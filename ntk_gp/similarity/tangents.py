@@ -133,10 +133,8 @@ class Tangents:
 
     def rows(self) -> Iterator[tuple[slice, Tensor]]:
         """Some points at a time, and their rows of J, (m, C, P)."""
-        size = self.jacobian.points_per_block()
-        for start in range(0, self.num_points, size):
-            points = slice(start, min(start + size, self.num_points))
-            yield points, self.jacobian[points].rows()[0].unflatten(0, (-1, self.num_outputs))
+        for points, rows in self.jacobian.row_blocks():
+            yield points, rows[0].unflatten(0, (-1, self.num_outputs))
 
     def residuals(self, y: Tensor, what: str) -> Tensor:
         """y - f(x), (n, C)."""
