@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from comparison import folder_with
 from torch import Tensor, nn
 from torch.distributions import Normal
 
@@ -36,15 +37,11 @@ class Maps(NamedTuple):
 def load() -> Maps:
     """The maps of 2000 to 2015, float64.
 
-    :raises FileNotFoundError: If the file is not in the folder named by `NTK_GP_DATA`.
+    :raises FileNotFoundError: If the file is not where :func:`comparison.folder_with` looks.
     """
-    path = Path(os.environ.get("NTK_GP_DATA", "../../shared/data")) / "map_pfpr_nigeria_2000_2015.npz"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"The data are not here: {path.resolve()} does not exist. Make it from the Malaria Atlas Project's rasters "
-            "2015_Nature_Africa_PR.2000.tif to .2015.tif, as 02_malaria describes, and set NTK_GP_DATA to its folder."
-        )
-    data = np.load(path)
+    name = "map_pfpr_nigeria_2000_2015.npz"
+    rasters = "the Malaria Atlas Project's rasters 2015_Nature_Africa_PR.2000.tif to .2015.tif"
+    data = np.load(folder_with(name, f"Make it from {rasters}, as 02_malaria describes.") / name)
     lon, lat = torch.tensor(data["lon"]).double(), torch.tensor(data["lat"]).double()
     pixels = torch.stack([(lon - lon.mean()) * math.cos(math.radians(9)), lat - lat.mean()], dim=-1) / 3
     years = zip(data["years"], data["pfpr"].T, strict=True)

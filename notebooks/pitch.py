@@ -113,26 +113,25 @@ class Upper(nn.Module):
         return self.classifier(self.features(x))
 
 
-class ExpectedPitch(nn.Module):
-    """The mean of all bins' pitches under the squared activations: smooth in the weights, and in between two peaks."""
+class Pitch(nn.Module):
+    """A pitch, read off the logits of all bins."""
 
     def __init__(self, upper: nn.Module):
         super().__init__()
         self.upper = upper
         self.register_buffer("pitches", PITCHES.clone())
+
+
+class ExpectedPitch(Pitch):
+    """The mean of all bins' pitches under the squared activations: smooth in the weights, and in between two peaks."""
 
     def forward(self, x: Tensor) -> Tensor:
         squares = self.upper(x).sigmoid().square()
         return (squares @ self.pitches) / squares.sum(-1)
 
 
-class PeakPitch(nn.Module):
+class PeakPitch(Pitch):
     """The mean of the nine bins around the highest activation, as CREPE's authors read it; it jumps with the peak."""
-
-    def __init__(self, upper: nn.Module):
-        super().__init__()
-        self.upper = upper
-        self.register_buffer("pitches", PITCHES.clone())
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self.upper(x)

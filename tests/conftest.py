@@ -1,6 +1,8 @@
 import gc
+import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gpytorch
@@ -110,3 +112,18 @@ def gpytorch_settings() -> Iterator[None]:
         gpytorch.settings.max_eager_kernel_size(512),
     ):
         yield
+
+
+@pytest.fixture
+def run_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Runs code of a page as a script in an empty folder. It may set the default dtype for its reader."""
+
+    def run(code: str) -> None:
+        script = tmp_path / "script.py"
+        script.write_text(code, encoding="utf-8")
+        monkeypatch.chdir(tmp_path)
+        runpy.run_path(str(script))
+
+    before = torch.get_default_dtype()
+    yield run
+    torch.set_default_dtype(before)

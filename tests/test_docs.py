@@ -5,12 +5,10 @@ import importlib
 import importlib.util
 import pkgutil
 import re
-import runpy
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -45,22 +43,10 @@ def test_docstring_example(example, capsys):
 GUIDES = [page for page in PAGES if blocks(page, "python") and page.name != "README.md"]  # that is test_readme.py's
 
 
-@pytest.fixture
-def default_dtype():
-    """A page may set it for its reader."""
-    before = torch.get_default_dtype()
-    yield
-    torch.set_default_dtype(before)
-
-
-@pytest.mark.usefixtures("default_dtype")
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
-def test_guide(page, tmp_path, monkeypatch, capsys):
+def test_guide(page, run_script, capsys):
     """The blocks of Python of one page, one after the other in an empty folder, print its blocks of text."""
-    script = tmp_path / "guide.py"
-    script.write_text("\n".join(blocks(page, "python")), encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(script))
+    run_script("\n".join(blocks(page, "python")))
     printed = blocks(page, "text")
     assert not printed or capsys.readouterr().out == "".join(printed)
 

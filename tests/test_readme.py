@@ -1,7 +1,6 @@
 """The README's examples are short and run as they stand; its links lead somewhere."""
 
 import re
-import runpy
 from pathlib import Path
 
 import pytest
@@ -17,11 +16,8 @@ def test_examples_have_at_most_25_lines(example):
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_examples_run_in_an_empty_folder(example, tmp_path, monkeypatch, capsys):
-    script = tmp_path / "example.py"
-    script.write_text(example, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(script))
+def test_examples_run_in_an_empty_folder(example, run_script, capsys):
+    run_script(example)
     printed = capsys.readouterr().out
     assert printed.count("tensor") == 2
     assert "nan" not in printed
