@@ -8,6 +8,7 @@ from .explain import solver_report
 from .jacobian.rules import register_rule
 from .kernels import FeatureKernel, GainKernel, NTKKernel, TangentMaternKernel, TangentRBFKernel
 from .means import NetworkMean
+from .network import pack
 from .operators import JacobianLinearOperator, NTKLinearOperator
 from .priors import register_log_prior, scale_to_data
 from .sampling import LinearizedFunctions, LinearizedNetwork, adapted_network, draw_functions
@@ -35,6 +36,7 @@ __all__ = [
     "compare",
     "draw_functions",
     "largest_stable_rate",
+    "pack",
     "plots",
     "register_log_prior",
     "register_rule",

@@ -18,6 +18,7 @@ from .jacobian.autodiff import AutodiffEngine
 from .jacobian.forward_mode import dual_level, value_and_tangent
 from .jacobian.modes import Modes
 from .network import ALL_OUTPUTS, FrozenNetwork, NetworkFunction, check_finite, normal_tensor
+from .network.outputs import tensor_of
 from .network.snapshot import convert_skeleton
 from .replacements.elementary import ElementaryOperations
 from .tracing import linearize_by_autograd, traced_through
@@ -125,14 +126,13 @@ class LinearizedModule(nn.Module):
         self, linearize: Callable[..., tuple[Tensor, Tensor]], x: Tensor, directions: Tensor, tensors: Parameters
     ) -> tuple[Tensor, Tensor]:
         network = self.network
-        points = x.clone()  # the network may write to it
-        if network.input_shape is not None:
-            points = points.reshape(x.shape[0], *network.input_shape)
+        args, kwargs = network.inputs.arguments(x.clone())  # the network may write to it
 
         def at(parameters: Parameters) -> Tensor:
             both = {**tensors, **parameters}
             named = {name: both[owner] for name, owner in network._aliases.items()}
-            out = functional_call(self._traced[0], named, (points,), tie_weights=False).reshape(x.shape[0], -1)
+            returned = functional_call(self._traced[0], named, args, kwargs, tie_weights=False)
+            out = tensor_of(returned, network.specification.steps).reshape(x.shape[0], -1)
             return out[:, network.output].unsqueeze(-1) if isinstance(network.output, int) else out
 
         parameters = {name: tensors[name] for name in network.parameter_names}

@@ -6,7 +6,7 @@ import torch
 from gpytorch.means import Mean
 from torch import Tensor, nn
 
-from .network import FrozenNetwork
+from .network import FrozenNetwork, InputDtype, InputShape, Output
 from .replacements.full_rate import FullRateLayers
 
 
@@ -17,8 +17,10 @@ class NetworkMean(Mean):
     looked at again (see :class:`ntk_gp.network.FrozenNetwork`).
 
     :param network: The trained network.
-    :param input_shape: The shape of one input as the network wants it; flat inputs are reshaped to it.
-    :param output: Index of the output to take, or `"all"` for a multitask mean of shape (*batch, n, C).
+    :param input_shape: The shape of one input as the network wants it, as for :class:`~ntk_gp.NTKKernel`.
+    :param input_dtype: An integer or boolean dtype that the network wants its inputs in, likewise.
+    :param output: Index of the output to take, or `"all"` for a multitask mean of shape (*batch, n, C); and, as for
+        :class:`~ntk_gp.NTKKernel`, the way to it in what the network returns.
     :param active_dims: The columns of the inputs that the network sees, as in kernels.
 
     Example:
@@ -31,12 +33,15 @@ class NetworkMean(Mean):
         self,
         network: nn.Module,
         *,
-        input_shape: tuple[int, ...] | None = None,
-        output: int | str | None = None,
+        input_shape: InputShape = None,
+        input_dtype: InputDtype = None,
+        output: Output = None,
         active_dims: tuple[int, ...] | Tensor | None = None,
     ):
         super().__init__()
-        self.network = FrozenNetwork(network, parameters="*", input_shape=input_shape, output=output)
+        self.network = FrozenNetwork(
+            network, parameters="*", input_shape=input_shape, input_dtype=input_dtype, output=output
+        )
         self.active_dims: Tensor | None
         self.register_buffer("active_dims", None if active_dims is None else torch.as_tensor(active_dims).long())
         self._prefix: _Prefix | None = None
@@ -46,7 +51,8 @@ class NetworkMean(Mean):
         self.network = self.network.renewed(network)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return super().__call__(self.network.flattened(x) if self.active_dims is None else x)
+        given = self.network.flattened if self.active_dims is None else self.network.carried
+        return super().__call__(given(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """f(x): (*batch, n, d) to (*batch, n), or (*batch, n, C) with `output="all"`."""

@@ -25,7 +25,7 @@ from .jacobian.columns import products as products_of_columns
 from .kernels import GainKernel, NTKKernel
 from .linearized import LinearizedModule, owned
 from .means import NetworkMean
-from .network import FrozenNetwork, ParameterSelection
+from .network import FrozenNetwork, InputDtype, InputShape, Output, ParameterSelection
 from .operators import NTKAddedDiagLinearOperator
 
 
@@ -107,8 +107,9 @@ class LinearizedNetwork(LinearizedModule):
     :param displacement: ŵ, (P,), for the parameters in the order of `LinearizedNetwork.network.parameter_names`, each
         flattened. (Default: zeros, to be loaded.)
     :param parameters: The parameters that it is linearised in, as for :class:`~ntk_gp.NTKKernel`.
-    :param input_shape: The shape of one input as the network wants it.
-    :param output: Index of the output to take, or `"all"`.
+    :param input_shape: The shape of one input as the network wants it, as for :class:`~ntk_gp.NTKKernel`.
+    :param input_dtype: An integer or boolean dtype that the network wants its inputs in, likewise.
+    :param output: Index of the output to take, or `"all"`, likewise.
     :param columns: Known features Ψ beside J, functions of x and f(x), such as those of a
         :class:`~ntk_gp.GainKernel`.
     :param column_weights: The weights of these, (q,): Ψ(x) v̂ is added. (Default: zeros, to be loaded.)
@@ -124,15 +125,17 @@ class LinearizedNetwork(LinearizedModule):
         displacement: Tensor | None = None,
         *,
         parameters: ParameterSelection = None,
-        input_shape: tuple[int, ...] | None = None,
-        output: int | str | None = None,
+        input_shape: InputShape = None,
+        input_dtype: InputDtype = None,
+        output: Output = None,
         columns: Sequence[Column] = (),
         column_weights: Tensor | None = None,
     ):
         if not isinstance(network, FrozenNetwork):
-            network = FrozenNetwork(network, parameters=parameters, input_shape=input_shape, output=output)
-        elif any(option is not None for option in (parameters, input_shape, output)):
-            raise TypeError("A FrozenNetwork brings parameters, input_shape and output with it: leave them out.")
+            options: dict[str, Any] = {"input_shape": input_shape, "input_dtype": input_dtype, "output": output}
+            network = FrozenNetwork(network, parameters=parameters, **options)
+        elif any(option is not None for option in (parameters, input_shape, input_dtype, output)):
+            raise TypeError("A FrozenNetwork brings parameters, its inputs and output with it: leave them out.")
         super().__init__(network)
         own = [self.network.get_buffer(f"tensors.{name}") for name in self.network.parameter_names]
         size = sum(tensor.numel() for tensor in own)
@@ -277,7 +280,8 @@ def _check_is_model(model: Any) -> None:
 
 
 def _same_network(one: FrozenNetwork, other: FrozenNetwork) -> bool:
-    if (one.output, one.input_shape) != (other.output, other.input_shape):
+    ours, theirs = one.specification, other.specification
+    if (ours.output, ours.steps, ours.inputs) != (theirs.output, theirs.steps, theirs.inputs):
         return False
     tensors, others = dict(one.named_buffers()), dict(other.named_buffers())
     return tensors.keys() == others.keys() and all(_is_equal(tensor, others[name]) for name, tensor in tensors.items())
@@ -350,7 +354,7 @@ def _prediction_strategy(model: ExactGP, tangent: Summand) -> NTKPredictionStrat
 def _two_points(strategy: NTKPredictionStrategy) -> Tensor:
     """Two training inputs, as the network sees them, in the precision that the model predicts in."""
     x = strategy.solver.system.x
-    return x.reshape(-1, x.shape[-1])[:2].to(strategy.train_inputs[0].dtype)
+    return x.reshape(-1, x.shape[-1])[:2].to(strategy.train_labels.dtype)
 
 
 def _check_is_plain(model: ExactGP, strategy: NTKPredictionStrategy, dims: Tensor | None) -> None:

@@ -261,7 +261,8 @@ def _check_targets(inputs: Tensor, targets: Tensor) -> None:
             f"The training set is empty (inputs of shape {tuple(inputs.shape)}). Give at least one point, or predict "
             "in gpytorch.settings.prior_mode()."
         )
-    if targets.dtype != inputs.dtype or targets.device != inputs.device:
+    are_integers = not inputs.is_floating_point()  # which the network wants, in the dtype of the targets otherwise
+    if (targets.dtype != inputs.dtype and not are_integers) or targets.device != inputs.device:
         raise ValueError(
             f"The training targets are {targets.dtype} on {targets.device}, the inputs {inputs.dtype} on "
             f"{inputs.device}. Convert one of them with .to()."

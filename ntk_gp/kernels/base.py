@@ -74,8 +74,8 @@ class NetworkKernel(NeuralTangentKernel):
 
     def __call__(self, x1: Tensor, x2: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """The kernel matrix of (*batch, n, d), or of (*batch, n, *input_shape)."""
-        if self.active_dims is None:
-            x1, x2 = self.network.flattened(x1), None if x2 is None else self.network.flattened(x2)
+        given = self.network.flattened if self.active_dims is None else self.network.carried
+        x1, x2 = given(x1), None if x2 is None else given(x2)
         return super().__call__(x1, x2, *args, **kwargs)
 
     def prediction_strategy(self, train_inputs, train_prior_dist, train_labels, likelihood) -> NTKPredictionStrategy:
@@ -89,10 +89,17 @@ class NetworkKernel(NeuralTangentKernel):
     def _active(self, x: Tensor) -> Tensor:
         """The columns that the network sees, of inputs as a user gives them."""
         x = self.network.flattened(x) if self.active_dims is None else x.index_select(-1, self.active_dims)
+        x = self.network.carried(x)
         return x.unsqueeze(-1) if x.dim() == 1 else x
+
+    def _carried(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+        """Both in a floating-point dtype, as kernels around this one do not see to; one set of inputs stays one."""
+        first = self.network.carried(x1)
+        return first, first if x2 is x1 else self.network.carried(x2)
 
     def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
         """C with `output="all"`, else 1."""
+        x1 = self.network.carried(x1)
         if self.active_dims is None:  # asked for before anything else, also by the kernels this one is in
             return self.network.num_outputs_per_row(x1)
         return self.network.num_outputs(x1)

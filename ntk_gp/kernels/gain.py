@@ -12,7 +12,7 @@ from torch import Size, Tensor, nn
 
 from ..bridge.recognised import KnownFeaturesKernel
 from ..jacobian.columns import Column, Ones, Values, features
-from ..network import ALL_OUTPUTS, normal_tensor
+from ..network import ALL_OUTPUTS, InputDtype, InputShape, Output, normal_tensor
 from .base import NetworkKernel, detached
 
 
@@ -34,9 +34,10 @@ class GainKernel(NetworkKernel, KnownFeaturesKernel):
     input; its matrix has rank 2C, and is as low a rank as that where it stands alone.
 
     :param network: The trained network.
-    :param input_shape: The shape of one input as the network wants it.
+    :param input_shape: The shape of one input as the network wants it, as for :class:`~ntk_gp.NTKKernel`.
+    :param input_dtype: An integer or boolean dtype that the network wants its inputs in, likewise.
     :param output: Index of the output to take of a network with several, or `"all"` for a kernel of size (n·C)×(n·C),
-        point-major and output-minor, zero between outputs.
+        point-major and output-minor, zero between outputs; and the way to it, likewise.
     :param gain_variance_prior: Prior over :math:`s_a`.
     :param gain_variance_constraint: Constraint on :math:`s_a`. (Default:
         :class:`~gpytorch.constraints.Positive`.)
@@ -67,8 +68,9 @@ class GainKernel(NetworkKernel, KnownFeaturesKernel):
         self,
         network: nn.Module,
         *,
-        input_shape: tuple[int, ...] | None = None,
-        output: int | str | None = None,
+        input_shape: InputShape = None,
+        input_dtype: InputDtype = None,
+        output: Output = None,
         gain_variance_prior: Prior | None = None,
         gain_variance_constraint: Interval | None = None,
         offset_variance_prior: Prior | None = None,
@@ -76,7 +78,13 @@ class GainKernel(NetworkKernel, KnownFeaturesKernel):
         batch_shape: Size | None = None,
         active_dims: tuple[int, ...] | None = None,
     ):
-        options = {"parameters": "*", "input_shape": input_shape, "output": output, "group_by": None}
+        options = {
+            "parameters": "*",
+            "input_shape": input_shape,
+            "input_dtype": input_dtype,
+            "output": output,
+            "group_by": None,
+        }
         super().__init__(network, None, options, batch_shape=batch_shape, active_dims=active_dims)
         gain, offset = (_get_gain_variance, _set_gain_variance), (_get_offset_variance, _set_offset_variance)
         self._register_variance("gain_variance", gain, gain_variance_prior, gain_variance_constraint)
@@ -101,6 +109,7 @@ class GainKernel(NetworkKernel, KnownFeaturesKernel):
     def forward(
         self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **params: Any
     ) -> LinearOperator | Tensor:
+        x1, x2 = self._carried(x1, x2)
         if not torch.is_grad_enabled():  # the matrix may be evaluated where gradients are on
             x1, x2 = detached(x1, x2)
         if last_dim_is_batch:

@@ -13,7 +13,7 @@ from torch import Size, Tensor, nn
 
 from .._compat import parameters_in
 from ..jacobian.shared import linearization_of
-from ..network import ParameterSelection
+from ..network import InputDtype, InputShape, Output, ParameterSelection
 from ..operators import JacobianLinearOperator, NTKLinearOperator
 from ..operators._batches import flatten_batch
 from .base import NetworkKernel, detached
@@ -45,10 +45,16 @@ class NTKKernel(NetworkKernel):
     :param parameters: The parameters to linearise in: those with `requires_grad=True` (default), those whose name
         matches one of some shell patterns, e.g. `["head.*", "*.bias"]`, or those for which `f(name, parameter)` is
         true.
-    :param input_shape: The shape of one input as the network wants it, e.g. `(3, 32, 32)`: inputs are n×3072 then.
+    :param input_shape: The shape of one input as the network wants it, e.g. `(3, 32, 32)`: inputs are n×3072 then. Of
+        a network with several arguments, the shape of each by its name, e.g. `{"ids": (128,), "mask": (128,)}`:
+        :func:`~ntk_gp.pack` puts them side by side in rows.
+    :param input_dtype: An integer or boolean dtype that the network wants its inputs in, such as `torch.long`; of
+        several arguments, by name. Inputs may be integers then; they are carried exactly, or refused.
     :param output: Index of the output to take of a network with several, or `"all"` for a multitask kernel of size
         (n·C)×(n·C), point-major and output-minor, for an interleaved
-        :class:`~gpytorch.distributions.MultitaskMultivariateNormal`.
+        :class:`~gpytorch.distributions.MultitaskMultivariateNormal`. Where the network returns more than one tensor,
+        the name (key or attribute) of the one to linearise, or a function of what it returns; where that tensor has
+        several columns, or is at some position, a tuple whose last element says which: `("logits", "all")`, `(0, 3)`.
     :param variance_groups: Gives each group of parameters a prior variance of its own, to be learned: `"layer"`,
         `"parameter"`, or a function from a parameter's name to its group's.
     :param variance_prior: Prior over these variances.
@@ -87,8 +93,9 @@ class NTKKernel(NetworkKernel):
         network: nn.Module,
         *,
         parameters: ParameterSelection = None,
-        input_shape: tuple[int, ...] | None = None,
-        output: int | str | None = None,
+        input_shape: InputShape = None,
+        input_dtype: InputDtype = None,
+        output: Output = None,
         variance_groups: str | Callable[[str], str] | None = None,
         variance_prior: Prior | None = None,
         variance_constraint: Interval | None = None,
@@ -100,7 +107,7 @@ class NTKKernel(NetworkKernel):
     ):
         _check_no_lengthscale(kwargs)
         _refuse_in_botorch()
-        selection = {"parameters": parameters, "input_shape": input_shape, "output": output}
+        selection = {"parameters": parameters, "input_shape": input_shape, "input_dtype": input_dtype, "output": output}
         options = {**selection, "group_by": group_function(variance_groups)}
         super().__init__(network, engine, options, batch_shape=batch_shape, active_dims=active_dims, **kwargs)
         self.normalization: Normalization | None = None
@@ -164,6 +171,7 @@ class NTKKernel(NetworkKernel):
         self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **params
     ) -> NTKLinearOperator | Tensor:
         _refuse_in_botorch()  # which may have been imported since
+        x1, x2 = self._carried(x1, x2)
         if "raw_variance" in parameters_in(self):
             variance = self.variance.to(x1.device, x1.dtype)
         else:
@@ -236,8 +244,8 @@ def _check_no_lengthscale(arguments: dict[str, Any]) -> None:
     if arguments.keys() - set(_OF_LENGTHSCALES):
         raise TypeError(
             f"NTKKernel has no option {', '.join(sorted(arguments.keys() - set(_OF_LENGTHSCALES)))}; its options are "
-            "parameters, input_shape, output, variance_groups, variance_prior, variance_constraint, engine, normalize, "
-            "batch_shape and active_dims."
+            "parameters, input_shape, input_dtype, output, variance_groups, variance_prior, variance_constraint, "
+            "engine, normalize, batch_shape and active_dims."
         )
 
 

@@ -5,6 +5,8 @@ from .features import PENULTIMATE, head_of, layer_features
 from .frozen import FrozenNetwork, is_same_snapshot, preserved_random_state
 from .function import NO_MODE, NetworkFunction
 from .graph import LEAF, nodes_below
+from .inputs import InputDtype, InputShape, pack
+from .outputs import Output
 from .rows import some_rows
 from .snapshot import ParameterSelection
 from .specification import ALL_OUTPUTS
@@ -17,7 +19,10 @@ __all__ = [
     "NO_MODE",
     "PENULTIMATE",
     "FrozenNetwork",
+    "InputDtype",
+    "InputShape",
     "NetworkFunction",
+    "Output",
     "ParameterSelection",
     "Switch",
     "check_finite",
@@ -29,6 +34,7 @@ __all__ = [
     "layer_features",
     "nodes_below",
     "normal_tensor",
+    "pack",
     "preserved_random_state",
     "some_rows",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from .. import memory, settings
 from .._compat import version_of
 from ..replacements.elementary import ElementaryOperations
 from . import switches
+from .outputs import tensor_of
 from .skeleton import Skeletons
 from .specification import Specification
 from .tensors import convert_each, full_precision
@@ -103,8 +105,8 @@ class NetworkFunction:
         out = self.watched(parameters, x, lambda _: mode).reshape(x.shape[0], -1).to(x.dtype)
         return out[:, self.output].unsqueeze(-1) if isinstance(self.output, int) else out
 
-    def watched(self, parameters: Mapping[str, Tensor], x: Tensor, watch: Watch) -> Tensor:
-        """What the network returns, whatever that is, at x (n, d).
+    def watched(self, parameters: Mapping[str, Tensor], x: Tensor, watch: Watch) -> Any:
+        """What the network returns, of which the steps to the output are taken, at x (n, d).
 
         :param watch: Gives a context for the module that runs, a copy that is this call's alone.
         """
@@ -117,20 +119,18 @@ class NetworkFunction:
             self._check_writes(tensors, before)
         return out
 
-    def call_with(self, tensors: Mapping[str, Tensor], x: Tensor, watch: Watch = _unwatched) -> Tensor:
-        """What the network returns, whatever that is, for tensors by their canonical names."""
-        x = x.clone()  # the network may write to it
+    def call_with(self, tensors: Mapping[str, Tensor], x: Tensor, watch: Watch = _unwatched) -> Any:
+        """The same for tensors by their canonical names."""
+        specification = self.specification
         if self.inner_dtype is not None:
-            x = x.to(self.inner_dtype)
             tensors = convert_each(tensors, self.inner_dtype)
-        if self.specification.input_shape is not None:
-            x = x.reshape(x.shape[0], *self.specification.input_shape)
+        args, kwargs = specification.inputs.arguments(x.clone(), self.inner_dtype)  # the network may write to it
         if self.runs_again and torch.is_grad_enabled():  # without a graph nothing runs again
             module = self.skeletons.given(tensors)
             with watch(module):
-                return module(x)
+                return tensor_of(module(*args, **kwargs), specification.steps)
         with self.skeletons.lent(tensors) as module, watch(module):
-            return module(x)
+            return tensor_of(module(*args, **kwargs), specification.steps)
 
     def _check_writes(self, tensors: Mapping[str, Tensor], before: list[int]) -> None:
         """Raises where a call wrote to tensors that later calls share, as none did when the network was tried."""
@@ -239,10 +239,16 @@ class NetworkFunction:
             yield
 
     def check_input_gradients(self, x: Tensor) -> None:
-        """Raises where derivatives with respect to x are asked for, and a network runs parts of itself again for them.
+        """Raises where derivatives with respect to x are asked for, and there are none, or not here.
 
-        That would be later, outside :meth:`tracing`, with other operations than in the first run, and wrong.
+        A network that runs parts of itself again for them would do so later, outside :meth:`tracing`, with other
+        operations than in the first run, and wrongly.
         """
+        if torch.is_grad_enabled() and x.requires_grad and self.specification.inputs.are_whole:
+            raise ValueError(
+                "The inputs are whole numbers (input_dtype), so nothing has a derivative with respect to them. Detach "
+                "them, or keep inducing points fixed (learn_inducing_locations=False)."
+            )
         if self.runs_again and torch.is_grad_enabled() and x.requires_grad:
             raise NotImplementedError(
                 "A network with checkpoints, which runs parts of itself again in backward passes, has no gradients "

@@ -10,6 +10,8 @@ from torch.overrides import TorchFunctionMode
 
 from .function import Findings, NetworkFunction, versions
 from .graph import leaves_below
+from .inputs import Inputs
+from .outputs import described
 from .specification import ALL_OUTPUTS
 
 
@@ -123,16 +125,16 @@ def _checked_call(function: NetworkFunction, tensors: Mapping[str, Tensor], rows
     try:
         out = function.call_with(tensors, rows)
     except Exception as error:
-        shape = function.specification.input_shape or tuple(rows.shape[1:])
+        inputs = function.specification.inputs
         raise ValueError(
-            f"The network cannot be evaluated at inputs of shape (n, {', '.join(map(str, shape))}), dtype "
+            f"The network cannot be evaluated at inputs of shape {_shape_of(inputs, rows)}, dtype "
             f"{rows.dtype}: {error} Give it the features it was trained with, or input_shape= to reshape each flat "
             f"row.{_missing_attributes(function)}"
         ) from error
     if not isinstance(out, Tensor):
         raise TypeError(
-            f"The network returned a {type(out).__name__}, but a tensor was expected. Wrap it in a module whose "
-            "forward returns the one tensor to linearise."
+            f"The network returned {described(out)}, but a tensor was expected. Say which one to linearise: output= "
+            "takes a name, a position as in (0, 'all'), or a function of what is returned."
         )
     if out.numel() == 0 or (out.dim() > 0 and out.shape[0] != rows.shape[0]) or (out.dim() == 0 and rows.shape[0] > 1):
         raise ValueError(
@@ -140,6 +142,12 @@ def _checked_call(function: NetworkFunction, tensors: Mapping[str, Tensor], rows
             f"({rows.shape[0]},) or ({rows.shape[0]}, C), one row for each input."
         )
     return out
+
+
+def _shape_of(inputs: Inputs, rows: Tensor) -> str:
+    if isinstance(inputs.shape, dict):
+        return str(inputs.shape)
+    return f"(n, {', '.join(map(str, inputs.shape or tuple(rows.shape[1:])))})"
 
 
 class _SavedBytes:
