@@ -454,4 +454,4 @@ def test_token_ids_and_several_results():
     found = similarity.of_tasks(
         Tagger().double(), x, x.flip(0), input_dtype=torch.long, output=("logits", "all"), resamples=2
     )
-    assert all(abs(layer.fisher - 1) < 1e-9 for layer in found)
+    assert all(abs(layer.fisher.value - 1) < 1e-9 for layer in found)
