@@ -10,7 +10,7 @@ from gpytorch.priors import Prior
 from torch import Size, Tensor, nn
 
 from ..jacobian.distances import squared_distances
-from ..network import ParameterSelection
+from ..network import OutputSelection, ParameterSelection
 from ..operators.ntk_stationary_linear_operator import NTKStationaryLinearOperator
 from .base import detached, refuse_last_dim_is_batch
 from .metric import MetricKernel
@@ -29,7 +29,7 @@ class StationaryTangentKernel(MetricKernel):
         *,
         parameters: ParameterSelection = None,
         input_shape: tuple[int, ...] | None = None,
-        output: int | str | None = None,
+        output: OutputSelection = None,
         engine: str | None = None,
         lengthscale_prior: Prior | None = None,
         lengthscale_constraint: Interval | None = None,
@@ -54,15 +54,15 @@ class StationaryTangentKernel(MetricKernel):
         lengthscale = self.lengthscale.to(x1.device)
         if not torch.is_grad_enabled():  # the matrix may be evaluated where gradients are on
             lengthscale, x1, x2 = lengthscale.detach(), *detached(x1, x2)
-        function = self.network.bind(x1, x2)
+        x1, x2, function = self._rows(x1, x2)
         kernel_matrix = NTKStationaryLinearOperator(
             x1, x2, lengthscale, nu=self.nu, linearization=self._linearization, function=function
         )
         return kernel_matrix._diagonal() if diag else kernel_matrix
 
     def _distances(self, x: Tensor) -> Tensor:
-        self.network.bind(x)
-        distances = squared_distances(self._linearization, x.detach().unsqueeze(0))[0]
+        rows = self._rows(x, x)[0].detach()
+        distances = squared_distances(self._linearization, rows.reshape(-1, *rows.shape[-2:])).flatten(0, 1)
         above = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).triu(1)
         return distances[:, above].sqrt()
 
@@ -121,7 +121,7 @@ class TangentMaternKernel(StationaryTangentKernel):
         *,
         parameters: ParameterSelection = None,
         input_shape: tuple[int, ...] | None = None,
-        output: int | str | None = None,
+        output: OutputSelection = None,
         engine: str | None = None,
         lengthscale_prior: Prior | None = None,
         lengthscale_constraint: Interval | None = None,

@@ -1,13 +1,14 @@
 """The network to be linearised: a frozen copy of the user's module, its parameters chosen, grouped and flattened."""
 
+from .by_output import FunctionByOutput, NetworkByOutput, count_outputs, numbered
 from .checks import check_finite, check_tensor, is_finite
+from .chosen_outputs import ALL_OUTPUTS, OUTPUTS_AS_BATCH, Outputs, OutputSelection
 from .features import PENULTIMATE, head_of, layer_features
 from .frozen import FrozenNetwork, is_same_snapshot, preserved_random_state
 from .function import NO_MODE, NetworkFunction
 from .graph import LEAF, nodes_below
 from .rows import some_rows
 from .snapshot import ParameterSelection
-from .specification import ALL_OUTPUTS
 from .switches import Switch
 from .tensors import full_precision, normal_tensor
 
@@ -15,13 +16,19 @@ __all__ = [
     "ALL_OUTPUTS",
     "LEAF",
     "NO_MODE",
+    "OUTPUTS_AS_BATCH",
     "PENULTIMATE",
     "FrozenNetwork",
+    "FunctionByOutput",
+    "NetworkByOutput",
     "NetworkFunction",
+    "OutputSelection",
+    "Outputs",
     "ParameterSelection",
     "Switch",
     "check_finite",
     "check_tensor",
+    "count_outputs",
     "full_precision",
     "head_of",
     "is_finite",
@@ -29,6 +36,7 @@ __all__ = [
     "layer_features",
     "nodes_below",
     "normal_tensor",
+    "numbered",
     "preserved_random_state",
     "some_rows",
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-ALL_OUTPUTS = "all"
+from .chosen_outputs import THE_ONLY_ONE, Outputs, OutputSelection
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Specification:
     :param parameter_names: The selected parameters by their canonical names, in the network's order.
     :param group_labels: For each of these, the group it belongs to.
     :param input_shape: The shape of one input as the network wants it, or None for the rows as they come.
-    :param output: The index of the one output to take, `"all"`, or None where the network has just one.
+    :param outputs: Which of its outputs take part.
     :param is_recurrent: Whether some layers are recurrent ones, which have switches of their own.
     :param written: The tensors that calls are known to write to.
     :param kept: Attributes that are tensors and neither parameters nor buffers: constants, or so it seems.
@@ -27,7 +27,7 @@ class Specification:
     parameter_names: tuple[str, ...]
     group_labels: tuple[str, ...]
     input_shape: tuple[int, ...] | None = None
-    output: int | str | None = None
+    outputs: Outputs = THE_ONLY_ONE
     is_recurrent: bool = False
     written: frozenset[str] = frozenset()
     kept: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ def specify(
     names: Iterable[str],
     *,
     input_shape: Iterable[int] | None,
-    output: int | str | None,
+    output: OutputSelection,
     group_by: Callable[[str], str] | None,
     attributes: tuple[list[str], list[str]],
 ) -> Specification:
@@ -66,19 +66,12 @@ def specify(
         parameter_names=parameter_names,
         group_labels=tuple("all" if group_by is None else group_by(name) for name in parameter_names),
         input_shape=None if input_shape is None else tuple(int(size) for size in input_shape),
-        output=output,
+        outputs=Outputs.of(output),
         is_recurrent=any(isinstance(module, nn.RNNBase) for module in network.modules()),
         written=_renormalised_embeddings(network, aliases),
         kept=tuple(attributes[0]),
         left_out=tuple(attributes[1]),
     )
-
-
-def check_output_argument(output: object) -> None:
-    """Raises where an option `output` is none that there is."""
-    if output is None or output == ALL_OUTPUTS or (isinstance(output, int) and not isinstance(output, bool)):
-        return
-    raise TypeError(f"output must be an index, '{ALL_OUTPUTS}' or None, got {output!r}.")
 
 
 def _renormalised_embeddings(network: nn.Module, aliases: Mapping[str, str]) -> frozenset[str]:
