@@ -25,7 +25,7 @@ from .jacobian.columns import products as products_of_columns
 from .kernels import GainKernel, NTKKernel
 from .linearized import LinearizedModule, owned
 from .means import NetworkMean
-from .network import FrozenNetwork, InputDtype, InputShape, Output, ParameterSelection
+from .network import FrozenNetwork, InputDtype, InputShape, Output, ParameterSelection, count_outputs
 from .operators import NTKAddedDiagLinearOperator
 
 
@@ -37,13 +37,13 @@ class LinearizedFunctions(LinearizedModule):
     can be saved, copied, compiled and exported, as far as its prior mean and transforms can.
 
     :param network: The frozen network whose Jacobian it is.
-    :param weights: (k, P), float64.
+    :param weights: (k, P), float64; or (k, C, P) for a batch of outputs, each with its own.
     :param mean_module: The prior mean m; None for the network itself.
     :param active_dims: The columns of the inputs that the network sees.
     :param input_transform: Applied to x first, as BoTorch's models do.
     :param outcome_transform: Undone on the functions' values, as BoTorch's models do.
     :param columns: Known features Ψ beside J, functions of x and f(x).
-    :param column_weights: The weights of these, (k, q), float64: Ψ(x) v is added.
+    :param column_weights: The weights of these, (k, q) or (k, C, q), float64: Ψ(x) v is added.
     """
 
     weights: Tensor
@@ -73,12 +73,13 @@ class LinearizedFunctions(LinearizedModule):
         self.outcome_transform = _own_copy(outcome_transform)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(*batch, n, d) to (k, *batch, n), or (k, *batch, n, C) for all of a network's outputs."""
+        """(*batch, n, d) to (k, *batch, n); (k, *batch, n, C) for several of a network's outputs together, and
+        (k, *batch, C, n) for a batch of them."""
         x = self.network.flattened(x)
         x = x if self.input_transform is None else self.input_transform(x)
         columns = x if self.active_dims is None else x.index_select(-1, self.active_dims)
         points = columns.reshape(-1, columns.shape[-1])
-        values, products = self.values_and_products(points, self.weights)
+        values, products = self.values_and_functions(points, self.weights)
         if self.column_weights is not None:
             products = products + products_of_columns(self._columns, points, values, self.column_weights.to(points))
         if self.mean_module is None:
@@ -87,6 +88,8 @@ class LinearizedFunctions(LinearizedModule):
             values = self.mean_module(x) + self.shaped(products, columns)
         if self.outcome_transform is None:
             return values
+        if self.network.outputs.is_batch:
+            return self.outcome_transform.untransform(values.mT)[0].mT
         if values.dim() - 1 < x.dim():
             return self.outcome_transform.untransform(values.unsqueeze(-1))[0].squeeze(-1)
         return self.outcome_transform.untransform(values)[0]
@@ -95,9 +98,10 @@ class LinearizedFunctions(LinearizedModule):
 class LinearizedNetwork(LinearizedModule):
     r"""The adapted network :math:`f(x) + J(x) \hat w`, for serving without GPyTorch.
 
-    Maps (*batch, n, d) to (*batch, n), or (*batch, n, C) for all of a network's outputs, in the dtype and on the
-    device of x; inputs in the shape `input_shape` need not be flattened. It owns its tensors. Its `state_dict` holds
-    the network's weights and ŵ, and goes into any other one that was made of a network of this form:
+    Maps (*batch, n, d) to (*batch, n); or (*batch, n, C) for several of a network's outputs together, and
+    (*batch, C, n) for a batch of them; in the dtype and on the device of x. Inputs in the shape `input_shape` need not
+    be flattened. It owns its tensors. Its `state_dict` holds the network's weights and ŵ, and goes into any other one
+    that was made of a network of this form:
 
         >>> network = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
         >>> served = LinearizedNetwork(network)
@@ -105,14 +109,14 @@ class LinearizedNetwork(LinearizedModule):
 
     :param network: The network, or a frozen one (a kernel's `network`, with its options); copied.
     :param displacement: ŵ, (P,), for the parameters in the order of `LinearizedNetwork.network.parameter_names`, each
-        flattened. (Default: zeros, to be loaded.)
+        flattened; (C, P) for a batch of outputs, each with its own. (Default: zeros, to be loaded.)
     :param parameters: The parameters that it is linearised in, as for :class:`~ntk_gp.NTKKernel`.
     :param input_shape: The shape of one input as the network wants it, as for :class:`~ntk_gp.NTKKernel`.
     :param input_dtype: An integer or boolean dtype that the network wants its inputs in, likewise.
-    :param output: Index of the output to take, or `"all"`, likewise.
+    :param output: Index of the output to take, a list of some, `"all"`, or `"batch"`, likewise.
     :param columns: Known features Ψ beside J, functions of x and f(x), such as those of a
         :class:`~ntk_gp.GainKernel`.
-    :param column_weights: The weights of these, (q,): Ψ(x) v̂ is added. (Default: zeros, to be loaded.)
+    :param column_weights: The weights of these, (q,) or (C, q): Ψ(x) v̂ is added. (Default: zeros, to be loaded.)
     :raises ValueError: If ŵ has another number of elements than these parameters have.
     """
 
@@ -139,24 +143,37 @@ class LinearizedNetwork(LinearizedModule):
         super().__init__(network)
         own = [self.network.get_buffer(f"tensors.{name}") for name in self.network.parameter_names]
         size = sum(tensor.numel() for tensor in own)
+        lead = self._lead(displacement)
         if displacement is None:
-            displacement = torch.zeros(size, dtype=self.network.dtype, device=self.network.device)
-        if displacement.shape != (size,):
+            displacement = torch.zeros(*lead, size, dtype=self.network.dtype, device=self.network.device)
+        if displacement.shape != (*lead, size):
             raise ValueError(
-                f"Expected a displacement of shape ({size},), one number for each element of the selected parameters, "
-                f"got {tuple(displacement.shape)}."
+                f"Expected a displacement of shape {(*lead, size)}, one number for each element of the selected "
+                f"parameters, got {tuple(displacement.shape)}."
             )
         self.register_buffer("displacement", displacement.detach().clone())
         self._columns = tuple(columns)
         self.register_buffer("column_weights", self._own_column_weights(column_weights))
 
+    def _lead(self, displacement: Tensor | None) -> tuple[int, ...]:
+        """() or (C,), the shape of weight vectors but for their length."""
+        if not self.network.outputs.is_batch:
+            return ()
+        outputs = count_outputs(self.network)
+        if outputs is None and (displacement is None or displacement.dim() != 2):
+            raise ValueError(
+                "How many outputs the network has is not known before it is given inputs: give displacement (C, P)."
+            )
+        return (len(displacement),) if outputs is None and displacement is not None else (outputs or 1,)
+
     def _own_column_weights(self, given: Tensor | None) -> Tensor | None:
         size = sum(sizes_of(self._columns))
+        shape = (*self.displacement.shape[:-1], size)
         if given is None:
-            return self.displacement.new_zeros(size) if size else None
-        if given.shape != (size,):
+            return self.displacement.new_zeros(shape) if size else None
+        if given.shape != shape:
             raise ValueError(
-                f"Expected column_weights of shape ({size},), one number for each of the known features, got "
+                f"Expected column_weights of shape {shape}, one number for each of the known features, got "
                 f"{tuple(given.shape)}."
             )
         return given.detach().clone() if size else None
@@ -164,7 +181,7 @@ class LinearizedNetwork(LinearizedModule):
     def forward(self, x: Tensor) -> Tensor:
         x = self.network.flattened(x)
         points = x.reshape(-1, x.shape[-1])
-        values, products = self.values_and_products(points, self.displacement.unsqueeze(0))
+        values, products = self.values_and_functions(points, self.displacement.unsqueeze(0))
         if self.column_weights is not None:
             weights = self.column_weights.to(points).unsqueeze(0)
             products = products + products_of_columns(self._columns, points, values, weights)
@@ -181,12 +198,13 @@ def draw_functions(
     solve with `num_functions` columns; memory of num_functions·P.
 
     :param model: An :class:`~gpytorch.models.ExactGP` in eval mode whose kernel is an
-        :class:`~ntk_gp.NTKKernel`, scaled or not, without batches; or its sum with a
+        :class:`~ntk_gp.NTKKernel`, scaled or not, without batches but those of `output="batch"`; or its sum with a
         :class:`~ntk_gp.GainKernel` of the same network and GPyTorch's ConstantKernel and LinearKernel.
     :param num_functions: How many, k.
     :param prior: Draw from the prior instead.
     :param generator: The source of randomness. (Default: torch's own, on the CPU.)
-    :return: A module that maps (*batch, n, d) to (k, *batch, n).
+    :return: A module that maps (*batch, n, d) to (k, *batch, n); (k, *batch, n, C) for a multitask model, and
+        (k, *batch, C, n) for a batch of outputs, each of whose functions has weights of its own.
     :raises TypeError: If the kernel is of another kind.
     :raises ValueError: If the model has batches, or its `forward` does more than apply mean and kernel to its inputs.
     """
@@ -195,25 +213,26 @@ def draw_functions(
     strategy = _prediction_strategy(model, tangent)
     system = strategy.solver.system
     columns = _columns(tangent, strategy)
-    device = system.x.device
-    roots = system.root_variances
-    weights = _normal((num_functions, system.num_parameters), generator, device) * roots
+    device, outputs = system.x.device, len(system.x)  # as a batch, or one
+    size, roots = (outputs, num_functions), system.root_variances.unsqueeze(1)
+    weights = _normal((*size, system.num_parameters), generator, device) * roots
     if not prior:
-        noise = _normal((num_functions, system.num_rows), generator, device) * system.noise.sqrt()
-        residual = strategy.residual.reshape(1, -1) - system.jacobian.jvp(weights.unsqueeze(0))[0] - noise
-        weights = weights + strategy.solver.mean_weights(residual.unsqueeze(0))[0]
-    size = system.num_parameters - sum(sizes_of(columns))
+        noise = _normal((*size, system.num_rows), generator, device) * system.noise.sqrt().unsqueeze(1)
+        residual = strategy.residual.reshape(outputs, 1, -1) - system.jacobian.jvp(weights) - noise
+        weights = weights + strategy.solver.mean_weights(residual)
+    weights = weights.transpose(0, 1) if tangent.kernel.is_by_output else weights[0]
+    width = system.num_parameters - sum(sizes_of(columns))
     functions = LinearizedFunctions(
         tangent.kernel.network,
-        weights[:, :size],
+        weights[..., :width],
         model.mean_module,
         _dims(model, tangent),
         getattr(model, "input_transform", None),
         getattr(model, "outcome_transform", None),
         columns,
-        weights[:, size:] if columns else None,
+        weights[..., width:] if columns else None,
     )
-    functions.try_at(_two_points(strategy))
+    functions.try_at(_two_points(strategy, tangent))
     return functions
 
 
@@ -221,7 +240,8 @@ def adapted_network(model: ExactGP) -> LinearizedNetwork:
     """The posterior mean of a model as a network of its own, f(x) + J(x) ŵ.
 
     :param model: An :class:`~gpytorch.models.ExactGP` in eval mode with a :class:`~ntk_gp.means.NetworkMean` and an
-        :class:`~ntk_gp.NTKKernel` (scaled or not) of the same network, without batches; or with its sum with a
+        :class:`~ntk_gp.NTKKernel` (scaled or not) of the same network, without batches but those of
+        `output="batch"`, in which each output has a ŵ of its own; or with its sum with a
         :class:`~ntk_gp.GainKernel` of that network and GPyTorch's ConstantKernel and LinearKernel, whose
         features are functions of x and f(x) and cost no pass of their own.
     :raises TypeError: If mean or kernel are of another kind.
@@ -241,11 +261,11 @@ def adapted_network(model: ExactGP) -> LinearizedNetwork:
     if any(getattr(model, name, None) is not None for name in ("input_transform", "outcome_transform")):
         raise ValueError("A model that transforms inputs or outcomes is more than a network: call model.posterior(x).")
     strategy = _prediction_strategy(model, tangent)
-    points, columns = _two_points(strategy), _columns(tangent, strategy)
+    points, columns = _two_points(strategy, tangent), _columns(tangent, strategy)
     weights = strategy.mean_weights.to(points.dtype)
-    size = len(weights) - sum(sizes_of(columns))
-    own = weights[size:] if columns else None
-    adapted = LinearizedNetwork(tangent.kernel.network, weights[:size], columns=columns, column_weights=own)
+    size = weights.shape[-1] - sum(sizes_of(columns))
+    own = weights[..., size:] if columns else None
+    adapted = LinearizedNetwork(tangent.kernel.network, weights[..., :size], columns=columns, column_weights=own)
     adapted.try_at(points)
     return adapted
 
@@ -281,7 +301,7 @@ def _check_is_model(model: Any) -> None:
 
 def _same_network(one: FrozenNetwork, other: FrozenNetwork) -> bool:
     ours, theirs = one.specification, other.specification
-    if (ours.output, ours.steps, ours.inputs) != (theirs.output, theirs.steps, theirs.inputs):
+    if (ours.outputs, ours.steps, ours.inputs) != (theirs.outputs, theirs.steps, theirs.inputs):
         return False
     tensors, others = dict(one.named_buffers()), dict(other.named_buffers())
     return tensors.keys() == others.keys() and all(_is_equal(tensor, others[name]) for name, tensor in tensors.items())
@@ -326,7 +346,8 @@ def _columns(tangent: Summand, strategy: NTKPredictionStrategy) -> tuple[Column,
     served: list[Column] = []
     for column in system.linearization.columns:
         if isinstance(column, Values) and column.network is not None:
-            own, others = (network(system.x) for network in (column.network, tangent.kernel.network))
+            networks = (column.network, tangent.kernel._linearization.network)
+            own, others = (network.values(system.x, network.fingerprint()) for network in networks)
             if not torch.allclose(own, others, rtol=1e-9):
                 raise ValueError(
                     "The GainKernel's network gives other values than the NTKKernel's at the training inputs, though "
@@ -347,38 +368,57 @@ def _prediction_strategy(model: ExactGP, tangent: Summand) -> NTKPredictionStrat
     strategy = model.prediction_strategy
     if not isinstance(strategy, NTKPredictionStrategy):
         raise TypeError(f"The model predicts by a {type(strategy).__name__}; an NTKPredictionStrategy was expected.")
-    _check_is_plain(model, strategy, _dims(model, tangent))
+    _check_is_plain(model, strategy, tangent)
     return strategy
 
 
-def _two_points(strategy: NTKPredictionStrategy) -> Tensor:
-    """Two training inputs, as the network sees them, in the precision that the model predicts in."""
+def _inputs(strategy: NTKPredictionStrategy, tangent: Summand) -> Tensor:
+    """The training inputs as the network sees them, (1, n, d), or (C, n, d) of a batch of outputs; in float64."""
     x = strategy.solver.system.x
+    return x[..., :-1] if tangent.kernel.is_by_output else x
+
+
+def _two_points(strategy: NTKPredictionStrategy, tangent: Summand) -> Tensor:
+    """Two training inputs, as the network sees them, in the precision that the model predicts in."""
+    x = _inputs(strategy, tangent)
     return x.reshape(-1, x.shape[-1])[:2].to(strategy.train_labels.dtype)
 
 
-def _check_is_plain(model: ExactGP, strategy: NTKPredictionStrategy, dims: Tensor | None) -> None:
-    """Functions of weights stand for the model only where it has no batches and its prior is mean and kernel of x."""
+def _check_is_plain(model: ExactGP, strategy: NTKPredictionStrategy, tangent: Summand) -> None:
+    """Functions of weights stand for the model only where it has no batches but those of the outputs, and its prior is
+    mean and kernel of x."""
     if not isinstance(strategy._train_matrix, NTKAddedDiagLinearOperator):
         raise ValueError(
             "The model's posterior is not one over weights: targets are missing, noise is not positive, or the sum's "
             "features do not fit in ntk_gp.settings.memory_budget. Call model(x) instead."
         )
     system, x = strategy.solver.system, strategy.train_inputs[0]
-    if system.batch > 1 or strategy.residual.dim() > 1:
+    outputs = _outputs_in_batch(tangent)
+    shape = (outputs,) if tangent.kernel.is_by_output else ()
+    if system.batch != outputs or strategy.residual.shape[:-1] != shape:
         raise ValueError(
-            f"Expected a model without batches, got one with inputs of shape {tuple(x.shape)} and targets of shape "
-            f"{tuple(strategy.train_labels.shape)}."
+            "Expected a model without batches, or with output='batch' and no others, got one with inputs of shape "
+            f"{tuple(x.shape)} and targets of shape {tuple(strategy.train_labels.shape)}."
         )
+    dims = _dims(model, tangent)
     seen = x if dims is None else x.index_select(-1, dims)
     mean = model.mean_module(x).reshape(-1)
-    if not torch.equal(system.x, seen.double().reshape(system.x.shape)) or not torch.allclose(
-        mean, strategy.train_prior_dist.loc.reshape(-1)
-    ):
+    inputs = _inputs(strategy, tangent)
+    same = seen.shape[-2:] == inputs.shape[-2:] and torch.equal(inputs, seen.double().expand(inputs.shape))
+    if not same or not torch.allclose(mean, strategy.train_prior_dist.loc.reshape(-1)):
         raise ValueError(
             "The model's forward does more than apply mean_module and covar_module to its inputs. Put what it does "
             "into the network, and linearise that."
         )
+
+
+def _outputs_in_batch(tangent: Summand) -> int | None:
+    """C of a batch of all outputs, in their order; 1 for a kernel without batches of outputs, None for other batches of
+    them."""
+    if not tangent.kernel.is_by_output:
+        return 1
+    numbers = tangent.kernel.outputs_of_batches
+    return len(numbers) if numbers.dim() == 1 and torch.equal(numbers, torch.arange(len(numbers)).to(numbers)) else None
 
 
 def _normal(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:

@@ -208,9 +208,7 @@ class TestOutputs:
             evaluate(make_network(outputs=2), torch.randn(5, 3), output="first")
 
     def test_not_a_tensor(self, evaluate):
-        with pytest.raises(
-            TypeError, match=r"returned a tuple of 2: Tensor, tuple, but a tensor was expected"
-        ):
+        with pytest.raises(TypeError, match=r"returned a tuple of 2: Tensor, tuple, but a tensor was expected"):
             evaluate(nn.LSTM(3, 1, batch_first=True), torch.randn(5, 3))
 
     def test_not_one_row_for_each_input(self, evaluate):

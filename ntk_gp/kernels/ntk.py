@@ -16,7 +16,7 @@ from ..jacobian.shared import linearization_of
 from ..network import InputDtype, InputShape, Output, ParameterSelection
 from ..operators import JacobianLinearOperator, NTKLinearOperator
 from ..operators._batches import flatten_batch
-from .base import NetworkKernel, detached
+from .base import NetworkKernel, detached, refuse_last_dim_is_batch
 from .normalization import Normalization
 
 
@@ -151,8 +151,8 @@ class NTKKernel(NetworkKernel):
         """J(x) as a lazy matrix, (*batch, n·C, P), without the prior variances; columns in the order of
         `kernel.network.parameter_names`, each parameter flattened."""
         x = self.network.flattened(x)
-        self.network.bind(x)
-        return JacobianLinearOperator(x, linearization=self._linearization)
+        rows, _, _ = self._rows(x, x)
+        return JacobianLinearOperator(rows, linearization=self._linearization)
 
     def engine_report(self, x: Tensor) -> list[dict[str, object]]:
         """Tells for each parameter how its part of the Jacobian at x is served, and what that costs.
@@ -162,10 +162,9 @@ class NTKKernel(NetworkKernel):
             (`served_by`), the `bytes` of its factors at these inputs, and the flops for one entry of a Gram matrix
             (`gram_flops`).
         """
-        x = self.network.flattened(x)
-        self.network.bind(x)
-        jacobian = self._linearization.jacobian(x.detach().reshape(1, -1, x.shape[-1]))
-        return jacobian.report()
+        x = self.network.flattened(x).detach()
+        rows, _, _ = self._rows(*[x.reshape(-1, x.shape[-1])] * 2)
+        return self._linearization.jacobian(flatten_batch(rows)).report()
 
     def forward(
         self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **params
@@ -180,10 +179,11 @@ class NTKKernel(NetworkKernel):
             variance = variance.detach()
             if x1.requires_grad or x2.requires_grad:
                 x1, x2 = detached(x1, x2)
+        refuse_last_dim_is_batch(last_dim_is_batch and self.network.outputs.is_batch)
         if last_dim_is_batch:
             x1, x2 = (x.transpose(-1, -2).unsqueeze(-1) for x in (x1, x2))
             variance = variance.unsqueeze(-3)
-        function = self.network.bind(x1, x2)
+        x1, x2, function = self._rows(x1, x2)
         if self.normalization is not None and x1.numel():
             variance = variance / self.normalization.at(lambda: self._mean_diagonal(x1)).to(variance)
         kernel_matrix = NTKLinearOperator(x1, x2, variance, linearization=self._linearization, function=function)
@@ -199,12 +199,12 @@ class NTKKernel(NetworkKernel):
         if self.normalization is None:
             raise RuntimeError("This kernel is not normalised: make it with normalize=True.")
         x = self._active(x)
-        self.network.bind(x)
-        self.normalization.settle(self._mean_diagonal(x))
+        rows, _, _ = self._rows(x, x)
+        self.normalization.settle(self._mean_diagonal(rows))
 
-    def _mean_diagonal(self, x: Tensor) -> float:
-        """That of the kernel at x with prior variances of one."""
-        jacobian = self._linearization.jacobian(flatten_batch(x.detach()))
+    def _mean_diagonal(self, rows: Tensor) -> float:
+        """That of the kernel at these with prior variances of one."""
+        jacobian = self._linearization.jacobian(flatten_batch(rows.detach()))
         ones = jacobian.x.new_ones(1, self.network.num_groups)
         with torch.no_grad():
             return float(self._linearization.diagonal(jacobian, jacobian, ones).double().mean())

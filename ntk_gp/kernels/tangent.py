@@ -62,15 +62,15 @@ class StationaryTangentKernel(MetricKernel):
         lengthscale = self.lengthscale.to(x1.device)
         if not torch.is_grad_enabled():  # the matrix may be evaluated where gradients are on
             lengthscale, x1, x2 = lengthscale.detach(), *detached(x1, x2)
-        function = self.network.bind(x1, x2)
+        x1, x2, function = self._rows(x1, x2)
         kernel_matrix = NTKStationaryLinearOperator(
             x1, x2, lengthscale, nu=self.nu, linearization=self._linearization, function=function
         )
         return kernel_matrix._diagonal() if diag else kernel_matrix
 
     def _distances(self, x: Tensor) -> Tensor:
-        self.network.bind(x)
-        distances = squared_distances(self._linearization, x.detach().unsqueeze(0))[0]
+        rows = self._rows(x, x)[0].detach()
+        distances = squared_distances(self._linearization, rows.reshape(-1, *rows.shape[-2:])).flatten(0, 1)
         above = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).triu(1)
         return distances[:, above].sqrt()
 

@@ -19,6 +19,7 @@ from .equality import same_module
 from .fingerprint import Fingerprint
 from .function import NO_MODE, Findings, NetworkFunction
 from .inputs import InputDtype, InputShape
+from .outputs import Output
 from .probe import probe
 from .rows import check_values
 from .sharing import share_snapshot
@@ -37,7 +38,7 @@ from .snapshot import (
     unregistered_tensors,
     unwrap,
 )
-from .specification import ALL_OUTPUTS, check_output_argument, specify
+from .specification import check_output_argument, specify
 from .tensors import convert_each, normal_tensor
 from .trial import FEW, Trial
 
@@ -62,8 +63,9 @@ class FrozenNetwork(nn.Module):
         d = 3·32·32 are reshaped to it. Of a network with several arguments, the shape of each by its name, e.g.
         `{"ids": (128,), "mask": (128,)}`, side by side in one row (:func:`~ntk_gp.pack`).
     :param input_dtype: An integer or boolean dtype that the network wants its inputs in, of all arguments or by name.
-    :param output: Index of the one output to take, `"all"` for all C of them, or None where the network has just one.
-        Where it returns more than a tensor, a name, a function, or a tuple of steps to the tensor and one of these.
+    :param output: Index of the one output to take, a list of some, `"all"` for all C of them, `"batch"` for each of
+        them by itself, or None where the network has just one (:mod:`.chosen_outputs`). Where it returns more than a
+        tensor, a name, a function, or a tuple of steps to the tensor and one of these (:mod:`.outputs`).
     :param group_by: Maps a parameter's name to the label of its group (for a prior variance per group). One group by
         default.
     """
@@ -75,7 +77,7 @@ class FrozenNetwork(nn.Module):
         parameters: ParameterSelection = None,
         input_shape: InputShape = None,
         input_dtype: InputDtype = None,
-        output: Any = None,
+        output: Output = None,
         group_by: Callable[[str], str] | None = None,
     ):
         super().__init__()
@@ -86,7 +88,7 @@ class FrozenNetwork(nn.Module):
             "output": output,
             "group_by": group_by,
         }
-        check_output_argument(output)
+        check_output_argument(output)  # before anything is copied
         network = source = unwrap(network)
         named: dict[str, nn.Parameter] = dict(named_tensors(network.named_parameters(remove_duplicate=False)))
         if not named:
@@ -112,7 +114,7 @@ class FrozenNetwork(nn.Module):
             attributes=attributes,
         )
         self.parameter_names, self.group_names = self.specification.parameter_names, self.specification.group_names
-        self.inputs, self.output = self.specification.inputs, self.specification.output
+        self.inputs, self.outputs = self.specification.inputs, self.specification.outputs
         self.tensors = buffer_tree(network, set(canonical.values()))
         self._aliases = canonical
         # In a list, so that its mode and dtype are never changed from outside.
@@ -205,11 +207,14 @@ class FrozenNetwork(nn.Module):
         return NetworkFunction(self.specification, Skeletons(skeleton, self._aliases), tensors, inner_dtype, state)
 
     def forward(self, x: Tensor) -> Tensor:
-        """f(x) at the frozen weights: (*batch, n, d) to (*batch, n), or (*batch, n, C) with `output="all"`."""
-        return self.values(x, self.fingerprint(thorough=True))
+        """f(x) at the frozen weights: (*batch, n, d) to (*batch, n); or (*batch, n, C) with `output="all"` or a list,
+        and (*batch, C, n) with `output="batch"`."""
+        x = self.outputs.unrepeated(x)
+        return self.outputs.shaped(self.values(x, self.fingerprint(thorough=True)), x.shape[:-1])
 
     def values(self, x: Tensor, state: int, mode: AbstractContextManager[object] = NO_MODE) -> Tensor:
-        """The same, for callers that have looked for edits of the snapshot themselves.
+        """The same for all points as one list, (*batch, n, d) to (N, C), for callers that have looked for edits of the
+        snapshot themselves.
 
         :param state: What they found: the present fingerprint.
         :param mode: A context for what the network itself calls, and for nothing else.
@@ -221,17 +226,14 @@ class FrozenNetwork(nn.Module):
         function.check_input_gradients(x)
         flat = x.reshape(-1, x.shape[-1])
         if flat.shape[0] == 0:
-            out = flat.new_zeros(0, function.num_outputs)
-        else:
-            with function.tracing():
-                chunks = normal_tensor(flat).split(function.points_per_pass())
-                steps = settings.progress(chunks, "Network")
-                pieces = [function(function.parameters, chunk, mode) for chunk in steps]
-                if not function.has_checked(len(flat)):
-                    check_values(function, chunks[0], pieces[0], len(flat))
-            out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        shape = x.shape[:-1] if self.output != ALL_OUTPUTS else (*x.shape[:-1], function.num_outputs)
-        return out.reshape(shape)
+            return flat.new_zeros(0, function.num_outputs)
+        with function.tracing():
+            chunks = normal_tensor(flat).split(function.points_per_pass())
+            steps = settings.progress(chunks, "Network")
+            pieces = [function(function.parameters, chunk, mode) for chunk in steps]
+            if not function.has_checked(len(flat)):
+                check_values(function, chunks[0], pieces[0], len(flat))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def flattened(self, x: Tensor) -> Tensor:
         """Inputs of `input_shape`, (*batch, n, *input_shape), as the rows (*batch, n, d) that GPyTorch wants; integers
@@ -252,12 +254,8 @@ class FrozenNetwork(nn.Module):
 
     def num_outputs(self, x: Tensor) -> int:
         """C, the number of outputs that take part, at inputs of this width, dtype and device."""
-        return self.at(x).num_outputs if self.output == ALL_OUTPUTS else 1
-
-    def num_outputs_per_row(self, x: Tensor) -> int:
-        """The same, asked before anything else is: rows of another width than the network takes are refused."""
-        self.check_width(x)
-        return self.num_outputs(x)
+        known = self.outputs.known_count
+        return self.at(x).num_outputs if known is None else known
 
     def check(self, x: Tensor) -> None:
         """Raises where the network cannot be linearised at inputs like `x`, see :meth:`at`."""

@@ -35,6 +35,7 @@ class Findings:
     """What was found out about a function where it was tried (:mod:`.probe`).
 
     :param num_outputs: C.
+    :param network_outputs: How many the network has, of which C take part.
     :param bytes_per_point: What autograd keeps of a pass for each point.
     :param unreached: The parameters without influence on the output.
     :param written: The tensors that calls write to: each call gets its own.
@@ -42,6 +43,7 @@ class Findings:
     """
 
     num_outputs: int
+    network_outputs: int
     bytes_per_point: int
     unreached: frozenset[str]
     written: frozenset[str]
@@ -79,8 +81,9 @@ class NetworkFunction:
         self.specification = specification
         self.group_indices = specification.group_indices
         self.num_groups = len(specification.group_names)
-        self.output = specification.output
+        self.outputs = specification.outputs
         # What trying it finds out, see Findings.
+        self.network_outputs = 0
         self.bytes_per_point = 0
         self.unreached: frozenset[str] = frozenset()
         self.runs_again = False
@@ -89,7 +92,7 @@ class NetworkFunction:
 
     def learn(self, findings: Findings) -> None:
         """Takes down what was found where this function, or one that is the same, was tried."""
-        self.num_outputs = findings.num_outputs
+        self.num_outputs, self.network_outputs = findings.num_outputs, findings.network_outputs
         self.bytes_per_point = findings.bytes_per_point
         self.unreached = findings.unreached
         self._written |= findings.written
@@ -103,7 +106,7 @@ class NetworkFunction:
         :param mode: A context for what the network itself calls, and for nothing else.
         """
         out = self.watched(parameters, x, lambda _: mode).reshape(x.shape[0], -1).to(x.dtype)
-        return out[:, self.output].unsqueeze(-1) if isinstance(self.output, int) else out
+        return self.outputs.pick(out)
 
     def watched(self, parameters: Mapping[str, Tensor], x: Tensor, watch: Watch) -> Any:
         """What the network returns, of which the steps to the output are taken, at x (n, d).

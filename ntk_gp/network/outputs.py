@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 Step = str | int | Callable[[Any], Any]
-Output = int | str | Callable[[Any], Any] | tuple[Any, ...] | None
+Output = int | str | Sequence[int] | Callable[[Any], Any] | tuple[Any, ...] | None
 
 # What `output` says of the columns of the tensor that it is about, rather than of the way there.
 _OF_COLUMNS = ("all", "batch")

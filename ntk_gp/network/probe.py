@@ -12,7 +12,6 @@ from .function import Findings, NetworkFunction, versions
 from .graph import leaves_below
 from .inputs import Inputs
 from .outputs import described
-from .specification import ALL_OUTPUTS
 
 
 def probe(function: NetworkFunction, rows: Tensor) -> Findings:
@@ -33,7 +32,8 @@ def probe(function: NetworkFunction, rows: Tensor) -> Findings:
     _check_output(function, out, rows)
     size = out.reshape(rows.shape[0], -1).shape[1]
     findings = Findings(
-        num_outputs=size if function.output == ALL_OUTPUTS else 1,
+        num_outputs=function.outputs.count(size),
+        network_outputs=size,
         bytes_per_point=max(saved_bytes // rows.shape[0], rows.shape[1] * rows.element_size()),
         unreached=unreached,
         written=written,
@@ -44,15 +44,7 @@ def probe(function: NetworkFunction, rows: Tensor) -> Findings:
 
 
 def _check_output(function: NetworkFunction, out: Tensor, rows: Tensor) -> None:
-    size = out.reshape(rows.shape[0], -1).shape[1]
-    if isinstance(function.output, int) and not -size <= function.output < size:
-        raise ValueError(f"output={function.output} is out of range: the network has {size} outputs, 0 to {size - 1}.")
-    if function.output is None and size != 1:
-        raise ValueError(
-            f"The network has {size} outputs for each input (shape {tuple(out.shape)} for {rows.shape[0]} inputs), "
-            f"but one was expected. Choose it with output=k, or take all of them with output='{ALL_OUTPUTS}' "
-            "(and a multitask model)."
-        )
+    function.outputs.check(out.reshape(rows.shape[0], -1).shape[1], out.shape)
     if not out.requires_grad:
         raise ValueError(
             f"The network's output (dtype {out.dtype}) does not depend differentiably on any of the selected "

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
+from .chosen_outputs import THE_ONLY_ONE, Outputs
 from .inputs import InputDtype, Inputs, InputShape
-from .outputs import Step, check_steps, way_and_columns
-
-ALL_OUTPUTS = "all"
+from .outputs import Output, Step, check_steps, way_and_columns
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class Specification:
     :param group_labels: For each of these, the group it belongs to.
     :param inputs: What it is called with, made of rows.
     :param steps: The way from what it returns to the tensor whose columns are the outputs.
-    :param output: The index of the one output to take, `"all"`, or None where the network has just one.
+    :param outputs: Which of these take part.
     :param is_recurrent: Whether some layers are recurrent ones, which have switches of their own.
     :param written: The tensors that calls are known to write to.
     :param kept: Attributes that are tensors and neither parameters nor buffers: constants, or so it seems.
@@ -33,7 +31,7 @@ class Specification:
     group_labels: tuple[str, ...]
     inputs: Inputs = field(default_factory=Inputs)
     steps: tuple[Step, ...] = ()
-    output: int | str | None = None
+    outputs: Outputs = THE_ONLY_ONE
     is_recurrent: bool = False
     written: frozenset[str] = frozenset()
     kept: tuple[str, ...] = ()
@@ -58,7 +56,7 @@ def specify(
     *,
     input_shape: InputShape,
     input_dtype: InputDtype,
-    output: Any,
+    output: Output,
     group_by: Callable[[str], str] | None,
     attributes: tuple[list[str], list[str]],
 ) -> Specification:
@@ -75,7 +73,7 @@ def specify(
         group_labels=tuple("all" if group_by is None else group_by(name) for name in parameter_names),
         inputs=Inputs.of(input_shape, input_dtype),
         steps=steps,
-        output=columns,
+        outputs=Outputs.of(columns),
         is_recurrent=any(isinstance(module, nn.RNNBase) for module in network.modules()),
         written=_renormalised_embeddings(network, aliases),
         kept=tuple(attributes[0]),
@@ -87,12 +85,7 @@ def check_output_argument(output: object) -> None:
     """Raises where an option `output` is none that there is."""
     steps, columns = way_and_columns(output)
     check_steps(steps)
-    if columns is None or columns == ALL_OUTPUTS or (isinstance(columns, int) and not isinstance(columns, bool)):
-        return
-    raise TypeError(
-        f"output must be an index, '{ALL_OUTPUTS}', None, the name of a part of what the network returns, a function "
-        f"of it, or a tuple of such and an index or '{ALL_OUTPUTS}'; got {output!r}."
-    )
+    Outputs.of(columns)
 
 
 def _renormalised_embeddings(network: nn.Module, aliases: Mapping[str, str]) -> frozenset[str]:

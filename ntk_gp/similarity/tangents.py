@@ -143,7 +143,8 @@ class Tangents:
 
     def residuals(self, y: Tensor, what: str) -> Tensor:
         """y - f(x), (n, C)."""
-        return self.targets(y, what) - self.linearization.network(self.x).reshape(self.num_points, -1)
+        network = self.linearization.network
+        return self.targets(y, what) - network.values(self.x, network.fingerprint())
 
     def targets(self, y: Tensor, what: str) -> Tensor:
         """Targets as the user gave them, as (n, C)."""
