@@ -44,7 +44,7 @@ class NetworkKernel(NeuralTangentKernel):
             kernel_options["batch_shape"] = batch_of_outputs(linearization.network, kernel_options.get("batch_shape"))
         super().__init__(**kernel_options)
         self._engine = engine
-        self._given_batch = self.batch_shape
+        self._given_batch = Size(kernel_options.get("batch_shape") or ())
         self._take(linearization)
         numbers = None
         if self.network.outputs.is_batch:
