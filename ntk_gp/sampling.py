@@ -410,8 +410,9 @@ def _linear_model(strategy: NTKPredictionStrategy) -> System:
     system = strategy.linear_model
     if system is None:
         raise ValueError(
-            "The model's posterior is not one over weights: noise is not positive, or the sum's features, or a model "
-            "with missing targets, do not fit in ntk_gp.settings.memory_budget. Call model(x) instead."
+            "The model's posterior is not one over weights: noise is not positive, outputs are put together from a "
+            "batch, or the sum's features, or a model with missing targets, do not fit in "
+            "ntk_gp.settings.memory_budget. Call model(x) instead."
         )
     return system
 
