@@ -7,6 +7,7 @@ from .dynamics import GradientDescent, GradientFlow, largest_stable_rate
 from .explain import solver_report
 from .jacobian.rules import register_rule
 from .kernels import FeatureKernel, GainKernel, NTKKernel, TangentMaternKernel, TangentRBFKernel
+from .likelihoods import FixedNoiseMultitaskGaussianLikelihood
 from .means import NetworkMean
 from .network import pack
 from .operators import JacobianLinearOperator, NTKLinearOperator
@@ -20,6 +21,7 @@ bridge.install()
 __all__ = [
     "AdaptedGP",
     "FeatureKernel",
+    "FixedNoiseMultitaskGaussianLikelihood",
     "GainKernel",
     "GradientDescent",
     "GradientFlow",

@@ -26,7 +26,7 @@ from .kernels import GainKernel, NTKKernel
 from .linearized import LinearizedModule, owned
 from .means import NetworkMean
 from .network import FrozenNetwork, InputDtype, InputShape, Output, ParameterSelection, count_outputs
-from .operators import NTKAddedDiagLinearOperator
+from .solvers import System
 
 
 class LinearizedFunctions(LinearizedModule):
@@ -211,7 +211,7 @@ def draw_functions(
     _check_is_model(model)
     tangent = _ntk_summand(model.covar_module)
     strategy = _prediction_strategy(model, tangent)
-    system = strategy.solver.system
+    system = _linear_model(strategy)
     columns = _columns(tangent, strategy)
     device, outputs = system.x.device, len(system.x)  # as a batch, or one
     size, roots = (outputs, num_functions), system.root_variances.unsqueeze(1)
@@ -219,7 +219,7 @@ def draw_functions(
     if not prior:
         noise = _normal((*size, system.num_rows), generator, device) * system.noise.sqrt().unsqueeze(1)
         residual = strategy.residual.reshape(outputs, 1, -1) - system.jacobian.jvp(weights) - noise
-        weights = weights + strategy.solver.mean_weights(residual)
+        weights = weights + strategy.weights_for(residual)
     weights = weights.transpose(0, 1) if tangent.kernel.is_by_output else weights[0]
     width = system.num_parameters - sum(sizes_of(columns))
     functions = LinearizedFunctions(
@@ -262,7 +262,9 @@ def adapted_network(model: ExactGP) -> LinearizedNetwork:
         raise ValueError("A model that transforms inputs or outcomes is more than a network: call model.posterior(x).")
     strategy = _prediction_strategy(model, tangent)
     points, columns = _two_points(strategy, tangent), _columns(tangent, strategy)
-    weights = strategy.mean_weights.to(points.dtype)
+    outputs = len(_linear_model(strategy).x)
+    weights = strategy.weights_for(strategy.residual.reshape(outputs, 1, -1)).squeeze(1).to(points.dtype)
+    weights = weights if tangent.kernel.is_by_output else weights[0]
     size = weights.shape[-1] - sum(sizes_of(columns))
     own = weights[..., size:] if columns else None
     adapted = LinearizedNetwork(tangent.kernel.network, weights[..., :size], columns=columns, column_weights=own)
@@ -342,7 +344,7 @@ def _dims(model: ExactGP, tangent: Summand) -> Tensor | None:
 
 def _columns(tangent: Summand, strategy: NTKPredictionStrategy) -> tuple[Column, ...]:
     """What stands beside J in the model's features, for modules that have f(x) from the pass for J(x) w."""
-    system = strategy.solver.system
+    system = _linear_model(strategy)
     served: list[Column] = []
     for column in system.linearization.columns:
         if isinstance(column, Values) and column.network is not None:
@@ -374,7 +376,7 @@ def _prediction_strategy(model: ExactGP, tangent: Summand) -> NTKPredictionStrat
 
 def _inputs(strategy: NTKPredictionStrategy, tangent: Summand) -> Tensor:
     """The training inputs as the network sees them, (1, n, d), or (C, n, d) of a batch of outputs; in float64."""
-    x = strategy.solver.system.x
+    x = _linear_model(strategy).x
     return x[..., :-1] if tangent.kernel.is_by_output else x
 
 
@@ -387,12 +389,7 @@ def _two_points(strategy: NTKPredictionStrategy, tangent: Summand) -> Tensor:
 def _check_is_plain(model: ExactGP, strategy: NTKPredictionStrategy, tangent: Summand) -> None:
     """Functions of weights stand for the model only where it has no batches but those of the outputs, and its prior is
     mean and kernel of x."""
-    if not isinstance(strategy._train_matrix, NTKAddedDiagLinearOperator):
-        raise ValueError(
-            "The model's posterior is not one over weights: targets are missing, noise is not positive, or the sum's "
-            "features do not fit in ntk_gp.settings.memory_budget. Call model(x) instead."
-        )
-    system, x = strategy.solver.system, strategy.train_inputs[0]
+    system, x = _linear_model(strategy), strategy.train_inputs[0]
     outputs = _outputs_in_batch(tangent)
     shape = (outputs,) if tangent.kernel.is_by_output else ()
     if system.batch != outputs or strategy.residual.shape[:-1] != shape:
@@ -410,6 +407,18 @@ def _check_is_plain(model: ExactGP, strategy: NTKPredictionStrategy, tangent: Su
             "The model's forward does more than apply mean_module and covar_module to its inputs. Put what it does "
             "into the network, and linearise that."
         )
+
+
+def _linear_model(strategy: NTKPredictionStrategy) -> System:
+    """K + D of the model's training data."""
+    system = strategy.linear_model
+    if system is None:
+        raise ValueError(
+            "The model's posterior is not one over weights: noise is not positive, outputs are put together from a "
+            "batch, or the sum's features, or a model with missing targets, do not fit in "
+            "ntk_gp.settings.memory_budget. Call model(x) instead."
+        )
+    return system
 
 
 def _outputs_in_batch(tangent: Summand) -> int | None:

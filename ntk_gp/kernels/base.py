@@ -55,7 +55,7 @@ class NetworkKernel(NeuralTangentKernel):
         self.network = linearization.network
         is_batch = self.network.outputs.is_batch
         self._linearization = LinearizationByOutput(linearization) if is_batch else linearization
-        self._outputs_checked: NetworkFunction | None = None
+        self._states_checked: set[int | None] = set()  # one with the copies in which matrices are evaluated
 
     def _rows(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, NetworkFunction]:
         """The inputs as kernel matrices take them, looked at, and the network as it was bound to them.
@@ -75,7 +75,7 @@ class NetworkKernel(NeuralTangentKernel):
     def _check_outputs(self, function: NetworkFunction) -> None:
         """Raises where a batch is of another number of outputs than the network has, and warns where one is repeated
         for each of them; once for each state of the network."""
-        if self._outputs_checked is function or not self._given_batch:
+        if not self._given_batch or function.state in self._states_checked:
             return
         batches, outputs = self._given_batch[-1], function.network_outputs
         if self.network.outputs.is_batch and batches != outputs:
@@ -92,7 +92,7 @@ class NetworkKernel(NeuralTangentKernel):
                 UserWarning,
                 stacklevel=2,
             )
-        self._outputs_checked = function
+        self._states_checked.add(function.state)
 
     def linearize(self, network: nn.Module) -> None:
         """Takes a new snapshot, of this network, with the same options, and drops everything computed from the last.

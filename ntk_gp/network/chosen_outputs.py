@@ -114,12 +114,14 @@ class Outputs:
         return values if self.are_tasks else values.squeeze(-1)
 
     def unrepeated(self, x: Tensor) -> Tensor:
-        """The same inputs once, (*b, n, d), where they are repeated for each output of a batch, (*b, C, n, d)."""
+        """The same inputs once, (n, d) or (*b, 1, n, d), where they are repeated for each output, (*b, C, n, d)."""
         if not self.is_batch or x.dim() < 3 or x.requires_grad or x.shape[-3] == 0:
             return x
         first = x[..., :1, :, :]
         repeated = x.stride(-3) == 0 or x.shape[-3] == 1 or torch.equal(x, first.expand_as(x))
-        return first.squeeze(-3) if repeated else x
+        if not repeated:
+            return x
+        return first[0] if x.dim() == 3 else first
 
 
 THE_ONLY_ONE = Outputs()
