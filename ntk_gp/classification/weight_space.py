@@ -15,8 +15,8 @@ from .spaces import Curvature, Position, Space
 
 
 class WeightSpace(Space):
-    """Whitened weights u with f − m = Φ u, Φ = J Σ^{1/2}, for kernels that are linear in weights. Holds 3 P² numbers, and
-    2 N·P where there is room for them; takes n·r·P² + P³/3 flops a step.
+    """Whitened weights u with f − m = Φ u, Φ = J Σ^{1/2}, for kernels that are linear in weights. Holds 3 P² numbers,
+    and 2 N·P where there is room for them; takes n·r·P² + P³/3 flops a step.
 
     :param system: What the kernel is made of.
     """
