@@ -8,7 +8,8 @@ Gaussian process posteriors", ICML 2020; exact here, since the prior has finitel
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from ._compat import children_in
 from .bridge.feature_sums import Summand, parts_of_features, summands
 from .bridge.prediction_strategies import NTKPredictionStrategy
+from .classification import LaplaceGP
 from .jacobian.columns import Column, Values, sizes_of
 from .jacobian.columns import products as products_of_columns
 from .kernels import GainKernel, NTKKernel
@@ -27,6 +29,7 @@ from .linearized import LinearizedModule, owned
 from .means import NetworkMean
 from .network import FrozenNetwork, ParameterSelection
 from .operators import NTKAddedDiagLinearOperator
+from .solvers import System
 
 
 class LinearizedFunctions(LinearizedModule):
@@ -169,7 +172,7 @@ class LinearizedNetwork(LinearizedModule):
 
 
 def draw_functions(
-    model: ExactGP, num_functions: int, *, prior: bool = False, generator: torch.Generator | None = None
+    model: ExactGP | LaplaceGP, num_functions: int, *, prior: bool = False, generator: torch.Generator | None = None
 ) -> LinearizedFunctions:
     r"""Draws functions from a model's posterior, or from its prior, exactly.
 
@@ -177,9 +180,10 @@ def draw_functions(
     :math:`w + \Sigma J^\top (K + D)^{-1} (y - m - J w - \varepsilon)` are a draw from their posterior. Costs one
     solve with `num_functions` columns; memory of num_functions·P.
 
-    :param model: An :class:`~gpytorch.models.ExactGP` in eval mode whose kernel is an
+    :param model: An :class:`~gpytorch.models.ExactGP`, or a :class:`~ntk_gp.LaplaceGP`, in eval mode whose kernel is an
         :class:`~ntk_gp.NTKKernel`, scaled or not, without batches; or its sum with a
-        :class:`~ntk_gp.GainKernel` of the same network and GPyTorch's ConstantKernel and LinearKernel.
+        :class:`~ntk_gp.GainKernel` of the same network and GPyTorch's ConstantKernel and LinearKernel. Of a LaplaceGP
+        the functions are latent ones, logits, and exact draws from Laplace's approximation.
     :param num_functions: How many, k.
     :param prior: Draw from the prior instead.
     :param generator: The source of randomness. (Default: torch's own, on the CPU.)
@@ -189,16 +193,17 @@ def draw_functions(
     """
     _check_is_model(model)
     tangent = _ntk_summand(model.covar_module)
-    strategy = _prediction_strategy(model, tangent)
-    system = strategy.solver.system
-    columns = _columns(tangent, strategy)
-    device = system.x.device
-    roots = system.root_variances
-    weights = _normal((num_functions, system.num_parameters), generator, device) * roots
-    if not prior:
-        noise = _normal((num_functions, system.num_rows), generator, device) * system.noise.sqrt()
-        residual = strategy.residual.reshape(1, -1) - system.jacobian.jvp(weights.unsqueeze(0))[0] - noise
-        weights = weights + strategy.solver.mean_weights(residual.unsqueeze(0))[0]
+    posterior = _weight_posterior(model, tangent)
+    system = posterior.system
+    columns = _columns(tangent, system)
+
+    def normals(*shape: int) -> Tensor:
+        return _normal(shape, generator, system.x.device)
+
+    if prior:
+        weights = normals(num_functions, system.num_parameters) * system.root_variances
+    else:
+        weights = posterior.draws(num_functions, normals)
     size = system.num_parameters - sum(sizes_of(columns))
     functions = LinearizedFunctions(
         tangent.kernel.network,
@@ -210,17 +215,17 @@ def draw_functions(
         columns,
         weights[:, size:] if columns else None,
     )
-    functions.try_at(_two_points(strategy))
+    functions.try_at(posterior.two_points())
     return functions
 
 
-def adapted_network(model: ExactGP) -> LinearizedNetwork:
+def adapted_network(model: ExactGP | LaplaceGP) -> LinearizedNetwork:
     """The posterior mean of a model as a network of its own, f(x) + J(x) ŵ.
 
-    :param model: An :class:`~gpytorch.models.ExactGP` in eval mode with a :class:`~ntk_gp.means.NetworkMean` and an
-        :class:`~ntk_gp.NTKKernel` (scaled or not) of the same network, without batches; or with its sum with a
-        :class:`~ntk_gp.GainKernel` of that network and GPyTorch's ConstantKernel and LinearKernel, whose
-        features are functions of x and f(x) and cost no pass of their own.
+    :param model: An :class:`~gpytorch.models.ExactGP`, or a :class:`~ntk_gp.LaplaceGP` (whose mean are logits), in eval
+        mode with a :class:`~ntk_gp.means.NetworkMean` and an :class:`~ntk_gp.NTKKernel` (scaled or not) of the same
+        network, without batches; or with its sum with a :class:`~ntk_gp.GainKernel` of that network and GPyTorch's
+        ConstantKernel and LinearKernel, whose features are functions of x and f(x) and cost no pass of their own.
     :raises TypeError: If mean or kernel are of another kind.
     :raises ValueError: If they are of different networks, or the model does more than apply them to its inputs.
     """
@@ -237,9 +242,9 @@ def adapted_network(model: ExactGP) -> LinearizedNetwork:
         raise ValueError("A kernel or mean with active_dims sees only some inputs: call model(x) instead.")
     if any(getattr(model, name, None) is not None for name in ("input_transform", "outcome_transform")):
         raise ValueError("A model that transforms inputs or outcomes is more than a network: call model.posterior(x).")
-    strategy = _prediction_strategy(model, tangent)
-    points, columns = _two_points(strategy), _columns(tangent, strategy)
-    weights = strategy.mean_weights.to(points.dtype)
+    posterior = _weight_posterior(model, tangent)
+    points, columns = posterior.two_points(), _columns(tangent, posterior.system)
+    weights = posterior.mean().to(points.dtype)
     size = len(weights) - sum(sizes_of(columns))
     own = weights[size:] if columns else None
     adapted = LinearizedNetwork(tangent.kernel.network, weights[:size], columns=columns, column_weights=own)
@@ -268,11 +273,12 @@ def _is_mean_of(network: FrozenNetwork, active_dims: Tensor | None, mean: nn.Mod
 
 
 def _check_is_model(model: Any) -> None:
-    if not isinstance(model, ExactGP) or not all(hasattr(model, name) for name in ("covar_module", "mean_module")):
+    has_parts = all(hasattr(model, name) for name in ("covar_module", "mean_module"))
+    if not isinstance(model, ExactGP | LaplaceGP) or not has_parts:
         raise TypeError(
-            f"Expected a gpytorch.models.ExactGP with a mean_module and a covar_module, got {type(model).__name__}. A "
-            "network becomes one with training data: its mean_module is NetworkMean(network), its covar_module "
-            "ScaleKernel(NTKKernel(network)); pass that model, in eval mode."
+            "Expected a gpytorch.models.ExactGP with a mean_module and a covar_module, or an ntk_gp.LaplaceGP, got "
+            f"{type(model).__name__}. A network becomes one with training data: its mean_module is "
+            "NetworkMean(network), its covar_module ScaleKernel(NTKKernel(network)); pass that model, in eval mode."
         )
 
 
@@ -308,7 +314,7 @@ def _ntk_summand(kernel: Kernel) -> Summand:
     return tangent
 
 
-def _dims(model: ExactGP, tangent: Summand) -> Tensor | None:
+def _dims(model: ExactGP | LaplaceGP, tangent: Summand) -> Tensor | None:
     """The columns of the model's inputs that the network sees; None for all."""
     own, inner = model.covar_module.active_dims, tangent.active_dims
     if own is None or inner is None:
@@ -316,9 +322,8 @@ def _dims(model: ExactGP, tangent: Summand) -> Tensor | None:
     return own[inner]
 
 
-def _columns(tangent: Summand, strategy: NTKPredictionStrategy) -> tuple[Column, ...]:
+def _columns(tangent: Summand, system: System) -> tuple[Column, ...]:
     """What stands beside J in the model's features, for modules that have f(x) from the pass for J(x) w."""
-    system = strategy.solver.system
     served: list[Column] = []
     for column in system.linearization.columns:
         if isinstance(column, Values) and column.network is not None:
@@ -333,9 +338,99 @@ def _columns(tangent: Summand, strategy: NTKPredictionStrategy) -> tuple[Column,
     return tuple(served)
 
 
-def _prediction_strategy(model: ExactGP, tangent: Summand) -> NTKPredictionStrategy:
+class _WeightPosterior(ABC):
+    """The distribution of a model's weights, w − w₀ and those of known features, given its data.
+
+    :param system: What the model's kernel matrix at the training inputs is made of.
+    :param dtype: That of the model's inputs, which it predicts in.
+    """
+
+    def __init__(self, system: System, dtype: torch.dtype):
+        self.system = system
+        self.dtype = dtype
+
+    @abstractmethod
+    def mean(self) -> Tensor:
+        """ŵ, (P,), float64."""
+
+    @abstractmethod
+    def draws(self, number: int, normals: Callable[..., Tensor]) -> Tensor:
+        """Draws, (number, P), float64.
+
+        :param normals: Gives standard normals of a shape.
+        """
+
+    def two_points(self) -> Tensor:
+        """Two training inputs, as the network sees them, in the precision that the model predicts in."""
+        return self.system.x.reshape(-1, self.system.x.shape[-1])[:2].to(self.dtype)
+
+
+class _ExactPosterior(_WeightPosterior):
+    """Of regression.
+
+    :param strategy: What an ExactGP predicts by.
+    """
+
+    def __init__(self, strategy: NTKPredictionStrategy):
+        super().__init__(strategy.solver.system, strategy.train_inputs[0].dtype)
+        self.strategy = strategy
+
+    def mean(self) -> Tensor:
+        return self.strategy.mean_weights
+
+    def draws(self, number: int, normals: Callable[..., Tensor]) -> Tensor:
+        system = self.system
+        weights = normals(number, system.num_parameters) * system.root_variances
+        noise = normals(number, system.num_rows) * system.noise.sqrt()
+        residual = self.strategy.residual.reshape(1, -1) - system.jacobian.jvp(weights.unsqueeze(0))[0] - noise
+        return weights + self.strategy.solver.mean_weights(residual.unsqueeze(0))[0]
+
+
+class _LaplacePosterior(_WeightPosterior):
+    """Of classification, by Laplace's approximation.
+
+    :param model: The classifier.
+    :param system: What its kernel matrix is made of.
+    """
+
+    def __init__(self, model: LaplaceGP, system: System):
+        super().__init__(system, model.train_inputs[0].dtype)
+        self.posterior = model.latent_posterior()
+
+    def mean(self) -> Tensor:
+        return self.posterior.weights
+
+    def draws(self, number: int, normals: Callable[..., Tensor]) -> Tensor:
+        curvature = self.posterior.approximation.curvature
+        return self.mean() + curvature.draw_weights(normals(number, curvature.num_normals))
+
+
+def _weight_posterior(model: ExactGP | LaplaceGP, tangent: Summand) -> _WeightPosterior:
     if model.training:
         raise RuntimeError("The model is in train mode. Call model.eval() (and likelihood.eval()) first.")
+    if isinstance(model, ExactGP):
+        return _ExactPosterior(_prediction_strategy(model, tangent))
+    prior, dims = model.latent_posterior().approximation.prior, _dims(model, tangent)
+    if prior.system is None:
+        raise ValueError(
+            "The model's posterior is not one over weights: the sum's features do not fit in "
+            "ntk_gp.settings.memory_budget. Call model(x) instead."
+        )
+    x = model.train_inputs[0]
+    seen = x if dims is None else x.index_select(-1, dims)
+    is_plain = torch.equal(prior.system.x[0], seen.double())
+    if not is_plain or not torch.allclose(model.mean_module(x).double().reshape(-1), prior.mean.reshape(-1)):
+        raise ValueError(_NOT_PLAIN)
+    return _LaplacePosterior(model, prior.system)
+
+
+_NOT_PLAIN = (
+    "The model's forward does more than apply mean_module and covar_module to its inputs. Put what it does into the "
+    "network, and linearise that."
+)
+
+
+def _prediction_strategy(model: ExactGP, tangent: Summand) -> NTKPredictionStrategy:
     if model.prediction_strategy is None:
         first = [inputs[..., :1, :] for inputs in model.train_inputs]
         with torch.no_grad(), gpytorch_settings.skip_posterior_variances(), gpytorch_settings.debug(False):
@@ -345,12 +440,6 @@ def _prediction_strategy(model: ExactGP, tangent: Summand) -> NTKPredictionStrat
         raise TypeError(f"The model predicts by a {type(strategy).__name__}; an NTKPredictionStrategy was expected.")
     _check_is_plain(model, strategy, _dims(model, tangent))
     return strategy
-
-
-def _two_points(strategy: NTKPredictionStrategy) -> Tensor:
-    """Two training inputs, as the network sees them, in the precision that the model predicts in."""
-    x = strategy.solver.system.x
-    return x.reshape(-1, x.shape[-1])[:2].to(strategy.train_inputs[0].dtype)
 
 
 def _check_is_plain(model: ExactGP, strategy: NTKPredictionStrategy, dims: Tensor | None) -> None:
@@ -371,10 +460,7 @@ def _check_is_plain(model: ExactGP, strategy: NTKPredictionStrategy, dims: Tenso
     if not torch.equal(system.x, seen.double().reshape(system.x.shape)) or not torch.allclose(
         mean, strategy.train_prior_dist.loc.reshape(-1)
     ):
-        raise ValueError(
-            "The model's forward does more than apply mean_module and covar_module to its inputs. Put what it does "
-            "into the network, and linearise that."
-        )
+        raise ValueError(_NOT_PLAIN)
 
 
 def _normal(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:

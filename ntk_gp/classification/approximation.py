@@ -211,11 +211,7 @@ def _check_prior(distribution: MultivariateNormal, density: LogDensity) -> None:
     is_multitask = isinstance(distribution, MultitaskMultivariateNormal)
     shape = tuple(distribution.batch_shape + distribution.event_shape)
     if shape != expected or is_multitask != (outputs > 1):
-        kind = (
-            f"a MultitaskMultivariateNormal, one task for each of {outputs} classes,"
-            if outputs > 1
-            else "a MultivariateNormal"
-        )
+        kind = "MultitaskMultivariateNormal, one task for each class," if outputs > 1 else "MultivariateNormal"
         raise ValueError(
             f"Expected the model's forward to return a {kind} of shape {expected} for {points} labels, got a "
             f"{type(distribution).__name__} of shape {shape}. Several classes take a network with as many outputs: "

@@ -112,7 +112,7 @@ class LaplaceGP(GP):
             return super().__call__(x, **kwargs)
         if gpytorch_settings.prior_mode.on():
             return super().__call__(x, **kwargs)
-        posterior, known = self._latent_posterior(), self.train_inputs[0]
+        posterior, known = self.latent_posterior(), self.train_inputs[0]
         joint = super().__call__(torch.cat([known.expand(*x.shape[:-2], *known.shape), x], dim=-2), **kwargs)
         rows = posterior.approximation.prior.mean.numel()
         covariance = to_linear_operator(joint.lazy_covariance_matrix)
@@ -126,10 +126,10 @@ class LaplaceGP(GP):
     def approximation(self) -> LaplaceApproximation:
         """Laplace's approximation at the training inputs, at the present hyperparameters: `approximation.latent_mean`
         is f̂, `approximation.steps` the number of Newton steps, `approximation.log_evidence()` the evidence."""
-        return self._latent_posterior().approximation
+        return self.latent_posterior().approximation
 
-    def _latent_posterior(self) -> LatentPosterior:
-        """Made for the first prediction, and again where a parameter has changed since."""
+    def latent_posterior(self) -> LatentPosterior:
+        """What predictions come from: made for the first one, and again where a parameter has changed since."""
         state = [*self.parameters(), *self.train_inputs, self.train_targets]
         kept = self._posterior
         if kept is None or not _are_equal(kept[0], state):
@@ -169,7 +169,7 @@ class LaplaceGP(GP):
             raise RuntimeError("The model is in train mode. Call model.eval() first.")
         x = _checked_inputs(x, batches=True)
         link = Link(self.likelihood, method, samples, generator)
-        size = self._latent_posterior().points_per_block()
+        size = self.latent_posterior().points_per_block()
         with torch.no_grad():
             blocks = settings.progress(x.reshape(-1, x.shape[-1]).split(size), "Probabilities")
             found = torch.cat([link(*self._marginals(block)) for block in blocks])
@@ -177,7 +177,7 @@ class LaplaceGP(GP):
 
     def _marginals(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The latent posterior at each of some points by itself: mean, (m, C), and covariance, (m, C, C)."""
-        found = self._latent_posterior().marginals(super().__call__(x))
+        found = self.latent_posterior().marginals(super().__call__(x))
         if found is not None:
             return found
         distribution = self(x)

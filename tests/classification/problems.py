@@ -1,4 +1,4 @@
-"""Small classifiers, and Laplace's approximation by dense algebra and autograd that share no code with the package's."""
+"""Small classifiers, and Laplace's approximation by dense algebra and autograd: no code is shared with the package."""
 
 from __future__ import annotations
 
@@ -48,14 +48,17 @@ class Problem:
 
     :param name: Of the likelihood.
     :param n: The number of training points.
+    :param sureness: What the weights of the last layer are multiplied by.
     """
 
-    def __init__(self, name: str, n: int = 8, classes: int = CLASSES, width: int = 4):
+    def __init__(self, name: str, n: int = 8, classes: int = CLASSES, width: int = 4, sureness: float = 1.0):
         torch.manual_seed(0)
         self.name = name
         self.outputs = classes if name == "softmax" else 1
         self.output = "all" if name == "softmax" else None
         self.network = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, self.outputs)).double()
+        with torch.no_grad():
+            self.network[2].weight *= sureness
         self.x, self.test_x = torch.randn(n, 2).double(), torch.randn(5, 2).double()
         self.labels = torch.arange(n) % (classes if name == "softmax" else 2)
         self.jacobian, self.test_jacobian = (
@@ -138,7 +141,7 @@ class Reference:
     def _mode(self, a: Tensor) -> Tensor:
         matrix, mean = self.matrix.detach(), self.mean.detach().reshape(-1)
         with torch.no_grad():
-            for _ in range(100):
+            for _ in range(30):
                 step, length = self._step(a), 1.0
                 while length > 1e-4 and self.objective(mean + matrix @ (a + length * step), a + length * step) < (
                     self.objective(mean + matrix @ a, a)

@@ -119,17 +119,12 @@ def test_any_other_kernel(with_tangent):
     rbf = ScaleKernel(RBFKernel())
     model = problem.model(ScaleKernel(problem.kernel()) + rbf if with_tangent else rbf)
 
+    tangent = model.covar_module.kernels[0].outputscale if with_tangent else 0.0
+
     def matrix(x, y, jacobian_x, jacobian_y):
         distances = (x.unsqueeze(-2) - y).square().sum(-1)
-        out = rbf.outputscale * torch.exp(-distances / (2 * rbf.base_kernel.lengthscale.square()))
-        return out + with_tangent * model.covar_module.kernels[0].outputscale * jacobian_x @ jacobian_y.mT
-
-    if not with_tangent:
-        matrix_of = matrix
-
-        def matrix(x, y, *_):
-            distances = (x.unsqueeze(-2) - y).square().sum(-1)
-            return rbf.outputscale * torch.exp(-distances / (2 * rbf.base_kernel.lengthscale.square()))
+        stationary = torch.exp(-distances / (2 * rbf.base_kernel.lengthscale.square()))
+        return rbf.outputscale * stationary + tangent * jacobian_x @ jacobian_y.mT
 
     x, test_x = problem.x, problem.test_x
     train = matrix(x, x, problem.jacobian, problem.jacobian)
