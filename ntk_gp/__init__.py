@@ -3,6 +3,7 @@
 from . import bridge, plots, settings, similarity
 from .adapted import AdaptedGP
 from .averaging import averaged, compare
+from .classification import LaplaceGP, LaplaceMarginalLogLikelihood, LogisticLikelihood
 from .dynamics import GradientDescent, GradientFlow, largest_stable_rate
 from .explain import solver_report
 from .jacobian.rules import register_rule
@@ -26,8 +27,11 @@ __all__ = [
     "GradientDescent",
     "GradientFlow",
     "JacobianLinearOperator",
+    "LaplaceGP",
+    "LaplaceMarginalLogLikelihood",
     "LinearizedFunctions",
     "LinearizedNetwork",
+    "LogisticLikelihood",
     "NTKKernel",
     "NTKLinearOperator",
     "NetworkMean",

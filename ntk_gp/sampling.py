@@ -12,21 +12,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from gpytorch import settings as gpytorch_settings
-from gpytorch.kernels import Kernel
 from gpytorch.models import ExactGP
 from torch import Tensor, nn
 
 from ._compat import children_in
-from .bridge.feature_sums import Summand, parts_of_features, summands
-from .bridge.prediction_strategies import NTKPredictionStrategy
-from .jacobian.columns import Column, Values, sizes_of
+from .classification import LaplaceGP
+from .jacobian.columns import Column, sizes_of
 from .jacobian.columns import products as products_of_columns
-from .kernels import GainKernel, NTKKernel
 from .linearized import LinearizedModule, owned
 from .means import NetworkMean
 from .network import FrozenNetwork, InputDtype, InputShape, Output, ParameterSelection, count_outputs
-from .solvers import System
+from .weight_posteriors import dims_seen, ntk_summand, same_network, weight_posterior
 
 
 class LinearizedFunctions(LinearizedModule):
@@ -189,7 +185,7 @@ class LinearizedNetwork(LinearizedModule):
 
 
 def draw_functions(
-    model: ExactGP, num_functions: int, *, prior: bool = False, generator: torch.Generator | None = None
+    model: ExactGP | LaplaceGP, num_functions: int, *, prior: bool = False, generator: torch.Generator | None = None
 ) -> LinearizedFunctions:
     r"""Draws functions from a model's posterior, or from its prior, exactly.
 
@@ -197,9 +193,10 @@ def draw_functions(
     :math:`w + \Sigma J^\top (K + D)^{-1} (y - m - J w - \varepsilon)` are a draw from their posterior. Costs one
     solve with `num_functions` columns; memory of num_functions·P.
 
-    :param model: An :class:`~gpytorch.models.ExactGP` in eval mode whose kernel is an
+    :param model: An :class:`~gpytorch.models.ExactGP`, or a :class:`~ntk_gp.LaplaceGP`, in eval mode whose kernel is an
         :class:`~ntk_gp.NTKKernel`, scaled or not, without batches but those of `output="batch"`; or its sum with a
-        :class:`~ntk_gp.GainKernel` of the same network and GPyTorch's ConstantKernel and LinearKernel.
+        :class:`~ntk_gp.GainKernel` of the same network and GPyTorch's ConstantKernel and LinearKernel. Of a LaplaceGP
+        the functions are latent ones, logits, and exact draws from Laplace's approximation.
     :param num_functions: How many, k.
     :param prior: Draw from the prior instead.
     :param generator: The source of randomness. (Default: torch's own, on the CPU.)
@@ -208,62 +205,60 @@ def draw_functions(
     :raises TypeError: If the kernel is of another kind.
     :raises ValueError: If the model has batches, or its `forward` does more than apply mean and kernel to its inputs.
     """
-    _check_is_model(model)
-    tangent = _ntk_summand(model.covar_module)
-    strategy = _prediction_strategy(model, tangent)
-    system = _linear_model(strategy)
-    columns = _columns(tangent, strategy)
-    device, outputs = system.x.device, len(system.x)  # as a batch, or one
-    size, roots = (outputs, num_functions), system.root_variances.unsqueeze(1)
-    weights = _normal((*size, system.num_parameters), generator, device) * roots
-    if not prior:
-        noise = _normal((*size, system.num_rows), generator, device) * system.noise.sqrt().unsqueeze(1)
-        residual = strategy.residual.reshape(outputs, 1, -1) - system.jacobian.jvp(weights) - noise
-        weights = weights + strategy.weights_for(residual)
+    tangent = ntk_summand(model)
+    posterior = weight_posterior(model, tangent)
+    system, columns = posterior.system, posterior.columns()
+
+    def normals(*shape: int) -> Tensor:
+        return _normal(shape, generator, system.x.device)
+
+    if prior:
+        size = (len(system.x), num_functions, system.num_parameters)
+        weights = normals(*size) * system.root_variances.unsqueeze(1)
+    else:
+        weights = posterior.draws(num_functions, normals)
     weights = weights.transpose(0, 1) if tangent.kernel.is_by_output else weights[0]
     width = system.num_parameters - sum(sizes_of(columns))
     functions = LinearizedFunctions(
         tangent.kernel.network,
         weights[..., :width],
         model.mean_module,
-        _dims(model, tangent),
+        dims_seen(model, tangent),
         getattr(model, "input_transform", None),
         getattr(model, "outcome_transform", None),
         columns,
         weights[..., width:] if columns else None,
     )
-    functions.try_at(_two_points(strategy, tangent))
+    functions.try_at(posterior.two_points())
     return functions
 
 
-def adapted_network(model: ExactGP) -> LinearizedNetwork:
+def adapted_network(model: ExactGP | LaplaceGP) -> LinearizedNetwork:
     """The posterior mean of a model as a network of its own, f(x) + J(x) ŵ.
 
-    :param model: An :class:`~gpytorch.models.ExactGP` in eval mode with a :class:`~ntk_gp.means.NetworkMean` and an
-        :class:`~ntk_gp.NTKKernel` (scaled or not) of the same network, without batches but those of
-        `output="batch"`, in which each output has a ŵ of its own; or with its sum with a
-        :class:`~ntk_gp.GainKernel` of that network and GPyTorch's ConstantKernel and LinearKernel, whose
+    :param model: An :class:`~gpytorch.models.ExactGP`, or a :class:`~ntk_gp.LaplaceGP` (whose mean are logits), in eval
+        mode with a :class:`~ntk_gp.means.NetworkMean` and an :class:`~ntk_gp.NTKKernel` (scaled or not) of the same
+        network, without batches but those of `output="batch"`, in which each output has a ŵ of its own; or with its sum
+        with a :class:`~ntk_gp.GainKernel` of that network and GPyTorch's ConstantKernel and LinearKernel, whose
         features are functions of x and f(x) and cost no pass of their own.
     :raises TypeError: If mean or kernel are of another kind.
     :raises ValueError: If they are of different networks, or the model does more than apply them to its inputs.
     """
-    _check_is_model(model)
-    tangent, mean = _ntk_summand(model.covar_module), model.mean_module
+    tangent, mean = ntk_summand(model), model.mean_module
     if not isinstance(mean, NetworkMean):
         raise TypeError(f"Expected a NetworkMean as the model's mean, got {type(mean).__name__}.")
-    if not _same_network(tangent.kernel.network, mean.network):
+    if not same_network(tangent.kernel.network, mean.network):
         raise ValueError(
             "Expected mean and kernel of the same network, with the same output and input_shape; they differ. Make "
             "both from one network, or call model(x) instead."
         )
-    if _dims(model, tangent) is not None or mean.active_dims is not None:
+    if dims_seen(model, tangent) is not None or mean.active_dims is not None:
         raise ValueError("A kernel or mean with active_dims sees only some inputs: call model(x) instead.")
     if any(getattr(model, name, None) is not None for name in ("input_transform", "outcome_transform")):
         raise ValueError("A model that transforms inputs or outcomes is more than a network: call model.posterior(x).")
-    strategy = _prediction_strategy(model, tangent)
-    points, columns = _two_points(strategy, tangent), _columns(tangent, strategy)
-    outputs = len(_linear_model(strategy).x)
-    weights = strategy.weights_for(strategy.residual.reshape(outputs, 1, -1)).squeeze(1).to(points.dtype)
+    posterior = weight_posterior(model, tangent)
+    points, columns = posterior.two_points(), posterior.columns()
+    weights = posterior.mean().to(points.dtype)
     weights = weights if tangent.kernel.is_by_output else weights[0]
     size = weights.shape[-1] - sum(sizes_of(columns))
     own = weights[..., size:] if columns else None
@@ -285,149 +280,11 @@ def _own_copy(module: Any) -> Any:
 
 def _is_mean_of(network: FrozenNetwork, active_dims: Tensor | None, mean: nn.Module) -> bool:
     """Whether the mean is this network, of the same columns."""
-    if not isinstance(mean, NetworkMean) or not _same_network(network, mean.network):
+    if not isinstance(mean, NetworkMean) or not same_network(network, mean.network):
         return False
     if active_dims is None or mean.active_dims is None:
         return active_dims is mean.active_dims
     return torch.equal(active_dims, mean.active_dims)
-
-
-def _check_is_model(model: Any) -> None:
-    if not isinstance(model, ExactGP) or not all(hasattr(model, name) for name in ("covar_module", "mean_module")):
-        raise TypeError(
-            f"Expected a gpytorch.models.ExactGP with a mean_module and a covar_module, got {type(model).__name__}. A "
-            "network becomes one with training data: its mean_module is NetworkMean(network), its covar_module "
-            "ScaleKernel(NTKKernel(network)); pass that model, in eval mode."
-        )
-
-
-def _same_network(one: FrozenNetwork, other: FrozenNetwork) -> bool:
-    ours, theirs = one.specification, other.specification
-    if (ours.outputs, ours.steps, ours.inputs) != (theirs.outputs, theirs.steps, theirs.inputs):
-        return False
-    tensors, others = dict(one.named_buffers()), dict(other.named_buffers())
-    return tensors.keys() == others.keys() and all(_is_equal(tensor, others[name]) for name, tensor in tensors.items())
-
-
-def _is_equal(one: Tensor, other: Tensor) -> bool:
-    if one is other:
-        return True
-    dense = [tensor if tensor.layout == torch.strided else tensor.to_dense() for tensor in (one, other)]
-    return torch.equal(*dense)
-
-
-def _ntk_summand(kernel: Kernel) -> Summand:
-    """The NTKKernel that a model's kernel is, or that has nothing but known features beside it in a sum."""
-    parts = summands(kernel)
-    of_sum = parts_of_features(kernel) if len(parts) > 1 else (parts[0], [])
-    if of_sum is None or not isinstance(of_sum[0].kernel, NTKKernel):
-        raise TypeError(
-            "Expected an NTKKernel, or a ScaleKernel of one, as the model's kernel, or its sum with a GainKernel, "
-            f"ConstantKernel or LinearKernel that sees the same columns of the inputs; got {kernel}."
-        )
-    tangent, others = of_sum
-    gains = (part.kernel for part in others if isinstance(part.kernel, GainKernel))
-    if not all(_same_network(tangent.kernel.network, gain.network) for gain in gains):
-        raise ValueError(
-            "Expected an NTKKernel and a GainKernel of the same network, with the same output; they differ."
-        )
-    return tangent
-
-
-def _dims(model: ExactGP, tangent: Summand) -> Tensor | None:
-    """The columns of the model's inputs that the network sees; None for all."""
-    own, inner = model.covar_module.active_dims, tangent.active_dims
-    if own is None or inner is None:
-        return inner if own is None else own
-    return own[inner]
-
-
-def _columns(tangent: Summand, strategy: NTKPredictionStrategy) -> tuple[Column, ...]:
-    """What stands beside J in the model's features, for modules that have f(x) from the pass for J(x) w."""
-    system = _linear_model(strategy)
-    served: list[Column] = []
-    for column in system.linearization.columns:
-        if isinstance(column, Values) and column.network is not None:
-            networks = (column.network, tangent.kernel._linearization.network)
-            own, others = (network.values(system.x, network.fingerprint()) for network in networks)
-            if not torch.allclose(own, others, rtol=1e-9):
-                raise ValueError(
-                    "The GainKernel's network gives other values than the NTKKernel's at the training inputs, though "
-                    "their tensors are the same: make both from one network."
-                )
-            column = Values(column.width)
-        served.append(column)
-    return tuple(served)
-
-
-def _prediction_strategy(model: ExactGP, tangent: Summand) -> NTKPredictionStrategy:
-    if model.training:
-        raise RuntimeError("The model is in train mode. Call model.eval() (and likelihood.eval()) first.")
-    if model.prediction_strategy is None:
-        first = [inputs[..., :1, :] for inputs in model.train_inputs]
-        with torch.no_grad(), gpytorch_settings.skip_posterior_variances(), gpytorch_settings.debug(False):
-            model(*first)
-    strategy = model.prediction_strategy
-    if not isinstance(strategy, NTKPredictionStrategy):
-        raise TypeError(f"The model predicts by a {type(strategy).__name__}; an NTKPredictionStrategy was expected.")
-    _check_is_plain(model, strategy, tangent)
-    return strategy
-
-
-def _inputs(strategy: NTKPredictionStrategy, tangent: Summand) -> Tensor:
-    """The training inputs as the network sees them, (1, n, d), or (C, n, d) of a batch of outputs; in float64."""
-    x = _linear_model(strategy).x
-    return x[..., :-1] if tangent.kernel.is_by_output else x
-
-
-def _two_points(strategy: NTKPredictionStrategy, tangent: Summand) -> Tensor:
-    """Two training inputs, as the network sees them, in the precision that the model predicts in."""
-    x = _inputs(strategy, tangent)
-    return x.reshape(-1, x.shape[-1])[:2].to(strategy.train_labels.dtype)
-
-
-def _check_is_plain(model: ExactGP, strategy: NTKPredictionStrategy, tangent: Summand) -> None:
-    """Functions of weights stand for the model only where it has no batches but those of the outputs, and its prior is
-    mean and kernel of x."""
-    system, x = _linear_model(strategy), strategy.train_inputs[0]
-    outputs = _outputs_in_batch(tangent)
-    shape = (outputs,) if tangent.kernel.is_by_output else ()
-    if system.batch != outputs or strategy.residual.shape[:-1] != shape:
-        raise ValueError(
-            "Expected a model without batches, or with output='batch' and no others, got one with inputs of shape "
-            f"{tuple(x.shape)} and targets of shape {tuple(strategy.train_labels.shape)}."
-        )
-    dims = _dims(model, tangent)
-    seen = x if dims is None else x.index_select(-1, dims)
-    mean = model.mean_module(x).reshape(-1)
-    inputs = _inputs(strategy, tangent)
-    same = seen.shape[-2:] == inputs.shape[-2:] and torch.equal(inputs, seen.double().expand(inputs.shape))
-    if not same or not torch.allclose(mean, strategy.train_prior_dist.loc.reshape(-1)):
-        raise ValueError(
-            "The model's forward does more than apply mean_module and covar_module to its inputs. Put what it does "
-            "into the network, and linearise that."
-        )
-
-
-def _linear_model(strategy: NTKPredictionStrategy) -> System:
-    """K + D of the model's training data."""
-    system = strategy.linear_model
-    if system is None:
-        raise ValueError(
-            "The model's posterior is not one over weights: noise is not positive, outputs are put together from a "
-            "batch, or the sum's features, or a model with missing targets, do not fit in "
-            "ntk_gp.settings.memory_budget. Call model(x) instead."
-        )
-    return system
-
-
-def _outputs_in_batch(tangent: Summand) -> int | None:
-    """C of a batch of all outputs, in their order; 1 for a kernel without batches of outputs, None for other batches of
-    them."""
-    if not tangent.kernel.is_by_output:
-        return 1
-    numbers = tangent.kernel.outputs_of_batches
-    return len(numbers) if numbers.dim() == 1 and torch.equal(numbers, torch.arange(len(numbers)).to(numbers)) else None
 
 
 def _normal(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
