@@ -134,6 +134,7 @@ class LinearizedNetwork(LinearizedModule):
         elif any(option is not None for option in (parameters, input_shape, output)):
             raise TypeError("A FrozenNetwork brings parameters, input_shape and output with it: leave them out.")
         super().__init__(network)
+        self.network.fix_parameters()
         own = [self.network.get_buffer(f"tensors.{name}") for name in self.network.parameter_names]
         size = sum(tensor.numel() for tensor in own)
         if displacement is None:

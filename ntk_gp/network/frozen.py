@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -19,6 +20,8 @@ from .checks import check_finite, check_inputs, check_tensor
 from .equality import same_module
 from .fingerprint import Fingerprint
 from .function import NO_MODE, Findings, NetworkFunction
+from .last_layer import Presumed, last_layer_of
+from .parameter_sets import LAST_LAYER, GroupBy, ParameterSets, last_registered, within
 from .probe import probe
 from .rows import check_values
 from .sharing import share_snapshot
@@ -33,6 +36,7 @@ from .snapshot import (
     copy_in_eval_mode,
     make_skeleton,
     named_tensors,
+    patterns_of,
     select,
     unregistered_tensors,
     unwrap,
@@ -56,13 +60,14 @@ class FrozenNetwork(nn.Module):
 
     :param network: The trained network. Called with one tensor; its output's first dimension is the inputs'.
     :param parameters: Which parameters take part in the linearisation: those with `requires_grad=True` (default), those
-        whose name matches a shell pattern or one of several (`"head.*"`), or those for which a predicate
-        `f(name, parameter)` is true.
+        whose name matches a shell pattern or one of several (`"head.*"`), sets by name among them (`"last_layer"`,
+        `"norm"`, `"bias"`, see :class:`.ParameterSets`), or those for which a predicate `f(name, parameter)` is true.
     :param input_shape: The shape of one input as the network wants it, e.g. `(3, 32, 32)`. Flat inputs of width
         d = 3·32·32 are reshaped to it.
     :param output: Index of the one output to take, `"all"` for all C of them, or None where the network has just one.
-    :param group_by: Maps a parameter's name to the label of its group (for a prior variance per group). One group by
-        default.
+    :param group_by: Maps a parameter's name to the label of its group (for a prior variance per group); or a mapping of
+        patterns and names of sets to labels, of which the first that matches decides, `"other"` being what none does.
+        One group by default.
     """
 
     def __init__(
@@ -72,7 +77,7 @@ class FrozenNetwork(nn.Module):
         parameters: ParameterSelection = None,
         input_shape: tuple[int, ...] | None = None,
         output: int | str | None = None,
-        group_by: Callable[[str], str] | None = None,
+        group_by: GroupBy = None,
     ):
         super().__init__()
         self._options: dict[str, Any] = {
@@ -91,7 +96,8 @@ class FrozenNetwork(nn.Module):
             )
         for name, parameter in named.items():
             check_parameter(name, parameter)
-        selected = select(named, parameters)
+        sets = ParameterSets(network, named, last_registered(network))
+        selected = select(named, parameters, sets)
         attributes = unregistered_tensors(network)
         network = copy_in_eval_mode(network)
         canonical = canonical_names(network)
@@ -100,13 +106,14 @@ class FrozenNetwork(nn.Module):
             network,
             canonical,
             [name for name in named if name in selected],
+            sets,
             input_shape=input_shape,
             output=output,
             group_by=group_by,
             attributes=attributes,
         )
-        self.parameter_names, self.group_names = self.specification.parameter_names, self.specification.group_names
         self.input_shape, self.output = self.specification.input_shape, self.specification.output
+        self._presumed = _presumed(parameters, group_by, sets, named, selected)
         self.tensors = buffer_tree(network, set(canonical.values()))
         self._aliases = canonical
         # In a list, so that its mode and dtype are never changed from outside.
@@ -138,6 +145,21 @@ class FrozenNetwork(nn.Module):
     def take_options(self, other: FrozenNetwork) -> None:
         """Those of another snapshot, which is the same as this one, for :meth:`renewed`."""
         self._options = other.options
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """The selected parameters. Which those of the `"last_layer"` are is sure after the first call."""
+        return self.specification.parameter_names
+
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """The groups of parameters."""
+        return self.specification.group_names
+
+    def fix_parameters(self) -> None:
+        """Has a last layer that turns out to be another than it seems refused: something was made that depends on it."""
+        if self._presumed is not None:
+            self._presumed = dataclasses.replace(self._presumed, is_fixed=True)
 
     @property
     def num_groups(self) -> int:
@@ -315,11 +337,34 @@ class FrozenNetwork(nn.Module):
                 return
             function = self.function(x.dtype, x.device, state)
             rows = normal_tensor(x.detach()).reshape(x.shape[:-1].numel(), x.shape[-1])
+            function = self._with_last_layer(function, rows)
             trial = Trial(function, rows, partial(self._converted, x.device, state))
             self._functions[rows.dtype, rows.device] = trial.function
             if trial.exact_findings is not None:
                 self._exact_findings[rows.shape[1], rows.device, state] = trial.exact_findings
             self._checked.add(kind)
+
+    def _with_last_layer(self, function: NetworkFunction, rows: Tensor) -> NetworkFunction:
+        """The function in the parameters of the layer that is called last, which is looked for at these rows."""
+        presumed = self._presumed
+        if presumed is None or presumed.is_settled:
+            return function
+        names = {name: self._aliases[name] for name in presumed.names}
+        row = rows[:1] if len(rows) else rows.new_zeros(1, rows.shape[1])
+        layer = last_layer_of(function, row, names)
+        if layer != presumed.layer and presumed.is_fixed:
+            presumed.refuse(layer)
+        self._presumed = dataclasses.replace(presumed, layer=layer, is_settled=True)
+        if layer == presumed.layer:
+            return function
+        chosen = {self._aliases[name] for name in (*presumed.others, *within(layer, presumed.names))}
+        parameter_names = tuple(dict.fromkeys(owner for owner in names.values() if owner in chosen))
+        labels = (self.specification.group_labels[0],) * len(parameter_names)
+        self.specification = dataclasses.replace(
+            self.specification, parameter_names=parameter_names, group_labels=labels
+        )
+        self._functions = {}
+        return self.function(rows.dtype, rows.device, function.state)
 
     def _converted(
         self, device: torch.device, state: int, dtype: torch.dtype, inner_dtype: torch.dtype | None = None
@@ -381,10 +426,28 @@ def is_same_snapshot(one: FrozenNetwork, other: FrozenNetwork) -> bool:
     same_tensors = ours.keys() == theirs.keys() and all(ours[name] is theirs[name] for name in ours)
     return (
         same_tensors
+        and one._presumed == other._presumed
         and one.specification == other.specification
         and one._aliases == other._aliases
         and same_module(one._skeleton[0], other._skeleton[0])
     )
+
+
+def _presumed(
+    parameters: ParameterSelection,
+    group_by: GroupBy,
+    sets: ParameterSets,
+    named: Mapping[str, nn.Parameter],
+    selected: set[str],
+) -> Presumed | None:
+    """What is taken for the last layer, where that was asked for."""
+    patterns = patterns_of(parameters)
+    grouped = isinstance(group_by, Mapping) and LAST_LAYER in group_by
+    if sets.last_layer is None or not (grouped or LAST_LAYER in patterns):
+        return None
+    others = {name for pattern in patterns if pattern != LAST_LAYER for name in sets.matching(pattern)}
+    is_fixed = group_by is not None  # groups have variances, in the order of the parameters
+    return Presumed(sets.last_layer, tuple(named), frozenset(others & selected), is_fixed)
 
 
 class _Places:

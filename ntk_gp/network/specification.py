@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
+
+from .parameter_sets import GroupBy, ParameterSets
 
 ALL_OUTPUTS = "all"
 
@@ -49,22 +51,24 @@ def specify(
     network: nn.Module,
     aliases: Mapping[str, str],
     names: Iterable[str],
+    sets: ParameterSets,
     *,
     input_shape: Iterable[int] | None,
     output: int | str | None,
-    group_by: Callable[[str], str] | None,
+    group_by: GroupBy,
     attributes: tuple[list[str], list[str]],
 ) -> Specification:
     """The specification of a module.
 
     :param aliases: Every name of each of its tensors, and the canonical one.
     :param names: The selected parameters, by any of their names.
+    :param sets: What patterns stand for.
     :param attributes: Those that are kept, and those that are left out.
     """
     parameter_names = tuple(dict.fromkeys(aliases[name] for name in names))
     return Specification(
         parameter_names=parameter_names,
-        group_labels=tuple("all" if group_by is None else group_by(name) for name in parameter_names),
+        group_labels=sets.groups(parameter_names, group_by),
         input_shape=None if input_shape is None else tuple(int(size) for size in input_shape),
         output=output,
         is_recurrent=any(isinstance(module, nn.RNNBase) for module in network.modules()),
