@@ -157,7 +157,7 @@ class FrozenNetwork(nn.Module):
         return self.specification.group_names
 
     def fix_parameters(self) -> None:
-        """Has a last layer that turns out to be another than it seems refused: something was made that depends on it."""
+        """Has a last layer that turns out to be another one than presumed refused: something depends on which it is."""
         if self._presumed is not None:
             self._presumed = dataclasses.replace(self._presumed, is_fixed=True)
 

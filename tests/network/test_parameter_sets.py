@@ -186,7 +186,7 @@ def test_there_is_no_such_set(network, chosen, message):
 
 def test_a_weight_of_the_network_itself_is_last():
     kernel = NTKKernel(Functional().double(), parameters="last_layer")
-    with pytest.raises(ValueError, match="uses weights of its own after it.*has: weight, body.weight"):
+    with pytest.raises(ValueError, match=r"uses weights of its own after it.*has: weight, body.weight"):
         kernel(inputs()).to_dense()
 
 
