@@ -1,7 +1,7 @@
 r"""Networks whose outputs have nothing in common but their features: the last linear layer, all outputs of it.
 
-Of z = W a + b, output c is a function of row c of W and entry c of b alone, with the derivatives a and 1. In the parameters
-of such a layer,
+Of z = W a + b, output c is a function of row c of W and entry c of b alone, with the derivatives a and 1. In the
+parameters of such a layer,
 
 .. math:: J(X) = \Psi \otimes I_C, \qquad \Psi = [A, 1], \qquad J \Sigma J'^\top = (\Psi S \Psi'^\top) \otimes I_C,
 
@@ -141,7 +141,7 @@ def one_output_function(function: NetworkFunction, term: MatrixTerm) -> NetworkF
     new = copy.copy(function)
     new.parameters = {view.name: function.parameters[view.name].detach() for view in term.views}
     new.group_indices = tuple(groups[view.name] for view in term.views)
-    new.num_outputs = 1  # type: ignore[misc]
+    new.num_outputs = 1
     new.state = ("one output", function.state)  # type: ignore[assignment]
     vars(new)["sizes"] = (term.weight.shape[-1], *([] if term.bias is None else [1]))
     vars(new).pop("num_parameters", None)

@@ -19,7 +19,7 @@ from .system import System
 
 
 def system_of_one_output(system: System) -> System | None:
-    """The blocks as a system of one output: (B, n) rows where the noise is the same for all outputs, (B·C, n) where not.
+    """The blocks as a system of one output, of n rows: B batches where the noise is the same for all outputs, else B·C.
 
     None where outputs share parameters, or there is one.
     """
