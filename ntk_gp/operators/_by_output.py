@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from linear_operator.operators import (
+    AddedDiagLinearOperator,
     ConstantDiagLinearOperator,
     DiagLinearOperator,
     KroneckerProductDiagLinearOperator,
@@ -15,19 +16,17 @@ from .._compat import added_diagonal, without_diagonal
 from ..jacobian.one_output import OneOutputLinearization, one_output
 from ._batches import are_one, flatten_batch
 
-if TYPE_CHECKING:
-    from .ntk_added_diag_linear_operator import NTKAddedDiagLinearOperator
-
 
 class ByOutput(NamedTuple):
     """The blocks of K + D = ⊕ (ΨSΨᵀ + D_c), one for each of C outputs.
 
-    :param matrix: One block, (*batch, n, n), where all are the same; else all of them, (*batch, C, n, n).
+    :param matrix: One block, (*batch, n, n), where all are the same; else all of them, (*batch, C, n, n): an operator as
+        K + D is one.
     :param outputs: C.
     :param is_shared: Which of the two.
     """
 
-    matrix: NTKAddedDiagLinearOperator
+    matrix: Any
     outputs: int
     is_shared: bool
 
@@ -44,7 +43,7 @@ class ByOutput(NamedTuple):
         return inv_quad.sum(-2), logdet.sum(-1)
 
 
-def by_output(matrix: NTKAddedDiagLinearOperator) -> ByOutput | None:
+def by_output(matrix: AddedDiagLinearOperator) -> ByOutput | None:
     """The blocks of a matrix K + D; None where outputs share parameters, or there is one."""
     kernel, noise = without_diagonal(matrix), added_diagonal(matrix)
     outputs = kernel._outputs
