@@ -131,7 +131,7 @@ class _Pulling:
     @staticmethod
     def _ratios(term: ScaleTerm, node: Computed) -> dict[str, Tensor]:
         """Where the derivatives of the scale are multiples of the rows of the matrix that is scaled, a parameter: those
-        multiples, times `factors`. That is so where rows are divided by their norms."""
+        multiples, times the term's own. That is so where rows are divided by their norms."""
         place = term.matrix.view
         local = None if place is None or place.name not in node.leaves else node.local(place.name)
         if local is None or place is None or place.numel() != local.view.numel() or not place.is_contiguous:
@@ -140,7 +140,7 @@ class _Pulling:
         multiples = (local.matrix * rows).sum(-1) / rows.square().sum(-1)
         error = (local.matrix - multiples.unsqueeze(-1) * rows).norm()
         rounding = _ROUNDING * torch.finfo(rows.dtype).eps
-        return {place.name: multiples * term.factors.flatten()} if error <= rounding * local.matrix.norm() else {}
+        return {place.name: multiples * term.multiples.flatten()} if error <= rounding * local.matrix.norm() else {}
 
     def _by_graph(self, term: Term, node: Computed, names: Sequence[str]) -> list[Term]:
         if not names:

@@ -14,7 +14,7 @@ from .computed import Computed, Operand
 
 
 class UnsupportedMap(Exception):
-    """Raised by a map for a call, or a term, that it has no formula for: whole rows are pulled back by autograd then."""
+    """Raised by a map for a call, or a term, that it has no formula for: whole rows are pulled back then."""
 
 
 class ScaleTerm(FeatureTerm):
@@ -23,13 +23,13 @@ class ScaleTerm(FeatureTerm):
     :param scale: s, (q,).
     :param features: F, (B, n, C, q).
     :param matrix: The matrix before it was scaled.
-    :param factors: The inner products of the block for the matrix with its rows are these times F.
+    :param multiples: The inner products of the block for the matrix with its rows are these times F.
     """
 
-    def __init__(self, scale: ParameterView, features: Tensor, matrix: Operand, factors: Tensor):
+    def __init__(self, scale: ParameterView, features: Tensor, matrix: Operand, multiples: Tensor):
         super().__init__([scale], features)
         self.matrix = matrix
-        self.factors = factors
+        self.multiples = multiples
 
 
 @dataclass

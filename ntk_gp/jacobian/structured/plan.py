@@ -39,7 +39,7 @@ class Plan:
     :param signature: What every recording must have in common with the one that this was found out from: the calls in
         their order, with the rule, the parameters and the numbers of dimensions of each.
     :param layouts: For each of these calls, which dimension of its tensors runs over the points.
-    :param spread: The calls of parameters alone whose results have rows for the points, as in :class:`.tracked.Tracker`.
+    :param spread: As in :class:`.tracked.Tracker`: calls of parameters alone whose results have rows for the points.
     :param labels: The names of the rules that serve each parameter, for reports.
     :param rows: The inputs at which that was found out, (m, d).
     :param unproven: The places in that list of calls that made no difference to the output at these inputs (a dead
@@ -174,9 +174,7 @@ class _Trial:
         :param failed: Of this trial and of those before.
         """
         signature, layouts = self.passes.recording.signature, self.passes.layouts
-        plan = Plan(
-            self.passed, failed, signature, layouts, self.labels(), rows, self.spread, self.unproven()
-        )
+        plan = Plan(self.passed, failed, signature, layouts, self.labels(), rows, self.spread, self.unproven())
         merged = merge_terms(self.terms)
         plan.bytes_per_point = sum(term.nbytes for term in self.terms) // len(rows)
         plan.gram_flops = sum(term.gram_cost() for term in merged)

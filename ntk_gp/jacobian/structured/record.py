@@ -190,7 +190,9 @@ class _Known:
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, function: NetworkFunction, leaves: Mapping[str, Tensor], spread: frozenset[int] | None, copy: bool):
+    def __init__(
+        self, function: NetworkFunction, leaves: Mapping[str, Tensor], spread: frozenset[int] | None, copy: bool
+    ):
         super().__init__()
         self.uses: list[RecordedUse] = []
         self.copy = copy
@@ -211,7 +213,7 @@ class _Recorder(TorchFunctionMode):
             return self._call(function, args, kwargs, self.tracker.knows(function, args, kwargs))
         known = self._look_up(function)
         rule, decomposition = known.rule, known.decomposition
-        if decomposition is not None and any(self.tracker.view(value) is not None for value in (*args, *kwargs.values())):
+        if decomposition is not None and any(map(self.tracker.view, (*args, *kwargs.values()))):
             with self:
                 result = decomposition.replacement(*args, **kwargs)
             if result is not NotImplemented:

@@ -1,8 +1,8 @@
 """Which tensors a network computes from its parameters alone, while it runs.
 
 Such a tensor is the same at all inputs, and stands for the parameters in a use of it. A tensor counts as one only if
-every call on the way to it was seen, and had nothing but parameters, the network's other tensors, such tensors, and plain
-Python values among its arguments. Whatever else it may be, it is taken for one that depends on the inputs.
+every call on the way to it was seen, and had nothing but parameters, the network's other tensors, such tensors, and
+plain Python values among its arguments. Whatever else it may be, it is taken for one that depends on the inputs.
 """
 
 from __future__ import annotations

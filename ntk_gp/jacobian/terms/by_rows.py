@@ -27,7 +27,7 @@ class RowsTerm(Term):
     def columns(self, max_columns: int, variances: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Some columns of J at a time, at all the points.
 
-        Such a term cannot compute a few of its columns alone, only whole rows. Where whole rows at all the points fit in
+        A term cannot compute a few of its columns alone, only whole rows. Where whole rows at all the points fit in
         memory they are formed once and cut. Where they do not, they are formed some points at a time, once for each
         block of columns, and only the block is kept: time instead of memory.
         """

@@ -10,7 +10,7 @@ which is a plain layer's Gram matrix and one more product of features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -42,19 +42,23 @@ class CorrectedTerm(CombinedTerm):
             products = self._multiplied()
         self.products = products
 
-    @staticmethod
-    def fits(terms: Sequence[Term]) -> bool:
-        """Whether terms are a matrix and what it is scaled by."""
-        if len(terms) != 2 or not (isinstance(terms[0], MatrixTerm) and isinstance(terms[1], SharedTerm)):
-            return False
-        matrix, shared = terms
+    @classmethod
+    def of(cls, terms: Sequence[Term]) -> CorrectedTerm | None:
+        """That of a matrix and what it is scaled by, in either order; None where they are no such, or better by rows."""
+        matrices = [term for term in terms if isinstance(term, MatrixTerm)]
+        scales = [term for term in terms if isinstance(term, SharedTerm)]
+        if not len(terms) == 2 == len(matrices) + len(scales) == 2 * len(matrices):
+            return None
+        matrix, shared = matrices[0], scales[0]
         derivative = _derivative_by(matrix, shared)
         if derivative is None:
-            return False
+            return None
         rows, columns = derivative.matrix.shape
         if isinstance(derivative, LocalDerivative):
-            return matrix.weight.has_rows(rows, columns)
-        return 2 * rows < columns or matrix.weight.name in shared.ratios
+            fits = matrix.weight.has_rows(rows, columns)
+        else:
+            fits = 2 * rows < columns or matrix.weight.name in shared.ratios
+        return cls(matrix, shared) if fits else None
 
     def _multiplied(self) -> Tensor:
         """D."""
@@ -98,6 +102,7 @@ class CorrectedTerm(CombinedTerm):
         covariance = self.shared.covariance(variances)
         features = self.shared.features[:, points]
         if self.products is None:
+            assert self._ratio is not None
             twice = 2 * variance[:, None] * self._ratio
             return times(features, covariance + (twice if covariance.dim() == 2 else torch.diag_embed(twice)))
         variance = variance[:, None, None, None]
@@ -123,13 +128,9 @@ class CorrectedTerm(CombinedTerm):
     def concatenate(self, others: Sequence[CorrectedTerm]) -> CorrectedTerm:  # type: ignore[override]
         products = None
         if self.products is not None:
-            products = torch.cat([term.products for term in (self, *others)], dim=1)  # type: ignore[list-item]
+            products = torch.cat([term.products for term in (self, *others) if term.products is not None], dim=1)
         matrix = self.matrix.concatenate([other.matrix for other in others])
         return CorrectedTerm(matrix, self.shared.concatenate([other.shared for other in others]), products)  # type: ignore[arg-type]
-
-    def relocate(self, shifts: Mapping[str, int]) -> CombinedTerm:
-        """For rows: the sum of the two is all that is needed there."""
-        return CombinedTerm([term.relocate(shifts) for term in self.uses])
 
     @property
     def nbytes(self) -> int:

@@ -223,10 +223,10 @@ class MatrixTerm(Term):
             for t in range(self.num_positions):
                 yield k, t * heads + k % heads
 
-    def factors(self, points: slice, variances: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+    def factors(self, points: slice, variances: Tensor | None = None) -> list[tuple[Tensor | None, Tensor]]:
         a, g = self.inputs_at(points), self.gradients[:, points]
         scale = None if variances is None else self.column_variances(variances).unsqueeze(-2)
-        factors = []
+        factors: list[tuple[Tensor | None, Tensor]] = []
         for k in range(self.num_products):
             position, head = divmod(k, g.shape[4])
             factor = a[:, :, position, head]

@@ -7,7 +7,6 @@ from collections.abc import Hashable, Sequence
 from .base import Term
 from .combined import CombinedTerm
 from .corrected import CorrectedTerm
-from .pulled import SharedTerm
 
 
 def merge_terms(terms: Sequence[Term]) -> list[Term]:
@@ -32,8 +31,7 @@ def _joined(cluster: Sequence[Term]) -> Term:
         uses += [first, *others] if merged is None else [merged]
     if len(uses) == 1:
         return uses[0]
-    uses.sort(key=lambda term: isinstance(term, SharedTerm))
-    return CorrectedTerm(*uses) if CorrectedTerm.fits(uses) else CombinedTerm(uses)
+    return CorrectedTerm.of(uses) or CombinedTerm(uses)
 
 
 def _clusters(terms: Sequence[Term]) -> list[list[Term]]:

@@ -142,15 +142,15 @@ class SharedTerm(PulledTerm):
     def covariance(self, variances: Tensor) -> Tensor:
         """H Σ Hᵀ for variances (L, G): (L, q), its diagonal where it has nothing else, or (L, q, q)."""
         diagonal = [each for each in self.derivatives if isinstance(each, LocalDerivative)]
-        dense = [each for each in self.derivatives if isinstance(each, DenseDerivative)]
+        others = [each for each in self.derivatives if isinstance(each, DenseDerivative)]
         total = variances.new_zeros(len(variances), self.features.shape[-1])
         for each in diagonal:
             total = total + variances[:, each.view.group, None] * each.covariance
-        if not dense:
+        if not others:
             return total
         matrix = torch.diag_embed(total)
-        for each in dense:
-            matrix = matrix + variances[:, each.view.group, None, None] * each.covariance
+        for other in others:
+            matrix = matrix + variances[:, other.view.group, None, None] * other.covariance
         return matrix
 
     def weighted(self, points: slice, variances: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ class SharedTerm(PulledTerm):
     def gram_cost(self) -> float:
         return self.inner.gram_cost()
 
-    def merge(self, others: Sequence[Term]) -> SharedTerm | None:  # type: ignore[override]
+    def merge(self, others: Sequence[Term]) -> SharedTerm | None:
         """Other uses of tensors with the same derivatives add to the features."""
         terms = [other for other in others if isinstance(other, SharedTerm)]
         for term in terms:
