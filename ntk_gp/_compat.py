@@ -128,6 +128,10 @@ norm_of_each: Callable[..., Any] = torch._foreach_norm
 """The 2-norm of each tensor in a list, at once. `torch._foreach_norm`; without it, `torch.linalg.vector_norm` one by
 one."""
 
+weight_norm: Callable[..., Tensor] = torch._weight_norm
+"""What layers with `torch.nn.utils.weight_norm` call. `torch._weight_norm`; without it, whole rows of the Jacobian in
+their parameters are needed."""
+
 
 # Tensors.
 

@@ -268,8 +268,8 @@ class SharedWithUnknown(nn.Module):
         self.head = nn.Linear(3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.linear(x)) + torch.tanh(x) @ torch.linalg.matrix_exp(self.linear.weight)
-        return self.head(h * torch.cumsum(self.other, 0))
+        h = torch.tanh(self.linear(x)) + torch.einsum("ni,oi->no", torch.tanh(x), self.linear.weight)
+        return self.head(torch.einsum("ni,i->ni", h, self.other))
 
 
 class Windows(nn.Module):
@@ -364,12 +364,11 @@ CASES = [
     Case("tied_autoencoder", TiedAutoencoder, 4, {"output": "all"}),
     Case("recurrent_by_hand", RecurrentByHand, 6, {"output": "all"}),
     Case("used_twice", UsedTwice, 3),
-    Case("layer_scale", LayerScale, 4, autodiff=("gate",)),
+    Case("layer_scale", LayerScale, 4),
     Case(
         "weight_norm",
         lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 1)),
         3,
-        autodiff=("0.parametrizations.weight.original0", "0.parametrizations.weight.original1"),
     ),
     Case("shared_with_unknown", SharedWithUnknown, 3, autodiff=("linear.weight", "other")),
     Case("windows", Windows, 8),
@@ -579,13 +578,13 @@ _TRICKS: list[tuple[Callable, tuple[str, ...]]] = [
     (_rows_of_weight, ()),
     (_overlapping_slices, ()),
     (_transposed_and_not, ()),
-    (_cast, ("weight",)),
+    (_cast, ()),
     (_changed_in_place, ()),
     (_input_changed_after_use, ()),
-    (_expanded, ("weight",)),
+    (_expanded, ()),
     (_einsum_and_linear, ("weight",)),
-    (_twice_in_one_call, ("weight",)),
-    (_gathered, ("weight",)),
+    (_twice_in_one_call, ()),
+    (_gathered, ()),
     (_own_derivative, ("weight",)),
     (_hidden, ("weight",)),
     (_detached, ()),
@@ -596,7 +595,7 @@ _TRICKS: list[tuple[Callable, tuple[str, ...]]] = [
     (_points_in_the_middle, ()),
     (_positions_first_in_the_fold, ("weight",)),
     (_points_last, ("weight",)),
-    (_pushed_through_ones, ("weight",)),
+    (_pushed_through_ones, ()),
 ]
 
 ADVERSARIAL = [

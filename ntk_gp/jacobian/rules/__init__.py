@@ -1,7 +1,17 @@
 """How functions use their parameters: one small rule per kind of layer, and the way to register one's own."""
 
 from ..terms import ConvolutionTerm, FeatureTerm, MatrixTerm, OneHotTerm, ParameterView, Term
-from . import activation, attention, bilinear, convolution, elementwise, embedding, linear, normalisation  # noqa: F401
+from . import (  # noqa: F401
+    activation,
+    attention,
+    bilinear,
+    convolution,
+    elementwise,
+    embedding,
+    linear,
+    normalisation,
+    parametrised,
+)
 from .registry import (
     UnsupportedUse,
     Use,

@@ -37,7 +37,7 @@ class Capture:
     @classmethod
     def make(cls, function: NetworkFunction, plan: Plan, rows: Tensor) -> Capture | None:
         """None where the network does not do what the plan says."""
-        recording = record(function, rows, plan.served)
+        recording = record(function, rows, plan.served, plan.spread)
         if recording.signature != plan.signature:
             return None
         return cls(function, plan, rows, RecordedPasses(recording, recording.gradients(), plan.layouts))

@@ -141,8 +141,11 @@ class Gram:
                 total = _add(total, matmul(factors[0], right[i][0]), target)
                 continue
             for k, l in term.pairs():
-                a = term.input_product(factors[k][0], right[i][l][0])
                 g = matmul(factors[k][1], right[i][l][1])
+                if factors[k][0] is None:
+                    total = _add(total, g, target)
+                    continue
+                a = term.input_product(factors[k][0], right[i][l][0])
                 total = _multiply_add(total, a, g, self.outputs, target)
         assert total is not None
         return total

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..maps import pull_back
 from ..rules import UnsupportedUse, Use
 from ..terms import Term
 from .layout import Layout, take_points
@@ -33,6 +34,7 @@ def use_terms(use: RecordedUse, gradients: Tensor, n: int, layout: Layout, squar
         terms = list(found)
         for term in terms:
             term.check(n, len(gradients))
+        terms = pull_back(terms, use.computed, squared)
     except UnsupportedUse:
         raise
     except Exception as error:  # whatever goes wrong in a rule, there is another way
@@ -74,7 +76,7 @@ class RecordedPasses:
     def terms(self, names: Collection[str], squared: bool = False) -> Iterator[Term]:
         """Those of all uses of some parameters; if `squared`, of squares, where that can be told."""
         for use, g, layout in self.uses():
-            if not any(view.name in names for view in use.parameters):
+            if not any(name in names for name in use.names):
                 continue
             try:
                 yield from use_terms(use, g, self.num_points, layout, squared)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from .. import rules
 from ..terms import Term, merge_terms
 from .layout import Layout, compare_layouts
 from .passes import RecordedPasses
-from .record import record
+from .record import Recording, record
 from .verification import misplaced, wrong_products
 
 logger = logging.getLogger("ntk_gp")
@@ -21,6 +22,8 @@ logger = logging.getLogger("ntk_gp")
 # Derivatives are compared with autograd's at a capture of so many rows, or once in so many of smaller ones: what that
 # costs must not show.
 _COMPARED = 512
+# Calls of parameters alone that have a row for each point, such as a class token's: of more, no call is looked at.
+_MOST_SPREAD = 16
 
 
 @dataclass
@@ -36,6 +39,7 @@ class Plan:
     :param signature: What every recording must have in common with the one that this was found out from: the calls in
         their order, with the rule, the parameters and the numbers of dimensions of each.
     :param layouts: For each of these calls, which dimension of its tensors runs over the points.
+    :param spread: As in :class:`.tracked.Tracker`: calls of parameters alone whose results have rows for the points.
     :param labels: The names of the rules that serve each parameter, for reports.
     :param rows: The inputs at which that was found out, (m, d).
     :param unproven: The places in that list of calls that made no difference to the output at these inputs (a dead
@@ -55,6 +59,7 @@ class Plan:
     layouts: list[Layout]
     labels: dict[str, str]
     rows: Tensor
+    spread: frozenset[int] | None = None
     unproven: tuple[int, ...] = ()
     refuted: dict[str, str] = field(default_factory=dict)
     version: int = 0
@@ -148,6 +153,7 @@ class _Trial:
     :param terms: Of all the uses for which there is a formula.
     :param failed: The parameters that rules do not serve, with the reason for each.
     :param silent: The parameters on which the output does not depend at these rows.
+    :param spread: As in the plan.
     """
 
     names: tuple[str, ...]
@@ -155,6 +161,7 @@ class _Trial:
     terms: list[Term]
     failed: dict[str, str]
     silent: set[str]
+    spread: frozenset[int] | None
 
     @property
     def passed(self) -> tuple[str, ...]:
@@ -167,7 +174,7 @@ class _Trial:
         :param failed: Of this trial and of those before.
         """
         signature, layouts = self.passes.recording.signature, self.passes.layouts
-        plan = Plan(self.passed, failed, signature, layouts, self.labels(), rows, self.unproven())
+        plan = Plan(self.passed, failed, signature, layouts, self.labels(), rows, self.spread, self.unproven())
         merged = merge_terms(self.terms)
         plan.bytes_per_point = sum(term.nbytes for term in self.terms) // len(rows)
         plan.gram_flops = sum(term.gram_cost() for term in merged)
@@ -180,7 +187,7 @@ class _Trial:
         found: dict[str, dict[str, None]] = {}
         for use in self.passes.recording.uses:
             for name in use.names:
-                found.setdefault(name, {})[use.rule.name] = None
+                found.setdefault(name, {})[use.label(name)] = None
         return {name: " + ".join(labels) for name, labels in found.items() if name in self.passed}
 
     def unproven(self) -> tuple[int, ...]:
@@ -191,7 +198,8 @@ class _Trial:
 
 def _try(function: NetworkFunction, rows: Tensor, names: tuple[str, ...]) -> _Trial | None:
     """What rules make of these parameters; None where the network's calls depend on the number of points."""
-    first, second, whole = (record(function, part, names) for part in (rows[:2], rows[:3], rows))
+    first, second, spread = _record_twice(function, rows, names)
+    whole = record(function, rows, names, spread)
     if not first.signature == second.signature == whole.signature:
         return None
     passes = RecordedPasses(whole, whole.gradients(), compare_layouts(first, second))
@@ -204,4 +212,21 @@ def _try(function: NetworkFunction, rows: Tensor, names: tuple[str, ...]) -> _Tr
         failed |= misplaced(passes)
         wrong, silent = wrong_products(function, rows, passes, names_in_uses)
         failed |= wrong
-    return _Trial(names, passes, terms, failed, silent)
+    return _Trial(names, passes, terms, failed, silent, spread)
+
+
+def _record_twice(
+    function: NetworkFunction, rows: Tensor, names: tuple[str, ...]
+) -> tuple[Recording, Recording, frozenset[int] | None]:
+    """Recordings at two and at three rows, and the calls of parameters alone that have a row for each point: one after
+    the other, for what is made of such a result is no longer of parameters alone.
+    """
+    spread: frozenset[int] | None = frozenset()
+    for _ in range(_MOST_SPREAD):
+        first, second = (record(function, rows[:n], names, spread) for n in (2, 3))
+        pairs = enumerate(zip_longest(first.shapes, second.shapes))
+        differing = next((i for i, (shapes, others) in pairs if shapes != others), None)
+        if differing is None or spread is None:
+            return first, second, spread
+        spread = spread | {differing} if differing < min(len(first.shapes), len(second.shapes)) else None
+    return *(record(function, rows[:n], names, None) for n in (2, 3)), None  # type: ignore[return-value]

@@ -9,7 +9,7 @@ graph that autograd has recorded: that parameter is left to autodiff.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -18,12 +18,14 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from ..._compat import base_of, is_view, version_of
+from ..._compat import is_view, version_of
 from ...network import LEAF, NetworkFunction, nodes_below
 from ...replacements.recorded import RECORDED_AS
+from ..maps import Computed
 from ..rules import find
 from ..rules.registry import RegisteredDecomposition, RegisteredRule
 from ..terms import ParameterView
+from .tracked import Tracker
 
 # How a network gets hold of its graph; `grad_fn` is a property.
 _HOOKS = (Tensor.register_hook, Tensor.grad_fn.__get__)  # type: ignore[union-attr]
@@ -41,6 +43,7 @@ class RecordedUse:
     :param shape: Of the result.
     :param edge: Where the result is in autograd's graph: what flows back through there is its gradient.
     :param versions: Of the arguments that are tensors, to tell whether they were changed in place since.
+    :param computed: What the network has computed from parameters, by the names that views may have.
     """
 
     function: Callable
@@ -49,6 +52,7 @@ class RecordedUse:
     shape: torch.Size
     edge: GradientEdge
     versions: list[tuple[Tensor, int]]
+    computed: Mapping[str, Computed] = field(default_factory=dict)
 
     @cached_property
     def parameters(self) -> list[ParameterView]:
@@ -56,8 +60,15 @@ class RecordedUse:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """The names of these parameters."""
-        return tuple(dict.fromkeys(view.name for view in self.parameters))
+        """The names of these parameters, and of those that tensors in their place were computed from."""
+        names = [view.name for view in self.parameters]
+        leaves = [self.computed[name].leaves if name in self.computed else (name,) for name in names]
+        return tuple(dict.fromkeys(name for each in leaves for name in each))
+
+    def label(self, name: str) -> str:
+        """What serves a parameter of these, for reports."""
+        is_plain = any(view.name == name for view in self.parameters)
+        return self.rule.name if is_plain else f"{self.rule.name} (computed)"
 
     @property
     def signature(self) -> tuple:
@@ -82,6 +93,7 @@ class Recording:
     :param output: f, (n, C).
     :param nodes: Of autograd's graph, all that f was computed by.
     :param unseen: The parameters that the output depends on in other ways too, in the order of the names asked for.
+    :param shapes: Of what was computed from parameters alone, as :class:`.tracked.Tracker` has them.
     :param is_rounded: Whether a part of it was computed in another dtype.
     :param is_foreign: Whether a decomposition that is not this package's own took part.
     :param is_hooked: Whether the network looked at its graph, as it does to change what flows back.
@@ -91,13 +103,14 @@ class Recording:
     output: Tensor
     nodes: list[Any]
     unseen: tuple[str, ...]
+    shapes: tuple[tuple[torch.Size, ...] | None, ...] = ()
     is_rounded: bool = False
     is_foreign: bool = False
     is_hooked: bool = False
 
     @property
     def signature(self) -> tuple:
-        return (tuple(use.signature for use in self.uses), self.unseen)
+        return (tuple(use.signature for use in self.uses), self.unseen, self.shapes)
 
     def combined(self, cotangents: Tensor) -> list[Tensor]:
         """At every use, (*shape), the gradients of the sum of all outputs with these weights (n, C)."""
@@ -126,24 +139,40 @@ class Recording:
         return [torch.stack(column) if outputs > 1 else column[0].unsqueeze(0) for column in columns]
 
 
-def record(function: NetworkFunction, x: Tensor, names: Sequence[str]) -> Recording:
-    """Runs the network at x (n, d), recording the uses of these parameters."""
-    recording = _record(function, x, names, copy=False)
+def record(
+    function: NetworkFunction, x: Tensor, names: Sequence[str], spread: frozenset[int] | None = frozenset()
+) -> Recording:
+    """Runs the network at x (n, d), recording the uses of these parameters.
+
+    :param spread: As in :class:`.tracked.Tracker`.
+    """
+    recording = _record(function, x, names, spread, copy=False)
     if any(use.is_stale() for use in recording.uses):
-        recording = _record(function, x, names, copy=True)
+        recording = _record(function, x, names, spread, copy=True)
     return recording
 
 
-def _record(function: NetworkFunction, x: Tensor, names: Sequence[str], copy: bool) -> Recording:
+def _record(
+    function: NetworkFunction, x: Tensor, names: Sequence[str], spread: frozenset[int] | None, copy: bool
+) -> Recording:
     leaves = {name: function.parameters[name].detach().contiguous().requires_grad_() for name in names}
-    recorder = _Recorder(function, leaves, copy)
+    recorder = _Recorder(function, leaves, spread, copy)
     with torch.enable_grad():
         output = function({**function.parameters, **leaves}, x, recorder)
     nodes = list(nodes_below(output))
     reached = {id(node.variable) for node in nodes if node.name() == LEAF}
     unseen = tuple(name for name, leaf in leaves.items() if id(leaf) in reached)
     is_rounded = any(node.name() == "ToCopyBackward0" for node in nodes)
-    return Recording(recorder.uses, output, nodes, unseen, is_rounded, recorder.is_foreign, recorder.is_hooked)
+    return Recording(
+        recorder.uses,
+        output,
+        nodes,
+        unseen,
+        tuple(recorder.tracker.shapes),
+        is_rounded,
+        recorder.is_foreign,
+        recorder.is_hooked,
+    )
 
 
 @dataclass(frozen=True)
@@ -161,7 +190,9 @@ class _Known:
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, function: NetworkFunction, leaves: Mapping[str, Tensor], copy: bool):
+    def __init__(
+        self, function: NetworkFunction, leaves: Mapping[str, Tensor], spread: frozenset[int] | None, copy: bool
+    ):
         super().__init__()
         self.uses: list[RecordedUse] = []
         self.copy = copy
@@ -170,29 +201,40 @@ class _Recorder(TorchFunctionMode):
         for size in function.sizes:
             starts.append(starts[-1] + size)
         places = dict(zip(function.parameters, zip(function.group_indices, starts, strict=False), strict=True))
-        self.leaves = {id(leaf): (_whole(name, *places[name], leaf), leaf) for name, leaf in leaves.items()}
+        constants = (*function.constants.values(), *function.parameters.values())
+        whole = {name: (_whole(name, *places[name], leaf), leaf) for name, leaf in leaves.items()}
+        self.tracker = Tracker(constants, whole, spread)
         self._known: dict[Callable, _Known] = {}  # by function, each looked up once in a recording
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         self.is_hooked |= function in _HOOKS
         if not torch.is_grad_enabled():
-            return function(*args, **kwargs)
+            return self._call(function, args, kwargs, self.tracker.knows(function, args, kwargs))
         known = self._look_up(function)
         rule, decomposition = known.rule, known.decomposition
-        if decomposition is not None and any(self.view(value) is not None for value in (*args, *kwargs.values())):
+        if decomposition is not None and any(map(self.tracker.view, (*args, *kwargs.values()))):
             with self:
                 result = decomposition.replacement(*args, **kwargs)
             if result is not NotImplemented:
                 self.is_foreign |= not decomposition.is_own
                 return result
+        if self.tracker.knows(function, args, kwargs):
+            return self._call(function, args, kwargs, True)
         bound = None if rule is None else rule.bind(args, kwargs)
         if rule is None or bound is None:
             return known.recorded_as(*args, **kwargs)
-        found = {name: self.view(bound.get(name)) for name in rule.parameters}
+        found = {name: self.tracker.view(bound.get(name)) for name in rule.parameters}
         views = {name: view for name, view in found.items() if view is not None}
         result = self._use(function, known.recorded_as, rule, bound, views) if views else None
         return known.recorded_as(*args, **kwargs) if result is None else result
+
+    def _call(self, function: Callable, args: tuple, kwargs: dict[str, Any], is_known: bool) -> Any:
+        """Makes a call that is no use of a parameter: either it has none, or nothing else."""
+        result = function(*args, **kwargs)
+        if is_known:
+            self.tracker.add(function, args, kwargs, result)
+        return result
 
     def _look_up(self, function: Callable) -> _Known:
         try:
@@ -238,24 +280,8 @@ class _Recorder(TorchFunctionMode):
             edge = get_gradient_edge(result)
         arguments = {**kept, **views}
         versions = [(value, version_of(value)) for value in arguments.values() if isinstance(value, Tensor)]
-        self.uses.append(RecordedUse(function, rule, arguments, result.shape, edge, versions))
+        self.uses.append(RecordedUse(function, rule, arguments, result.shape, edge, versions, self.tracker.computed))
         return result
-
-    def view(self, value: Any) -> ParameterView | None:
-        """The parameter, or the part of one, that a tensor is; None if it is anything else."""
-        if not isinstance(value, Tensor) or not value.requires_grad:
-            return None
-        leaf = value if base_of(value) is None else base_of(value)
-        if id(leaf) not in self.leaves:
-            return None
-        whole, parameter = self.leaves[id(leaf)]
-        if value is parameter:
-            return whole
-        if value.dtype != parameter.dtype or value.is_conj() or value.is_neg() or not _is_plain_view(value):
-            return None
-        offset = whole.offset + int(value.storage_offset()) - int(parameter.storage_offset())
-        view = ParameterView(whole.name, whole.group, offset, tuple(value.shape), tuple(value.stride()))
-        return None if view.overlaps_itself else view
 
 
 def _whole(name: str, group: int, start: int, leaf: Tensor) -> ParameterView:
@@ -267,13 +293,3 @@ def _kept(value: Any, copy: bool) -> Any:
     if not isinstance(value, Tensor):
         return value
     return value.detach().clone() if copy else value.detach()
-
-
-def _is_plain_view(value: Tensor) -> bool:
-    """Whether autograd takes the tensor for a view of its base, not for the result of a custom function."""
-    node = value.grad_fn
-    while node is not None:
-        if isinstance(node, torch.autograd.function.BackwardCFunction) or len(node.next_functions) > 1:
-            return False
-        node = node.next_functions[0][0] if node.next_functions else None
-    return True

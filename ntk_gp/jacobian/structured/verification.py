@@ -216,16 +216,23 @@ def _autograd_by_use(function: NetworkFunction, v: Tensor, passes: RecordedPasse
             arguments = dict(use.arguments)
             for name, view in use.arguments.items():
                 if isinstance(view, ParameterView):
-                    flat, start = parameters[view.name]
+                    node = use.computed.get(view.name)
+                    flat, start = parameters[view.name] if node is None else (node.value.detach().reshape(-1), 0)
                     arguments[name] = view.shift(-start).read(flat).requires_grad_()
-                    leaves.append((view, arguments[name]))
+                    leaves.append((view, node, arguments[name]))
             results.append(use.rule.call(use.function, arguments))
             cotangents.append(sum(_spread(v[:, c], layout, row) * row for c, row in enumerate(g)))
-    found = torch.autograd.grad(results, [leaf for _, leaf in leaves], cotangents, allow_unused=True)
+    found = torch.autograd.grad(results, [leaf for *_, leaf in leaves], cotangents, allow_unused=True)
     out = v.new_zeros(function.num_parameters)
-    for (view, _), gradient in zip(leaves, found, strict=True):
-        if gradient is not None:
+    for (view, node, _), gradient in zip(leaves, found, strict=True):
+        if gradient is None:
+            continue
+        if node is None:
             view.add_to(out, gradient)
+        else:
+            pulled = v.new_zeros(node.size)
+            view.add_to(pulled, gradient)
+            node.graph(*node.leaves).pull(pulled[None], out[None])
     return out
 
 

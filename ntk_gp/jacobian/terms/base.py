@@ -84,8 +84,10 @@ class Term(ABC):
         """How many factor pairs k there are; 0 where the term takes part by columns."""
         return 0
 
-    def factors(self, points: slice, variances: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+    def factors(self, points: slice, variances: Tensor | None = None) -> list[tuple[Tensor | None, Tensor]]:
         """All pairs (A_k, G_k) at some points: A_k, (B, m, d), and G_k output-major, (B, C·m, d').
+
+        Without an A_k, the pair is G_k G_k'ᵀ alone.
 
         :param variances: Prior variances, (L, G), that the columns of A_k are multiplied by.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Hashable, Sequence
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Term, once, split_points
+from .features import FeatureTerm
 from .matrix import MatrixTerm, join, weigh_outputs
 from .view import ParameterView
 
@@ -226,6 +228,44 @@ class ConvolutionTerm(MatrixTerm):
             h, signals, empty, None, self.stride, self.padding, self.dilation, False, [0] * dims, heads,
             [False, True, False],
         )[1]  # fmt: skip
+
+    def with_bias(self, bias: ParameterView | None) -> ConvolutionTerm:
+        new = copy.copy(self)
+        new.bias = bias
+        return new
+
+    def bias_term(self) -> FeatureTerm:
+        assert self.bias is not None
+        return FeatureTerm([self.bias], self.maps.flatten(5).sum((3, 5)))
+
+    def scaled_rows(self, factors: Tensor) -> ConvolutionTerm:
+        new = copy.copy(self)
+        new.maps = self.maps * factors.reshape(-1, *[1] * len(self.kernel_size))
+        return new
+
+    def scaled_columns(self, factors: Tensor) -> ConvolutionTerm | None:
+        """Each element of the input is in several columns: they must have one factor."""
+        return self.scaled(factors.flatten()[0]) if (factors == factors.flatten()[0]).all() else None
+
+    def row_products(self, matrix: Tensor) -> Tensor:
+        kernels = matrix.reshape(-1, self._channels_per_head, *self.kernel_size)
+        pieces = []
+        batch = self.maps.shape[0]
+        for points in split_points(self.maps.shape[1], batch * self.maps[0, 0].numel(), matrix.device):
+            signals = self.inputs[:, points]
+            z = self._convolve(signals.flatten(0, 2), kernels, None).unflatten(0, signals.shape[:3])
+            pieces.append((z.unsqueeze(2) * self.maps[:, points]).flatten(5).sum((3, 5)))
+        return torch.cat(pieces, dim=1)
+
+    def factors_of_product(self, left: Tensor, right: Tensor) -> tuple[MatrixTerm, MatrixTerm]:
+        """The right one is a convolution's, and the left one multiplies its result."""
+        signals = self.inputs
+        z = self._convolve(signals.flatten(0, 2), right.reshape(-1, self._channels_per_head, *self.kernel_size), None)
+        z = z.unflatten(0, signals.shape[:3]).flatten(4).transpose(-2, -1).flatten(2, 3).unsqueeze(3)
+        first = MatrixTerm(self.weight, None, z, self.gradients)
+        second = copy.copy(self)
+        second.maps = torch.einsum("bncso...,or->bncsr...", self.maps, left)
+        return first, second
 
     def merge(self, others: Sequence[Term]) -> Term | None:  # type: ignore[override]
         """Other uses with signals of the same size are more signals."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from ...replacements.onednn import matmul
 from .base import Term, cached_elements, inner, once, split_points
 from .features import FeatureTerm
 from .view import ParameterView
+
+Self = TypeVar("Self", bound="MatrixTerm")
 
 # Columns of a product that is efficient.
 _MIN_WIDTH = 128
@@ -221,10 +224,10 @@ class MatrixTerm(Term):
             for t in range(self.num_positions):
                 yield k, t * heads + k % heads
 
-    def factors(self, points: slice, variances: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+    def factors(self, points: slice, variances: Tensor | None = None) -> list[tuple[Tensor | None, Tensor]]:
         a, g = once(self.inputs_at(points)), self.gradients[:, points]
         scale = None if variances is None else self.column_variances(variances).unsqueeze(-2)
-        factors = []
+        factors: list[tuple[Tensor | None, Tensor]] = []
         for k in range(self.num_products):
             position, head = divmod(k, g.shape[4])
             factor = a[:, :, position, head]
@@ -242,6 +245,69 @@ class MatrixTerm(Term):
             return FeatureTerm(self.views, rows.flatten(3))
         parts = [rows[..., :-1].flatten(3), rows[..., -1].flatten(3)]
         return FeatureTerm([self.weight, self.bias], torch.cat(parts, dim=-1))
+
+    # For matrices that are computed from parameters
+
+    def moved(self: Self, weight: ParameterView) -> Self:
+        """The same for a matrix at another place."""
+        new = copy.copy(self)
+        new.weight = weight
+        return new
+
+    def with_bias(self: Self, bias: ParameterView | None) -> Self:
+        """The matrix together with another bias, or with none."""
+        new = copy.copy(self)
+        new.inputs = self.inputs if self.bias is None else self.inputs[..., :-1]
+        if bias is not None:
+            new.inputs = torch.cat([new.inputs, torch.ones_like(new.inputs[..., :1])], dim=-1)
+        new.bias = bias
+        return new
+
+    def bias_term(self) -> FeatureTerm:
+        """The bias without the matrix."""
+        assert self.bias is not None
+        return FeatureTerm([self.bias], self.gradients.sum(3).flatten(3))
+
+    def scaled(self: Self, number: Tensor | float) -> Self:
+        """Of a matrix that is multiplied by a number before it is used; without a bias."""
+        new = copy.copy(self)
+        new.inputs = self.inputs * number
+        return new
+
+    def scaled_rows(self: Self, factors: Tensor) -> Self:
+        """The same where each row, of H·d_out, has its own number."""
+        new = copy.copy(self)
+        new.gradients = self.gradients * factors.reshape(self.weight.shape[:2])
+        return new
+
+    def scaled_columns(self: Self, factors: Tensor) -> Self | None:
+        """The same where each column, (H, d_in), has its own number; None where inputs do not follow the columns."""
+        new = copy.copy(self)
+        new.inputs = self.inputs * factors
+        return new
+
+    def row_products(self, matrix: Tensor) -> Tensor:
+        """The inner products of each row of the per-point gradients with the same row of a matrix, (H·d_out, d_in):
+        (B, n, C, H·d_out)."""
+        matrix = matrix.reshape(self.weight.shape)
+        pieces = []
+        for points in split_points(len(self.gradients[0]), self.gradients[:, 0].numel(), matrix.device):
+            g = self.gradients[:, points]
+            a = self.inputs_at(points)[..., : matrix.shape[-1]]
+            left = a.permute(3, 0, 1, 2, 4)  # (H, B, m, T, d_in)
+            z = matmul(left.flatten(1, 3), matrix.mT).unflatten(1, left.shape[1:4]).movedim(0, 3)
+            pieces.append((z.unsqueeze(2) * g).sum(3).flatten(3))
+        return torch.cat(pieces, dim=1)
+
+    def factors_of_product(self, left: Tensor, right: Tensor) -> tuple[MatrixTerm, MatrixTerm]:
+        """Where the matrix is a product, (d_out, r) and (r, d_in), of two: what multiplies each of these.
+
+        Their views are this matrix', for :meth:`moved`; of one block, without a bias.
+        """
+        first, second = copy.copy(self), copy.copy(self)
+        first.inputs = matmul(self.inputs, right.mT)
+        second.gradients = matmul(self.gradients, left)
+        return first, second
 
     def columns(self, max_columns: int, variances: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         _, _, _, _, heads, d_out = self.gradients.shape

@@ -86,7 +86,7 @@ class OneHotTerm(Term):
             for s in range(self.num_products):
                 yield t, s
 
-    def factors(self, points: slice, variances: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+    def factors(self, points: slice, variances: Tensor | None = None) -> list[tuple[Tensor | None, Tensor]]:
         g = self.gradients[:, points]
         return [
             (self._input_factor(k, points, variances), g[:, :, :, k].transpose(1, 2).flatten(1, 2))

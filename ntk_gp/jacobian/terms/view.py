@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NoReturn
 
 import torch
@@ -40,6 +42,22 @@ class ParameterView:
                 return True
             reach += stride * (size - 1)
         return False
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether there are no other elements between the first and the last."""
+        return not self.overlaps_itself and self.numel() == self.end - self.offset
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements follow one another in the order of a contiguous tensor's."""
+        pairs = zip(self.shape, self.strides, contiguous_strides(self.shape), strict=True)
+        return all(size == 1 or stride == expected for size, stride, expected in pairs)
+
+    def has_rows(self, count: int, length: int) -> bool:
+        """Whether a view (H, d_out, d_in) is of so many rows of this length, H·d_out and d_in, one after the other."""
+        heads, rows, columns = self.shape
+        return (heads * rows, columns) == (count, length) and self.is_contiguous
 
     @property
     def end(self) -> int:
@@ -80,6 +98,22 @@ class ParameterView:
             size *= self.shape[dim]
         return replace(self, shape=(*self.shape[:start], size), strides=(*self.strides[:start], self.strides[-1]))
 
+    @lru_cache(maxsize=1024)  # noqa: B019  of more views than networks have, and of no tensors
+    def within(self, other: ParameterView) -> ParameterView | None:
+        """This view of a tensor that is itself a view of a parameter, or None where there are no such strides.
+
+        :param other: The tensor, whose elements are counted from 0, as a contiguous tensor's.
+        """
+        if other.is_contiguous:
+            return replace(other, offset=other.offset + self.offset, shape=self.shape, strides=self.strides)
+        places = self.read(other.indices())
+        strides = [
+            int(places.select(dim, 1).flatten()[0] - places.flatten()[0]) if size > 1 else 1
+            for dim, size in enumerate(self.shape)
+        ]
+        found = replace(other, offset=int(places.flatten()[0]), shape=self.shape, strides=tuple(strides))
+        return found if torch.equal(found.indices(), places.flatten()) else None
+
     def shift(self, elements: int) -> ParameterView:
         """The same view of a parameter that has moved."""
         return replace(self, offset=self.offset + elements)
@@ -106,4 +140,15 @@ class ParameterView:
         """Whether the two have an element in common."""
         if self.name != other.name:
             return False
+        if self.is_dense and other.is_dense:
+            return self.offset < other.end and other.offset < self.end
         return bool(torch.isin(self.indices(), other.indices()).any())
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Of a contiguous tensor."""
+    strides, size = [], 1
+    for length in reversed(shape):
+        strides.append(size)
+        size *= length
+    return tuple(reversed(strides))

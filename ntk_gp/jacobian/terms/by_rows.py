@@ -1,0 +1,83 @@
+"""Terms whose factors have no cheap Gram matrix: it is made of whole rows of J."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ... import memory
+from .base import Term
+
+
+class RowsTerm(Term):
+    """A term that takes part in Gram matrices by its rows, which it can form for some points at a time."""
+
+    def cross_diagonal(self, other: Term, variances: Tensor) -> Tensor:
+        assert isinstance(other, RowsTerm)
+        scale = self._scale(variances)
+        pieces = []
+        for points in self._slices():
+            left = self._rows(points)
+            right = left if other is self else other._rows(points)
+            pieces.append((left * right * scale[:, None, None]).sum(-1))
+        return torch.cat(pieces, dim=1)
+
+    def columns(self, max_columns: int, variances: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some columns of J at a time, at all the points.
+
+        A term cannot compute a few of its columns alone, only whole rows. Where whole rows at all the points fit in
+        memory they are formed once and cut. Where they do not, they are formed some points at a time, once for each
+        block of columns, and only the block is kept: time instead of memory.
+        """
+        scale, slices = self._scale(variances), list(self._slices())
+        if len(slices) == 1:
+            rows = self._rows(slice(None)).flatten(1, 2)
+            yield from zip(rows.split(max_columns, dim=-1), scale.split(max_columns, dim=-1), strict=True)
+            return
+        for part in torch.arange(scale.shape[-1], device="cpu").split(max_columns):
+            columns = slice(int(part[0]), int(part[-1]) + 1)
+            block = self.gradients.new_empty(*self.gradients.shape[:3], len(part))
+            for points in slices:
+                block[:, points] = self._rows(points)[..., columns]
+            yield block.flatten(1, 2), scale[:, columns]
+
+    def _slices(self) -> Iterator[slice]:
+        """Slices of points whose whole rows take a sixteenth of the memory budget."""
+        batch, n, outputs = self.gradients.shape[:3]
+        row_bytes = batch * outputs * self._compact()[1] * self.gradients.element_size()
+        size = max(1, memory.WHOLE_ROWS.bytes(self.gradients.device) // row_bytes)
+        for start in range(0, n, size):
+            yield slice(start, min(n, start + size))
+
+    def _rows(self, points: slice) -> Tensor:
+        """The rows of J at some points without the columns of other parameters, (B, m, C, p)."""
+        shifts, size = self._compact()
+        some = self.map(lambda tensor: tensor[:, points]).relocate(shifts)
+        rows = some.gradients.new_zeros(*some.gradients.shape[:3], size)
+        some.add_rows(rows)
+        return rows
+
+    def _scale(self, variances: Tensor) -> Tensor:
+        """The prior variance of each of these columns, (L, p)."""
+        shifts, size = self._compact()
+        scale = variances.new_zeros(variances.shape[0], size)
+        for view in self.views:
+            target = view.shift(shifts[view.name]).read(scale)
+            target.copy_(variances[:, view.group].reshape(-1, *[1] * view.ndim).expand_as(target))
+        return scale
+
+    def _compact(self) -> tuple[dict[str, int], int]:
+        """How far to move each parameter for the parameters of this term to follow one another."""
+        shifts: dict[str, int] = {}
+        size = 0
+        for name in dict.fromkeys(view.name for view in self.views):
+            views = [view for view in self.views if view.name == name]
+            start, end = min(view.offset for view in views), max(view.end for view in views)
+            shifts[name] = size - start
+            size += end - start
+        return shifts, size
+
+    def gram_cost(self) -> float:
+        return 2.0 * self.gradients.shape[2] ** 2 * self._compact()[1]
