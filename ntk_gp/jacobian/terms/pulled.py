@@ -137,7 +137,8 @@ class SharedTerm(PulledTerm):
         return self.inner.features
 
     def key(self) -> Hashable:
-        return (*super().key(), tuple(self.ratios))  # type: ignore[misc]
+        """θ has no part in it: two tensors of the same derivatives may be one."""
+        return ("shared", tuple(each.key() for each in self.derivatives), tuple(self.ratios))
 
     def covariance(self, variances: Tensor) -> Tensor:
         """H Σ Hᵀ for variances (L, G): (L, q), its diagonal where it has nothing else, or (L, q, q)."""
