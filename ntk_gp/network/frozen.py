@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,6 +18,8 @@ from .checks import check_finite, check_inputs, check_tensor
 from .equality import same_module
 from .fingerprint import Fingerprint
 from .function import NO_MODE, Findings, NetworkFunction
+from .inputs import InputDtype, InputShape
+from .outputs import Output
 from .probe import probe
 from .rows import check_values
 from .sharing import share_snapshot
@@ -37,7 +38,7 @@ from .snapshot import (
     unregistered_tensors,
     unwrap,
 )
-from .specification import ALL_OUTPUTS, check_output_argument, specify
+from .specification import check_output_argument, specify
 from .tensors import convert_each, normal_tensor
 from .trial import FEW, Trial
 
@@ -58,9 +59,13 @@ class FrozenNetwork(nn.Module):
     :param parameters: Which parameters take part in the linearisation: those with `requires_grad=True` (default), those
         whose name matches a shell pattern or one of several (`"head.*"`), or those for which a predicate
         `f(name, parameter)` is true.
-    :param input_shape: The shape of one input as the network wants it, e.g. `(3, 32, 32)`. Flat inputs of width
-        d = 3·32·32 are reshaped to it.
-    :param output: Index of the one output to take, `"all"` for all C of them, or None where the network has just one.
+    :param input_shape: The shape of one input as the network wants it, e.g. `(3, 32, 32)`: flat inputs of width
+        d = 3·32·32 are reshaped to it. Of a network with several arguments, the shape of each by its name, e.g.
+        `{"ids": (128,), "mask": (128,)}`, side by side in one row (:func:`~ntk_gp.pack`).
+    :param input_dtype: An integer or boolean dtype that the network wants its inputs in, of all arguments or by name.
+    :param output: Index of the one output to take, a list of some, `"all"` for all C of them, `"batch"` for each of
+        them by itself, or None where the network has just one (:mod:`.chosen_outputs`). Where it returns more than a
+        tensor, a name, a function, or a tuple of steps to the tensor and one of these (:mod:`.outputs`).
     :param group_by: Maps a parameter's name to the label of its group (for a prior variance per group). One group by
         default.
     """
@@ -70,18 +75,20 @@ class FrozenNetwork(nn.Module):
         network: nn.Module,
         *,
         parameters: ParameterSelection = None,
-        input_shape: tuple[int, ...] | None = None,
-        output: int | str | None = None,
+        input_shape: InputShape = None,
+        input_dtype: InputDtype = None,
+        output: Output = None,
         group_by: Callable[[str], str] | None = None,
     ):
         super().__init__()
         self._options: dict[str, Any] = {
             "parameters": parameters,
             "input_shape": input_shape,
+            "input_dtype": input_dtype,
             "output": output,
             "group_by": group_by,
         }
-        check_output_argument(output)
+        check_output_argument(output)  # before anything is copied
         network = source = unwrap(network)
         named: dict[str, nn.Parameter] = dict(named_tensors(network.named_parameters(remove_duplicate=False)))
         if not named:
@@ -101,12 +108,13 @@ class FrozenNetwork(nn.Module):
             canonical,
             [name for name in named if name in selected],
             input_shape=input_shape,
+            input_dtype=input_dtype,
             output=output,
             group_by=group_by,
             attributes=attributes,
         )
         self.parameter_names, self.group_names = self.specification.parameter_names, self.specification.group_names
-        self.input_shape, self.output = self.specification.input_shape, self.specification.output
+        self.inputs, self.outputs = self.specification.inputs, self.specification.outputs
         self.tensors = buffer_tree(network, set(canonical.values()))
         self._aliases = canonical
         # In a list, so that its mode and dtype are never changed from outside.
@@ -199,50 +207,55 @@ class FrozenNetwork(nn.Module):
         return NetworkFunction(self.specification, Skeletons(skeleton, self._aliases), tensors, inner_dtype, state)
 
     def forward(self, x: Tensor) -> Tensor:
-        """f(x) at the frozen weights: (*batch, n, d) to (*batch, n), or (*batch, n, C) with `output="all"`."""
-        return self.values(x, self.fingerprint(thorough=True))
+        """f(x) at the frozen weights: (*batch, n, d) to (*batch, n); or (*batch, n, C) with `output="all"` or a list,
+        and (*batch, C, n) with `output="batch"`."""
+        x = self.outputs.unrepeated(x)
+        return self.outputs.shaped(self.values(x, self.fingerprint(thorough=True)), x.shape[:-1])
 
     def values(self, x: Tensor, state: int, mode: AbstractContextManager[object] = NO_MODE) -> Tensor:
-        """The same, for callers that have looked for edits of the snapshot themselves.
+        """The same for all points as one list, (*batch, n, d) to (N, C), for callers that have looked for edits of the
+        snapshot themselves.
 
         :param state: What they found: the present fingerprint.
         :param mode: A context for what the network itself calls, and for nothing else.
         """
+        x = self.carried(x)
         check_finite(x)
         function = self._tried(x, state)
+        self.inputs.check(x)
         function.check_input_gradients(x)
         flat = x.reshape(-1, x.shape[-1])
         if flat.shape[0] == 0:
-            out = flat.new_zeros(0, function.num_outputs)
-        else:
-            with function.tracing():
-                chunks = normal_tensor(flat).split(function.points_per_pass())
-                steps = settings.progress(chunks, "Network")
-                pieces = [function(function.parameters, chunk, mode) for chunk in steps]
-                if not function.has_checked(len(flat)):
-                    check_values(function, chunks[0], pieces[0], len(flat))
-            out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        shape = x.shape[:-1] if self.output != ALL_OUTPUTS else (*x.shape[:-1], function.num_outputs)
-        return out.reshape(shape)
+            return flat.new_zeros(0, function.num_outputs)
+        with function.tracing():
+            chunks = normal_tensor(flat).split(function.points_per_pass())
+            steps = settings.progress(chunks, "Network")
+            pieces = [function(function.parameters, chunk, mode) for chunk in steps]
+            if not function.has_checked(len(flat)):
+                check_values(function, chunks[0], pieces[0], len(flat))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def flattened(self, x: Tensor) -> Tensor:
-        """Inputs of `input_shape`, (*batch, n, *input_shape), as the rows (*batch, n, d) that GPyTorch wants.
+        """Inputs of `input_shape`, (*batch, n, *input_shape), as the rows (*batch, n, d) that GPyTorch wants; integers
+        in the dtype of the network.
 
         Others are returned as they are: rows already, or of a width that :meth:`check` refuses.
         """
         check_tensor(x)
-        shape = self.input_shape or ()
-        is_shaped = len(shape) > 1 and x.dim() > len(shape) and tuple(x.shape[-len(shape) :]) == shape
-        return x.flatten(-len(shape)) if is_shaped and x.shape[-1] != math.prod(shape) else x
+        return self.inputs.flattened(self.carried(x))
+
+    def carried(self, x: Tensor) -> Tensor:
+        """Integers in the dtype of the network, where that holds them and the network wants such; others as they are.
+
+        :raises TypeError: Where it wants none.
+        :raises ValueError: Where they are too large.
+        """
+        return x if x.is_floating_point() else self.inputs.carried(x, self.dtype)
 
     def num_outputs(self, x: Tensor) -> int:
         """C, the number of outputs that take part, at inputs of this width, dtype and device."""
-        return self.at(x).num_outputs if self.output == ALL_OUTPUTS else 1
-
-    def num_outputs_per_row(self, x: Tensor) -> int:
-        """The same, asked before anything else is: rows of another width than the network takes are refused."""
-        self.check_width(x)
-        return self.num_outputs(x)
+        known = self.outputs.known_count
+        return self.at(x).num_outputs if known is None else known
 
     def check(self, x: Tensor) -> None:
         """Raises where the network cannot be linearised at inputs like `x`, see :meth:`at`."""
@@ -263,6 +276,7 @@ class FrozenNetwork(nn.Module):
         state = self.fingerprint(thorough=True)
         for given in different:
             function = self.at(given, state)
+            self.inputs.check(given)
         return function
 
     def at(self, x: Tensor, state: int | None = None) -> NetworkFunction:
@@ -314,6 +328,8 @@ class FrozenNetwork(nn.Module):
             if kind in self._checked:  # by another thread, meanwhile
                 return
             function = self.function(x.dtype, x.device, state)
+            if not x.numel() and function.is_tried:  # at inputs there are; zeros in place of none may be no inputs
+                return
             rows = normal_tensor(x.detach()).reshape(x.shape[:-1].numel(), x.shape[-1])
             trial = Trial(function, rows, partial(self._converted, x.device, state))
             self._functions[rows.dtype, rows.device] = trial.function
@@ -331,14 +347,9 @@ class FrozenNetwork(nn.Module):
         if not x.is_floating_point():
             raise TypeError(
                 f"Expected inputs of a floating-point dtype, got {x.dtype}. Cast them, e.g. with x.float(); a network "
-                "that wants integers can cast them back in its forward."
+                "that wants integers has them with input_dtype=torch.long."
             )
-        if self.input_shape is not None and x.shape[-1] != math.prod(self.input_shape):
-            raise ValueError(
-                f"Got inputs of width {x.shape[-1]} (shape {tuple(x.shape)}), but input_shape={self.input_shape} needs "
-                f"{math.prod(self.input_shape)} features. Flatten each input to one row, e.g. x.flatten(1) for the "
-                "whole model (GPyTorch takes all but the last two dimensions for batches), or change input_shape."
-            )
+        self.inputs.check_width(x)
 
     def __getstate__(self) -> dict:
         made_again: dict[str, Any] = {"_functions": {}, "_checked": set(), "_exact_findings": {}}
