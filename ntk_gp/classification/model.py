@@ -169,11 +169,12 @@ class LaplaceGP(GP):
             raise RuntimeError("The model is in train mode. Call model.eval() first.")
         x = _checked_inputs(x, batches=True)
         link = Link(self.likelihood, method, samples, generator)
-        size = self.latent_posterior().points_per_block()
+        posterior = self.latent_posterior()
+        size = posterior.points_per_block()
         with torch.no_grad():
             blocks = settings.progress(x.reshape(-1, x.shape[-1]).split(size), "Probabilities")
             found = torch.cat([link(*self._marginals(block)) for block in blocks])
-        return found.reshape(*x.shape[:-1], *found.shape[1:]).to(x.dtype)
+        return found.reshape(*x.shape[:-1], *found.shape[1:]).to(posterior.approximation.prior.dtype)
 
     def _marginals(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The latent posterior at each of some points by itself: mean, (m, C), and covariance, (m, C, C)."""
