@@ -137,6 +137,7 @@ class LinearizedNetwork(LinearizedModule):
         elif any(option is not None for option in (parameters, input_shape, input_dtype, output)):
             raise TypeError("A FrozenNetwork brings parameters, its inputs and output with it: leave them out.")
         super().__init__(network)
+        self.network.fix_parameters()
         own = [self.network.get_buffer(f"tensors.{name}") for name in self.network.parameter_names]
         size = sum(tensor.numel() for tensor in own)
         lead = self._lead(displacement)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -43,8 +43,10 @@ class NTKKernel(NetworkKernel):
     :param network: The trained network: a module that maps (n, d) inputs, or (n, *input_shape), to n outputs or n×C,
         each row from its own input alone.
     :param parameters: The parameters to linearise in: those with `requires_grad=True` (default), those whose name
-        matches one of some shell patterns, e.g. `["head.*", "*.bias"]`, or those for which `f(name, parameter)` is
-        true.
+        matches one of some shell patterns, e.g. `["head.*", "*lora*"]`, or those for which `f(name, parameter)` is
+        true. Three strings, alone or among patterns, stand for sets, whatever the network's parameters are called:
+        `"last_layer"`, the layer with a weight that is called last (at the first inputs); `"norm"`, the affine
+        parameters of normalisations; and `"bias"`, all biases. What is left out costs nothing.
     :param input_shape: The shape of one input as the network wants it, e.g. `(3, 32, 32)`: inputs are n×3072 then. Of
         a network with several arguments, the shape of each by its name, e.g. `{"ids": (128,), "mask": (128,)}`:
         :func:`~ntk_gp.pack` puts them side by side in rows.
@@ -56,7 +58,9 @@ class NTKKernel(NetworkKernel):
         the name (key or attribute) of the one to linearise, or a function of what it returns; where that tensor has
         several columns, or is at some position, a tuple whose last element says which: `("logits", "all")`, `(0, 3)`.
     :param variance_groups: Gives each group of parameters a prior variance of its own, to be learned: `"layer"`,
-        `"parameter"`, or a function from a parameter's name to its group's.
+        `"parameter"`, a function from a parameter's name to its group's, or a dictionary from patterns (and sets, as
+        for `parameters`) to groups, e.g. `{"norm": "norm", "conv*": "conv"}`: the first pattern that matches decides,
+        and what none matches is the group `"other"`. :func:`~ntk_gp.scale_to_data` lets them start at equal shares.
     :param variance_prior: Prior over these variances.
     :param variance_constraint: Constraint on these variances. (Default: :class:`~gpytorch.constraints.Positive`.)
     :param engine: `"structured"` (default) uses the recorded uses of each parameter, and autodiff for those that no
@@ -96,7 +100,7 @@ class NTKKernel(NetworkKernel):
         input_shape: InputShape = None,
         input_dtype: InputDtype = None,
         output: Output = None,
-        variance_groups: str | Callable[[str], str] | None = None,
+        variance_groups: str | Callable[[str], str] | Mapping[str, str] | None = None,
         variance_prior: Prior | None = None,
         variance_constraint: Interval | None = None,
         engine: str | None = None,
@@ -249,14 +253,31 @@ def _check_no_lengthscale(arguments: dict[str, Any]) -> None:
         )
 
 
-def group_function(variance_groups: str | Callable[[str], str] | None) -> Callable[[str], str] | None:
+def group_function(
+    variance_groups: str | Callable[[str], str] | Mapping[str, str] | None,
+) -> Callable[[str], str] | Mapping[str, str] | None:
+    if isinstance(variance_groups, Mapping):
+        _check_groups(variance_groups)
+        return dict(variance_groups)
     if variance_groups is None or callable(variance_groups):
         return variance_groups
     if variance_groups == "layer":
         return _layer_of
     if variance_groups == "parameter":
         return str
-    raise ValueError(f"variance_groups must be 'layer', 'parameter' or a function of a name, got {variance_groups!r}.")
+    raise ValueError(
+        "variance_groups must be 'layer', 'parameter', a function of a name, or a dictionary from patterns to groups, "
+        f"got {variance_groups!r}."
+    )
+
+
+def _check_groups(groups: Mapping[str, str]) -> None:
+    if groups and all(isinstance(name, str) for item in groups.items() for name in item):
+        return
+    raise TypeError(
+        f"variance_groups must map patterns to the names of groups, strings to strings, got {groups!r}. Several "
+        'patterns may have one group: {"conv*": "conv", "stem.*": "conv"}.'
+    )
 
 
 def _layer_of(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from .chosen_outputs import THE_ONLY_ONE, Outputs
 from .inputs import InputDtype, Inputs, InputShape
 from .outputs import Output, Step, check_steps, way_and_columns
+from .parameter_sets import GroupBy, ParameterSets
 
 
 @dataclass(frozen=True)
@@ -53,24 +54,26 @@ def specify(
     network: nn.Module,
     aliases: Mapping[str, str],
     names: Iterable[str],
+    sets: ParameterSets,
     *,
     input_shape: InputShape,
     input_dtype: InputDtype,
     output: Output,
-    group_by: Callable[[str], str] | None,
+    group_by: GroupBy,
     attributes: tuple[list[str], list[str]],
 ) -> Specification:
     """The specification of a module.
 
     :param aliases: Every name of each of its tensors, and the canonical one.
     :param names: The selected parameters, by any of their names.
+    :param sets: What patterns stand for.
     :param attributes: Those that are kept, and those that are left out.
     """
     steps, columns = way_and_columns(output)
     parameter_names = tuple(dict.fromkeys(aliases[name] for name in names))
     return Specification(
         parameter_names=parameter_names,
-        group_labels=tuple("all" if group_by is None else group_by(name) for name in parameter_names),
+        group_labels=sets.groups(parameter_names, group_by),
         inputs=Inputs.of(input_shape, input_dtype),
         steps=steps,
         outputs=Outputs.of(columns),

@@ -31,7 +31,7 @@ def explicit_jacobian(
 
     :param network: The network, as it would be given to :class:`~ntk_gp.NTKKernel`. It is not changed.
     :param x: Inputs in the network's dtype.
-    :param parameters: As in :class:`~ntk_gp.NTKKernel`.
+    :param parameters: As in :class:`~ntk_gp.NTKKernel`, but for the sets by name: give their patterns.
     :param input_shape: As in :class:`~ntk_gp.NTKKernel`.
     :param input_dtype: As in :class:`~ntk_gp.NTKKernel`.
     :param output: The index of the one output to take; all of them by default, or with `"all"`. Otherwise as in
