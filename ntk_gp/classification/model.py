@@ -34,7 +34,8 @@ class LaplaceGP(GP):
 
     Everything is computed in float64, in function space (n·(C − 1) rows) or, for a kernel that is linear in the
     network's weights, in weight space (P rows), whichever is cheaper; :class:`ntk_gp.settings.solver` sets one. Costs a
-    factorisation in each of 5 to 30 Newton steps.
+    factorisation in each Newton step: 4 to 12 at ordinary scales, 30 at a scale of 10⁹. Predictions are differentiable
+    with respect to the inputs, the evidence with respect to the hyperparameters.
 
     :param train_inputs: The labelled inputs, (n, d) or (n,).
     :param train_targets: Their labels, (n,): integers from 0 to C − 1.
