@@ -248,7 +248,7 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
             flat = x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:])
             tangents = weights.expand(*batch, weights.shape[-1]).reshape(-1, 1, weights.shape[-1])
         shift = linearization.autodiff.linearize(flat).jvp(tangents)
-        _check_shift(shift, x)
+        check_shift(shift, x)
         return shift.reshape(*batch, -1)
 
 
@@ -264,7 +264,8 @@ def _no_strategy() -> None:
     return None
 
 
-def _check_shift(shift: Tensor, x: Tensor) -> None:
+def check_shift(shift: Tensor, x: Tensor) -> None:
+    """Raises where J(x) ŵ, (k, m·C), is NaN or infinite at some inputs (*batch, m, d)."""
     if is_finite(shift):
         return
     finite = torch.isfinite(shift.detach())

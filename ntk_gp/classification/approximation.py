@@ -50,6 +50,7 @@ class LatentPrior:
     :raises ValueError: If it has batches, or another shape than the labels ask for.
     :raises MemoryError: If neither function nor weight space fits in the memory budget.
 
+    :ivar dtype: The one that the model computes in.
     :ivar mean: m, (n, C), float64, with its graph.
     :ivar parameter: What K is linear in, with its graph: K itself, (N, N), or the prior variances, (1, G); float64.
     :ivar Space space: The coordinates.
@@ -59,6 +60,7 @@ class LatentPrior:
 
     def __init__(self, distribution: MultivariateNormal, density: LogDensity):
         _check_prior(distribution, density)
+        self.dtype = distribution.loc.dtype
         self.mean = distribution.loc.double().reshape(len(density.labels), density.num_outputs)
         matrix = without_constants(to_linear_operator(distribution.lazy_covariance_matrix).evaluate_kernel())
         self.networks = networks_of(matrix)

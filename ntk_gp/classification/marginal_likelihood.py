@@ -29,7 +29,7 @@ class LaplaceMarginalLogLikelihood(MarginalLogLikelihood):
     :param model: The :class:`~ntk_gp.LaplaceGP`.
 
     Example:
-        >>> import gpytorch
+        >>> import gpytorch, torch
         >>> from ntk_gp import LogisticLikelihood, NetworkMean, NTKKernel
         >>> class Classifier(LaplaceGP):
         ...     def __init__(self, x, labels, network):

@@ -34,7 +34,8 @@ class LaplaceGP(GP):
 
     Everything is computed in float64, in function space (n·(C − 1) rows) or, for a kernel that is linear in the
     network's weights, in weight space (P rows), whichever is cheaper; :class:`ntk_gp.settings.solver` sets one. Costs a
-    factorisation in each of 5 to 30 Newton steps.
+    factorisation in each Newton step: 4 to 12 at ordinary scales, 30 at a scale of 10⁹. Predictions are differentiable
+    with respect to the inputs, the evidence with respect to the hyperparameters.
 
     :param train_inputs: The labelled inputs, (n, d) or (n,).
     :param train_targets: Their labels, (n,): integers from 0 to C − 1.
@@ -169,11 +170,12 @@ class LaplaceGP(GP):
             raise RuntimeError("The model is in train mode. Call model.eval() first.")
         x = _checked_inputs(x, batches=True)
         link = Link(self.likelihood, method, samples, generator)
-        size = self.latent_posterior().points_per_block()
+        posterior = self.latent_posterior()
+        size = posterior.points_per_block()
         with torch.no_grad():
             blocks = settings.progress(x.reshape(-1, x.shape[-1]).split(size), "Probabilities")
             found = torch.cat([link(*self._marginals(block)) for block in blocks])
-        return found.reshape(*x.shape[:-1], *found.shape[1:]).to(x.dtype)
+        return found.reshape(*x.shape[:-1], *found.shape[1:]).to(posterior.approximation.prior.dtype)
 
     def _marginals(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The latent posterior at each of some points by itself: mean, (m, C), and covariance, (m, C, C)."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import memory
 from ..bridge.exactly_solved import without_constants
+from ..bridge.prediction_strategies import check_shift
 from ..bridge.recognised import networks_of
 from ..jacobian.base import Jacobian
 from ..operators import NTKLinearOperator
@@ -22,6 +23,7 @@ from .spaces import Curvature
 
 # Rows of test points whose covariance with one another is formed for the sake of its diagonal blocks.
 _ROWS_TOGETHER = 512
+_POINTS_OF_A_GRAM = 32
 
 
 class LaplaceCovariance(PosteriorCovariance):
@@ -62,12 +64,20 @@ class LaplaceCovariance(PosteriorCovariance):
         outputs = jacobian.function.num_outputs
         if outputs == 1:
             return self.variance(jacobian)[..., None, None]
-        half = self.curvature.whitened_cross(jacobian).unflatten(-1, (-1, outputs))
-        product = torch.einsum("bkmc,bkmd->bmcd", half, half)
+        half = self.curvature.whitened_cross(jacobian).mT.unflatten(-2, (-1, outputs))
+        product = half @ half.mT
         if not self.curvature.is_explained:
             return product
-        rows = (jacobian.rows() * self.system.root_variances.unsqueeze(-2)).unflatten(-2, (-1, outputs))
-        return rows @ rows.mT - product
+        return self._prior_of_points(jacobian) - product
+
+    def _prior_of_points(self, jacobian: Jacobian) -> Tensor:
+        """Blocks of the diagonal of small Gram matrices: rows of J would be far more numbers."""
+        outputs, blocks = jacobian.function.num_outputs, []
+        for start in range(0, jacobian.num_points, _POINTS_OF_A_GRAM):
+            some = jacobian[slice(start, start + _POINTS_OF_A_GRAM)]
+            gram = some.gram(some, self.system.variances).unflatten(-1, (-1, outputs)).unflatten(-3, (-1, outputs))
+            blocks.append(gram.diagonal(dim1=-4, dim2=-2).permute(0, 3, 1, 2))
+        return torch.cat(blocks, dim=1)
 
 
 class LatentPosterior:
@@ -96,7 +106,9 @@ class LatentPosterior:
         assert self.covariance is not None
         linearization = self.covariance.system.linearization
         jacobian = linearization.autodiff.linearize(x.reshape(-1, *x.shape[-2:]))
-        return jacobian.jvp(self.weights.to(x.dtype).reshape(1, 1, -1)).reshape(*x.shape[:-2], -1)
+        shift = jacobian.jvp(self.weights.to(x.dtype).reshape(1, 1, -1))
+        check_shift(shift.reshape(x.shape[:-2].numel(), -1), x)
+        return shift.reshape(*x.shape[:-2], -1)
 
     def prediction(
         self, test_test_covar: LinearOperator, test_train_covar: LinearOperator
@@ -114,11 +126,11 @@ class LatentPosterior:
 
     def points_per_block(self) -> int:
         """How many test points may be looked at together, one by one: an eighth of the memory budget."""
-        prior, whitened = self.approximation.prior, self.approximation.curvature.whitened_size()
+        prior = self.approximation.prior
         outputs = prior.mean.shape[-1]
         budget = memory.TEST_POINTS.bytes(prior.mean.device) // (8 * outputs)
         if prior.system is not None:
-            return max(1, budget // (whitened + prior.system.num_parameters))
+            return max(1, budget // (3 * prior.space.num_coordinates))
         rows = prior.mean.numel()  # of K; and the covariance of all with all
         return max(1, min(_ROWS_TOGETHER // outputs, budget // (2 * rows + 2 * _ROWS_TOGETHER)))
 

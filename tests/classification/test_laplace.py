@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from gpytorch.kernels import RBFKernel, ScaleKernel
 from gpytorch.means import ConstantMean, MultitaskMean
 
 import ntk_gp
-from ntk_gp import GainKernel, LaplaceMarginalLogLikelihood
+from ntk_gp import GainKernel, LaplaceMarginalLogLikelihood, NetworkMean, NTKKernel
 
-from .problems import LIKELIHOODS, Problem, Reference
+from .problems import LIKELIHOODS, Classifier, Problem, Reference, likelihood_of
 
 SPACES = ("function_space", "weight_space")
 
@@ -143,3 +144,27 @@ def test_any_other_kernel(with_tangent):
         close(posterior.covariance_matrix, covariance)
         variance = covariance.diagonal()
         close(model.predict_proba(test_x), torch.special.ndtr(mean / (1 + variance).sqrt()))
+
+
+def test_one_kernel_for_each_class():
+    """Classes that are independent a priori, each with a scale of its own."""
+    problem = Problem("softmax")
+
+    class Batch(Classifier):
+        def forward(self, x):
+            each = MultivariateNormal(self.mean_module(x), self.covar_module(x))
+            return MultitaskMultivariateNormal.from_batch_mvn(each)
+
+    kernel = ScaleKernel(NTKKernel(problem.network, output="batch"), batch_shape=torch.Size([3]))
+    mean = NetworkMean(problem.network, output="batch")
+    model = Batch(problem.x, problem.labels, likelihood_of("softmax"), mean, kernel).double()
+    kernel.outputscale = torch.tensor([0.5, 1.0, 2.0])
+    classes = torch.arange(problem.outputs).repeat(len(problem.x))
+    roots = kernel.outputscale.sqrt()[classes].unsqueeze(-1) * problem.jacobian
+    matrix = (roots @ roots.mT) * (classes == classes.unsqueeze(-1))
+    reference = Reference("softmax", matrix, problem.values(problem.x), problem.labels)
+    close(evidence(model).detach(), reference.log_evidence.detach())
+    expected, found = by_raw(model, reference.log_evidence), gradients(model)
+    close(found["covar_module.raw_outputscale"], expected["covar_module.raw_outputscale"], 1e-8)
+    probabilities = model.eval().predict_proba(problem.test_x)
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(5).double())
