@@ -373,7 +373,7 @@ def picked(chosen: Any) -> list[int]:
 
 def tasks_model(chosen: Any, y: Tensor, noise: Tensor) -> Model:
     kernel = ScaleKernel(NTKKernel(NET, output=chosen)).double()
-    kernel.outputscale = 0.7
+    kernel.outputscale = 0.75
     likelihood = FixedNoiseMultitaskGaussianLikelihood(noise)
     return Model(X, y, likelihood, NetworkMean(NET, output=chosen), kernel, MultitaskMultivariateNormal)
 
@@ -405,7 +405,7 @@ class TestTasks:
         y, noise = Y[:, index].clone(), NOISE[:, index]
         if missing:
             y[2] = y[4, 0] = torch.nan
-        J, K = (features(x)[index].transpose(0, 1).flatten(0, 1) * 0.7**0.5 for x in (X, Z))
+        J, K = (features(x)[index].transpose(0, 1).flatten(0, 1) * 0.75**0.5 for x in (X, Z))
         observed = ~y.flatten().isnan()
         both, f = torch.cat([J[observed], K]), torch.cat([values(x)[index].mT.flatten() for x in (X, Z)])
         f = torch.cat([f[: len(J)][observed], f[len(J) :]])
