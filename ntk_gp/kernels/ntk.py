@@ -46,9 +46,13 @@ class NTKKernel(NetworkKernel):
         matches one of some shell patterns, e.g. `["head.*", "*.bias"]`, or those for which `f(name, parameter)` is
         true.
     :param input_shape: The shape of one input as the network wants it, e.g. `(3, 32, 32)`: inputs are n×3072 then.
-    :param output: Index of the output to take of a network with several, or `"all"` for a multitask kernel of size
+    :param output: Index of the output to take of a network with several. `"all"` for a multitask kernel of size
         (n·C)×(n·C), point-major and output-minor, for an interleaved
-        :class:`~gpytorch.distributions.MultitaskMultivariateNormal`.
+        :class:`~gpytorch.distributions.MultitaskMultivariateNormal`; a list of k indices for one of (n·k)×(n·k), in
+        the order given. `"batch"` for a batch of C kernels, one for each output by itself, (*batch, C, n, n) at inputs
+        (n, d) or (*batch, 1, n, d), the same for all outputs, or (*batch, C, n, d), each output's own. Inputs that all
+        have are captured once, by one forward and C backward passes, as with `"all"`; matrices cost C n² products in
+        place of C² n².
     :param variance_groups: Gives each group of parameters a prior variance of its own, to be learned: `"layer"`,
         `"parameter"`, or a function from a parameter's name to its group's.
     :param variance_prior: Prior over these variances.
@@ -59,7 +63,8 @@ class NTKKernel(NetworkKernel):
         sees first, so that its variance there is about that of a :class:`~gpytorch.kernels.ScaleKernel` around it. The
         constant is a buffer, `normalization.value`, in the state of the model, and stays what it is until
         :meth:`normalize_at` or :meth:`linearize` is called. A number divides it by that number.
-    :param batch_shape: The batch shape of the kernel.
+    :param batch_shape: The batch shape of the kernel. With `output="batch"` its last dimension is C; where it is left
+        out, C is found by evaluating the network at zeros of `input_shape`, or of its first layer's `in_features`.
     :param active_dims: The columns of the inputs that the network sees.
 
     :ivar torch.Tensor variance: The prior variances, (*batch_shape, 1, G); all one without `variance_groups`. Not
@@ -68,7 +73,11 @@ class NTKKernel(NetworkKernel):
     :raises TypeError: For the base class's options for lengthscales, such as `ard_num_dims`: the network scales its own
         inputs.
     :raises ValueError: If the network has no parameters, the selection matches none, or (at the first inputs) the
-        network cannot be evaluated there, mixes the rows of a batch, or has several outputs and none was chosen.
+        network cannot be evaluated there, mixes the rows of a batch, has several outputs and none was chosen, or has
+        not those that were. If `output="batch"` and C is neither given nor found, or another than is given.
+
+    :warns UserWarning: At the first inputs, where `batch_shape` ends in the number of the network's outputs and each
+        kernel is of the same one.
 
     Example:
         >>> import gpytorch
@@ -142,7 +151,7 @@ class NTKKernel(NetworkKernel):
 
     def jacobian(self, x: Tensor) -> JacobianLinearOperator:
         """J(x) as a lazy matrix, (*batch, n·C, P), without the prior variances; columns in the order of
-        `kernel.network.parameter_names`, each parameter flattened."""
+        `kernel.network.parameter_names`, each parameter flattened. (*batch, C, n, P) with `output="batch"`."""
         x = self.network.flattened(x)
         rows, _, _ = self._rows(x, x)
         return JacobianLinearOperator(rows, linearization=self._linearization)

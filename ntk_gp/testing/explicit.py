@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -18,7 +18,7 @@ def explicit_jacobian(
     *,
     parameters: Selection = None,
     input_shape: tuple[int, ...] | None = None,
-    output: int | str | None = None,
+    output: int | str | Sequence[int] | None = None,
 ) -> Tensor:
     """J(x), (*batch, n·C, P), row = point·C + output: one `torch.autograd.grad` for each output of each point.
 
@@ -30,7 +30,7 @@ def explicit_jacobian(
     :param x: Inputs in the network's dtype.
     :param parameters: As in :class:`~ntk_gp.NTKKernel`.
     :param input_shape: As in :class:`~ntk_gp.NTKKernel`.
-    :param output: The index of the one output to take; all of them by default, or with `"all"`.
+    :param output: The index of the one output to take, or those of some; all of them by default, or with `"all"`.
     """
     names = [aliases[0] for aliases in selected_names(network, parameters)]
     network = copy.deepcopy(network).eval()
@@ -40,13 +40,13 @@ def explicit_jacobian(
     return torch.cat(rows).reshape(*x.shape[:-2], -1, rows[0].shape[-1])
 
 
-def _rows(network: nn.Module, names: list[str], point: Tensor, output: int | str | None) -> Tensor:
+def _rows(network: nn.Module, names: list[str], point: Tensor, output: int | str | Sequence[int] | None) -> Tensor:
     """(C, P), at one point (1, ...)."""
     named = dict(network.named_parameters(remove_duplicate=False))
     with torch.inference_mode(False), torch.enable_grad():
         leaves: list[Tensor] = [named[name].requires_grad_() for name in names]
         outputs = network(point).reshape(-1)
-        chosen = outputs if output in (None, "all") else outputs[output].reshape(1)
+        chosen = outputs if output in (None, "all") else outputs[output].reshape(-1)
         return torch.stack([_gradient(value, leaves) for value in chosen])
 
 
