@@ -44,11 +44,12 @@ class NetworkKernel(NeuralTangentKernel):
             kernel_options["batch_shape"] = batch_of_outputs(linearization.network, kernel_options.get("batch_shape"))
         super().__init__(**kernel_options)
         self._engine = engine
-        self._given_batch = self.batch_shape
+        self._given_batch = Size(kernel_options.get("batch_shape") or ())
         self._take(linearization)
         numbers = None
         if self.network.outputs.is_batch:
-            numbers = torch.arange(self.batch_shape[-1]).expand(self.batch_shape)[..., None, None].clone()
+            numbers = torch.arange(self._given_batch[-1], device=self.network.device)
+            numbers = numbers.expand(self._given_batch)[..., None, None].clone()
         self.register_buffer("_output_numbers", numbers, persistent=False)
 
     def _take(self, linearization: Linearization) -> None:
