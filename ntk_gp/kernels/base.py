@@ -48,7 +48,8 @@ class NetworkKernel(NeuralTangentKernel):
         self._take(linearization)
         numbers = None
         if self.network.outputs.is_batch:
-            numbers = torch.arange(self.batch_shape[-1]).expand(self.batch_shape)[..., None, None].clone()
+            numbers = torch.arange(self._given_batch[-1], device=self.network.device)
+            numbers = numbers.expand(self._given_batch)[..., None, None].clone()
         self.register_buffer("_output_numbers", numbers, persistent=False)
 
     def _take(self, linearization: Linearization) -> None:

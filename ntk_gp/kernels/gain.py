@@ -44,7 +44,7 @@ class GainKernel(NetworkKernel, KnownFeaturesKernel):
         :class:`~gpytorch.constraints.Positive`.)
     :param offset_variance_prior: Prior over :math:`s_b`, in units of the targets squared.
     :param offset_variance_constraint: Constraint on :math:`s_b`. (Default: `Positive`.)
-    :param batch_shape: The batch shape of the kernel.
+    :param batch_shape: The batch shape of the kernel, which ends in C with `output="batch"`.
     :param active_dims: The columns of the inputs that the network sees.
 
     :ivar torch.Tensor gain_variance: :math:`s_a`, (*batch_shape, 1, 1), without a unit.

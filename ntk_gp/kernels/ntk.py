@@ -52,11 +52,15 @@ class NTKKernel(NetworkKernel):
         :func:`~ntk_gp.pack` puts them side by side in rows.
     :param input_dtype: An integer or boolean dtype that the network wants its inputs in, such as `torch.long`; of
         several arguments, by name. Inputs may be integers then; they are carried exactly, or refused.
-    :param output: Index of the output to take of a network with several, or `"all"` for a multitask kernel of size
+    :param output: Index of the output to take of a network with several. `"all"` for a multitask kernel of size
         (n·C)×(n·C), point-major and output-minor, for an interleaved
-        :class:`~gpytorch.distributions.MultitaskMultivariateNormal`. Where the network returns more than one tensor,
-        the name (key or attribute) of the one to linearise, or a function of what it returns; where that tensor has
-        several columns, or is at some position, a tuple whose last element says which: `("logits", "all")`, `(0, 3)`.
+        :class:`~gpytorch.distributions.MultitaskMultivariateNormal`; a list of k indices for one of (n·k)×(n·k), in
+        the order given. `"batch"` for a batch of C kernels, one for each output by itself, (*batch, C, n, n) at inputs
+        (n, d) or (*batch, 1, n, d), the same for all outputs, or (*batch, C, n, d), each output's own. Inputs that all
+        have are captured once, by one forward and C backward passes, as with `"all"`; matrices cost C n² products in
+        place of C² n². Where the network returns more than one tensor, the name (key or attribute) of the one to
+        linearise, or a function of what it returns; where that tensor has several columns, or is at some position, a
+        tuple whose last element says which: `("logits", "all")`, `(0, 3)`.
     :param variance_groups: Gives each group of parameters a prior variance of its own, to be learned: `"layer"`,
         `"parameter"`, a function from a parameter's name to its group's, or a dictionary from patterns (and sets, as
         for `parameters`) to groups, e.g. `{"norm": "norm", "conv*": "conv"}`: the first pattern that matches decides,
@@ -69,7 +73,8 @@ class NTKKernel(NetworkKernel):
         sees first, so that its variance there is about that of a :class:`~gpytorch.kernels.ScaleKernel` around it. The
         constant is a buffer, `normalization.value`, in the state of the model, and stays what it is until
         :meth:`normalize_at` or :meth:`linearize` is called. A number divides it by that number.
-    :param batch_shape: The batch shape of the kernel.
+    :param batch_shape: The batch shape of the kernel. With `output="batch"` its last dimension is C; where it is left
+        out, C is found by evaluating the network at zeros of `input_shape`, or of its first layer's `in_features`.
     :param active_dims: The columns of the inputs that the network sees.
 
     :ivar torch.Tensor variance: The prior variances, (*batch_shape, 1, G); all one without `variance_groups`. Not
@@ -78,7 +83,11 @@ class NTKKernel(NetworkKernel):
     :raises TypeError: For the base class's options for lengthscales, such as `ard_num_dims`: the network scales its own
         inputs.
     :raises ValueError: If the network has no parameters, the selection matches none, or (at the first inputs) the
-        network cannot be evaluated there, mixes the rows of a batch, or has several outputs and none was chosen.
+        network cannot be evaluated there, mixes the rows of a batch, has several outputs and none was chosen, or has
+        not those that were. If `output="batch"` and C is neither given nor found, or another than is given.
+
+    :warns UserWarning: At the first inputs, where `batch_shape` ends in the number of the network's outputs and each
+        kernel is of the same one.
 
     Example:
         >>> import gpytorch
@@ -153,7 +162,7 @@ class NTKKernel(NetworkKernel):
 
     def jacobian(self, x: Tensor) -> JacobianLinearOperator:
         """J(x) as a lazy matrix, (*batch, n·C, P), without the prior variances; columns in the order of
-        `kernel.network.parameter_names`, each parameter flattened."""
+        `kernel.network.parameter_names`, each parameter flattened. (*batch, C, n, P) with `output="batch"`."""
         x = self.network.flattened(x)
         rows, _, _ = self._rows(x, x)
         return JacobianLinearOperator(rows, linearization=self._linearization)

@@ -101,8 +101,9 @@ class TangentMaternKernel(StationaryTangentKernel):
     :param parameters: The parameters whose gradients are compared, see :class:`~ntk_gp.NTKKernel`.
     :param input_shape: The shape of one input as the network wants it, as for :class:`~ntk_gp.NTKKernel`.
     :param input_dtype: An integer or boolean dtype that the network wants its inputs in, likewise.
-    :param output: Index of the output to take, or `"all"`: each output then has distances of its own and no covariance
-        with the others, point-major and output-minor, as in :class:`~ntk_gp.NTKKernel`.
+    :param output: Index of the output to take; `"all"` or a list of indices: each output then has distances of its own
+        and no covariance with the others, point-major and output-minor; or `"batch"`, a kernel for each output; as in
+        :class:`~ntk_gp.NTKKernel`.
     :param engine: See :class:`~ntk_gp.NTKKernel`.
     :param lengthscale_prior: Prior over the lengthscale, which is in units of d.
     :param lengthscale_constraint: Constraint on it. (Default: :class:`~gpytorch.constraints.Positive`.)

@@ -34,8 +34,8 @@ def explicit_jacobian(
     :param parameters: As in :class:`~ntk_gp.NTKKernel`, but for the sets by name: give their patterns.
     :param input_shape: As in :class:`~ntk_gp.NTKKernel`.
     :param input_dtype: As in :class:`~ntk_gp.NTKKernel`.
-    :param output: The index of the one output to take; all of them by default, or with `"all"`. Otherwise as in
-        :class:`~ntk_gp.NTKKernel`.
+    :param output: The index of the one output to take, or those of some; all of them by default, or with `"all"`.
+        Otherwise as in :class:`~ntk_gp.NTKKernel`.
     """
     names = [aliases[0] for aliases in selected_names(network, parameters)]
     network = copy.deepcopy(network).eval()
@@ -73,7 +73,7 @@ def _outputs(returned: Any, output: Any) -> Tensor:
         else:
             returned = getattr(returned, step) if hasattr(returned, str(step)) else returned[step]
     outputs = returned.reshape(-1)
-    return outputs if last in (None, "all") else outputs[last].reshape(1)
+    return outputs if last in (None, "all") else outputs[last].reshape(-1)
 
 
 def _rows(network: nn.Module, names: list[str], given: dict[str, Tensor] | Tensor, output: Any) -> Tensor:
