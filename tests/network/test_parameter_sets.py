@@ -158,7 +158,7 @@ BIASES = ["0.bias", "1.bias", "3.norm.bias", "3.layer.bias", "5.bias"]
         ),
         (lambda: nn.Linear(3, 1), "bias", "bias"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_jacobian_of_sets(build, chosen, patterns):
     """The kernel is that of the parameters that patterns, written out, choose; however the network was frozen."""
