@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from gpytorch import settings as gpytorch_settings
 from gpytorch.kernels import Kernel
-from gpytorch.models import ExactGP
+from gpytorch.models import ApproximateGP, ExactGP
 from torch import Tensor, nn
 
 from ._compat import children_in
@@ -27,6 +27,8 @@ from .linearized import LinearizedModule, owned
 from .means import NetworkMean
 from .network import FrozenNetwork, ParameterSelection
 from .operators import NTKAddedDiagLinearOperator
+from .solvers.system import System
+from .variational import VariationalWeights
 
 
 class LinearizedFunctions(LinearizedModule):
@@ -169,15 +171,21 @@ class LinearizedNetwork(LinearizedModule):
 
 
 def draw_functions(
-    model: ExactGP, num_functions: int, *, prior: bool = False, generator: torch.Generator | None = None
+    model: ExactGP | ApproximateGP,
+    num_functions: int,
+    *,
+    prior: bool = False,
+    generator: torch.Generator | None = None,
 ) -> LinearizedFunctions:
     r"""Draws functions from a model's posterior, or from its prior, exactly.
 
     With :math:`w \sim N(0, \Sigma)` and :math:`\varepsilon \sim N(0, D)`, the weights
     :math:`w + \Sigma J^\top (K + D)^{-1} (y - m - J w - \varepsilon)` are a draw from their posterior. Costs one
-    solve with `num_functions` columns; memory of num_functions·P.
+    solve with `num_functions` columns; memory of num_functions·P. Of a variational model the draws are those of its
+    predictive distribution (:mod:`ntk_gp.variational`).
 
-    :param model: An :class:`~gpytorch.models.ExactGP` in eval mode whose kernel is an
+    :param model: An :class:`~gpytorch.models.ExactGP`, or an :class:`~gpytorch.models.ApproximateGP` with a
+        VariationalStrategy or UnwhitenedVariationalStrategy, in eval mode whose kernel is an
         :class:`~ntk_gp.NTKKernel`, scaled or not, without batches; or its sum with a
         :class:`~ntk_gp.GainKernel` of the same network and GPyTorch's ConstantKernel and LinearKernel.
     :param num_functions: How many, k.
@@ -189,17 +197,9 @@ def draw_functions(
     """
     _check_is_model(model)
     tangent = _ntk_summand(model.covar_module)
-    strategy = _prediction_strategy(model, tangent)
-    system = strategy.solver.system
-    columns = _columns(tangent, strategy)
-    device = system.x.device
-    roots = system.root_variances
-    weights = _normal((num_functions, system.num_parameters), generator, device) * roots
-    if not prior:
-        noise = _normal((num_functions, system.num_rows), generator, device) * system.noise.sqrt()
-        residual = strategy.residual.reshape(1, -1) - system.jacobian.jvp(weights.unsqueeze(0))[0] - noise
-        weights = weights + strategy.solver.mean_weights(residual.unsqueeze(0))[0]
-    size = system.num_parameters - sum(sizes_of(columns))
+    draw = _draw_variational if isinstance(model, ApproximateGP) else _draw_exact
+    weights, points, columns = draw(model, tangent, num_functions, prior, generator)
+    size = weights.shape[-1] - sum(sizes_of(columns))
     functions = LinearizedFunctions(
         tangent.kernel.network,
         weights[:, :size],
@@ -210,14 +210,51 @@ def draw_functions(
         columns,
         weights[:, size:] if columns else None,
     )
-    functions.try_at(_two_points(strategy))
+    functions.try_at(points)
     return functions
 
 
-def adapted_network(model: ExactGP) -> LinearizedNetwork:
+def _draw_exact(
+    model: ExactGP, tangent: Summand, num_functions: int, prior: bool, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, tuple[Column, ...]]:
+    """Weights (k, P + q), two inputs, and the known features."""
+    strategy = _prediction_strategy(model, tangent)
+    system = strategy.solver.system
+    device = system.x.device
+    weights = _normal((num_functions, system.num_parameters), generator, device) * system.root_variances
+    if not prior:
+        noise = _normal((num_functions, system.num_rows), generator, device) * system.noise.sqrt()
+        residual = strategy.residual.reshape(1, -1) - system.jacobian.jvp(weights.unsqueeze(0))[0] - noise
+        weights = weights + strategy.solver.mean_weights(residual.unsqueeze(0))[0]
+    return weights, _two_points(strategy), _columns(tangent, system)
+
+
+def _draw_variational(
+    model: ApproximateGP, tangent: Summand, num_functions: int, prior: bool, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, tuple[Column, ...]]:
+    """The same."""
+    posterior = _variational_weights(model)
+    device = posterior.x.device
+    weights = _normal((num_functions, posterior.num_parameters), generator, device)
+    if prior:
+        weights = posterior.prior(weights)
+    else:
+        normal = _normal((num_functions, 2 * posterior.x.shape[-2]), generator, device)
+        weights = posterior.draw(weights, normal)
+    return weights, posterior.x[0, :2].to(posterior.dtype), _columns(tangent, posterior)
+
+
+def _variational_weights(model: ApproximateGP) -> VariationalWeights:
+    posterior = VariationalWeights(model)
+    posterior.check_is_plain(model)
+    return posterior
+
+
+def adapted_network(model: ExactGP | ApproximateGP) -> LinearizedNetwork:
     """The posterior mean of a model as a network of its own, f(x) + J(x) ŵ.
 
-    :param model: An :class:`~gpytorch.models.ExactGP` in eval mode with a :class:`~ntk_gp.means.NetworkMean` and an
+    :param model: An :class:`~gpytorch.models.ExactGP`, or an :class:`~gpytorch.models.ApproximateGP` with a
+        VariationalStrategy or UnwhitenedVariationalStrategy, in eval mode with a :class:`~ntk_gp.means.NetworkMean` and an
         :class:`~ntk_gp.NTKKernel` (scaled or not) of the same network, without batches; or with its sum with a
         :class:`~ntk_gp.GainKernel` of that network and GPyTorch's ConstantKernel and LinearKernel, whose
         features are functions of x and f(x) and cost no pass of their own.
@@ -237,9 +274,14 @@ def adapted_network(model: ExactGP) -> LinearizedNetwork:
         raise ValueError("A kernel or mean with active_dims sees only some inputs: call model(x) instead.")
     if any(getattr(model, name, None) is not None for name in ("input_transform", "outcome_transform")):
         raise ValueError("A model that transforms inputs or outcomes is more than a network: call model.posterior(x).")
-    strategy = _prediction_strategy(model, tangent)
-    points, columns = _two_points(strategy), _columns(tangent, strategy)
-    weights = strategy.mean_weights.to(points.dtype)
+    if isinstance(model, ApproximateGP):
+        posterior = _variational_weights(model)
+        points, columns = posterior.x[0, :2].to(posterior.dtype), _columns(tangent, posterior)
+        weights = posterior.mean().to(points.dtype)
+    else:
+        strategy = _prediction_strategy(model, tangent)
+        points, columns = _two_points(strategy), _columns(tangent, strategy.solver.system)
+        weights = strategy.mean_weights.to(points.dtype)
     size = len(weights) - sum(sizes_of(columns))
     own = weights[size:] if columns else None
     adapted = LinearizedNetwork(tangent.kernel.network, weights[:size], columns=columns, column_weights=own)
@@ -268,9 +310,10 @@ def _is_mean_of(network: FrozenNetwork, active_dims: Tensor | None, mean: nn.Mod
 
 
 def _check_is_model(model: Any) -> None:
-    if not isinstance(model, ExactGP) or not all(hasattr(model, name) for name in ("covar_module", "mean_module")):
+    is_model = isinstance(model, ExactGP | ApproximateGP)
+    if not is_model or not all(hasattr(model, name) for name in ("covar_module", "mean_module")):
         raise TypeError(
-            f"Expected a gpytorch.models.ExactGP with a mean_module and a covar_module, got {type(model).__name__}. A "
+            f"Expected a gpytorch.models.ExactGP or ApproximateGP with a mean_module and a covar_module, got {type(model).__name__}. A "
             "network becomes one with training data: its mean_module is NetworkMean(network), its covar_module "
             "ScaleKernel(NTKKernel(network)); pass that model, in eval mode."
         )
@@ -308,7 +351,7 @@ def _ntk_summand(kernel: Kernel) -> Summand:
     return tangent
 
 
-def _dims(model: ExactGP, tangent: Summand) -> Tensor | None:
+def _dims(model: ExactGP | ApproximateGP, tangent: Summand) -> Tensor | None:
     """The columns of the model's inputs that the network sees; None for all."""
     own, inner = model.covar_module.active_dims, tangent.active_dims
     if own is None or inner is None:
@@ -316,9 +359,8 @@ def _dims(model: ExactGP, tangent: Summand) -> Tensor | None:
     return own[inner]
 
 
-def _columns(tangent: Summand, strategy: NTKPredictionStrategy) -> tuple[Column, ...]:
+def _columns(tangent: Summand, system: System | VariationalWeights) -> tuple[Column, ...]:
     """What stands beside J in the model's features, for modules that have f(x) from the pass for J(x) w."""
-    system = strategy.solver.system
     served: list[Column] = []
     for column in system.linearization.columns:
         if isinstance(column, Values) and column.network is not None:

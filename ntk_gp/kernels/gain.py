@@ -13,7 +13,7 @@ from torch import Size, Tensor, nn
 from ..bridge.recognised import KnownFeaturesKernel
 from ..jacobian.columns import Column, Ones, Values, features
 from ..network import ALL_OUTPUTS, normal_tensor
-from .base import NetworkKernel, detached
+from .base import NetworkKernel, with_graphs_wanted
 
 
 class GainKernel(NetworkKernel, KnownFeaturesKernel):
@@ -101,8 +101,7 @@ class GainKernel(NetworkKernel, KnownFeaturesKernel):
     def forward(
         self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **params: Any
     ) -> LinearOperator | Tensor:
-        if not torch.is_grad_enabled():  # the matrix may be evaluated where gradients are on
-            x1, x2 = detached(x1, x2)
+        x1, x2 = with_graphs_wanted(x1, x2)  # the matrix may be evaluated where gradients are on
         if last_dim_is_batch:
             x1, x2 = (x.transpose(-1, -2).unsqueeze(-1) for x in (x1, x2))
         columns, variances = zip(*self.known_features(x1, x2), strict=True)

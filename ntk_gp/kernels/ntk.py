@@ -16,7 +16,7 @@ from ..jacobian.shared import linearization_of
 from ..network import ParameterSelection
 from ..operators import JacobianLinearOperator, NTKLinearOperator
 from ..operators._batches import flatten_batch
-from .base import NetworkKernel, detached
+from .base import NetworkKernel, with_graphs_wanted
 from .normalization import Normalization
 
 
@@ -170,8 +170,7 @@ class NTKKernel(NetworkKernel):
             variance = x1.new_ones(*self.batch_shape, 1, 1)
         if not torch.is_grad_enabled():  # the matrix may be evaluated where gradients are on
             variance = variance.detach()
-            if x1.requires_grad or x2.requires_grad:
-                x1, x2 = detached(x1, x2)
+        x1, x2 = with_graphs_wanted(x1, x2)
         if last_dim_is_batch:
             x1, x2 = (x.transpose(-1, -2).unsqueeze(-1) for x in (x1, x2))
             variance = variance.unsqueeze(-3)

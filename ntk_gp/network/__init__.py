@@ -4,7 +4,7 @@ from .checks import check_finite, check_tensor, is_finite
 from .features import PENULTIMATE, head_of, layer_features
 from .frozen import FrozenNetwork, is_same_snapshot, preserved_random_state
 from .function import NO_MODE, NetworkFunction
-from .graph import LEAF, nodes_below
+from .graph import LEAF, are_one_origin, are_one_slice, nodes_below, origin, without_needless_graph
 from .rows import some_rows
 from .snapshot import ParameterSelection
 from .specification import ALL_OUTPUTS
@@ -20,6 +20,8 @@ __all__ = [
     "NetworkFunction",
     "ParameterSelection",
     "Switch",
+    "are_one_origin",
+    "are_one_slice",
     "check_finite",
     "check_tensor",
     "full_precision",
@@ -29,6 +31,8 @@ __all__ = [
     "layer_features",
     "nodes_below",
     "normal_tensor",
+    "origin",
     "preserved_random_state",
     "some_rows",
+    "without_needless_graph",
 ]
