@@ -175,6 +175,10 @@ saved_dim0, saved_dim1 = attrgetter("_saved_dim0"), attrgetter("_saved_dim1")
 """The dimensions that a transposition exchanges, likewise. `Node._saved_dim0` and `_saved_dim1`; without them, see
 above."""
 
+saved_start, saved_step = attrgetter("_saved_start"), attrgetter("_saved_step")
+"""Where a slice begins, negative from the end, and by how many it goes on. `Node._saved_start` and `_saved_step`;
+without them, take slices for what they are slices of."""
+
 saved_normalized_shape = attrgetter("_saved_normalized_shape")
 """The shape of what a layer norm normalises. `Node._saved_normalized_shape`; without it, see above."""
 

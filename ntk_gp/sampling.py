@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from gpytorch.models import ExactGP
+from gpytorch.models import ApproximateGP, ExactGP
 from torch import Tensor, nn
 
 from ._compat import children_in
@@ -186,17 +186,23 @@ class LinearizedNetwork(LinearizedModule):
 
 
 def draw_functions(
-    model: ExactGP | LaplaceGP, num_functions: int, *, prior: bool = False, generator: torch.Generator | None = None
+    model: ExactGP | LaplaceGP | ApproximateGP,
+    num_functions: int,
+    *,
+    prior: bool = False,
+    generator: torch.Generator | None = None,
 ) -> LinearizedFunctions:
     r"""Draws functions from a model's posterior, or from its prior, exactly.
 
     With :math:`w \sim N(0, \Sigma)` and :math:`\varepsilon \sim N(0, D)`, the weights
     :math:`w + \Sigma J^\top (K + D)^{-1} (y - m - J w - \varepsilon)` are a draw from their posterior. Costs one
-    solve with `num_functions` columns; memory of num_functions·P.
+    solve with `num_functions` columns; memory of num_functions·P. Of a variational model the draws are those of its
+    predictive distribution (:mod:`ntk_gp.variational`).
 
-    :param model: An :class:`~gpytorch.models.ExactGP`, or a :class:`~ntk_gp.LaplaceGP`, in eval mode whose kernel is an
-        :class:`~ntk_gp.NTKKernel`, scaled or not, without batches but those of `output="batch"`; or its sum with a
-        :class:`~ntk_gp.GainKernel` of the same network and GPyTorch's ConstantKernel and LinearKernel. Of a LaplaceGP
+    :param model: An :class:`~gpytorch.models.ExactGP`, a :class:`~ntk_gp.LaplaceGP`, or an
+        :class:`~gpytorch.models.ApproximateGP` with a VariationalStrategy or UnwhitenedVariationalStrategy, in eval
+        mode, whose kernel is an :class:`~ntk_gp.NTKKernel`, scaled or not, without batches but those of
+        `output="batch"`; or its sum with a :class:`~ntk_gp.GainKernel` of the same network and GPyTorch's ConstantKernel and LinearKernel. Of a LaplaceGP
         the functions are latent ones, logits, and exact draws from Laplace's approximation.
     :param num_functions: How many, k.
     :param prior: Draw from the prior instead.
@@ -208,18 +214,14 @@ def draw_functions(
     """
     tangent = ntk_summand(model)
     posterior = weight_posterior(model, tangent)
-    system, columns = posterior.system, posterior.columns()
+    columns = posterior.columns()
 
     def normals(*shape: int) -> Tensor:
-        return _normal(shape, generator, system.x.device)
+        return _normal(shape, generator, posterior.x.device)
 
-    if prior:
-        size = (len(system.x), num_functions, system.num_parameters)
-        weights = normals(*size) * system.root_variances.unsqueeze(1)
-    else:
-        weights = posterior.draws(num_functions, normals)
+    weights = (posterior.prior if prior else posterior.draws)(num_functions, normals)
     weights = weights.transpose(0, 1) if tangent.kernel.is_by_output else weights[0]
-    width = system.num_parameters - sum(sizes_of(columns))
+    width = weights.shape[-1] - sum(sizes_of(columns))
     functions = LinearizedFunctions(
         tangent.kernel.network,
         weights[..., :width],
@@ -234,11 +236,12 @@ def draw_functions(
     return functions
 
 
-def adapted_network(model: ExactGP | LaplaceGP) -> LinearizedNetwork:
+def adapted_network(model: ExactGP | LaplaceGP | ApproximateGP) -> LinearizedNetwork:
     """The posterior mean of a model as a network of its own, f(x) + J(x) ŵ.
 
-    :param model: An :class:`~gpytorch.models.ExactGP`, or a :class:`~ntk_gp.LaplaceGP` (whose mean are logits), in eval
-        mode with a :class:`~ntk_gp.means.NetworkMean` and an :class:`~ntk_gp.NTKKernel` (scaled or not) of the same
+    :param model: An :class:`~gpytorch.models.ExactGP`, a :class:`~ntk_gp.LaplaceGP` (whose mean are logits), or an
+        :class:`~gpytorch.models.ApproximateGP` with a VariationalStrategy or UnwhitenedVariationalStrategy, in eval
+        mode, with a :class:`~ntk_gp.means.NetworkMean` and an :class:`~ntk_gp.NTKKernel` (scaled or not) of the same
         network, without batches but those of `output="batch"`, in which each output has a ŵ of its own; or with its sum
         with a :class:`~ntk_gp.GainKernel` of that network and GPyTorch's ConstantKernel and LinearKernel, whose
         features are functions of x and f(x) and cost no pass of their own.

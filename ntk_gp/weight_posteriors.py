@@ -12,16 +12,18 @@ from typing import Any
 
 import torch
 from gpytorch import settings as gpytorch_settings
-from gpytorch.models import ExactGP
+from gpytorch.models import ApproximateGP, ExactGP
 from torch import Tensor
 
 from .bridge.feature_sums import Summand, parts_of_features, summands
 from .bridge.prediction_strategies import NTKPredictionStrategy
 from .classification import LaplaceGP
 from .jacobian.columns import Column, Values
+from .jacobian.linearization import Linearization
 from .kernels import GainKernel, NTKKernel
 from .network import FrozenNetwork
 from .solvers import System
+from .variational import VariationalWeights
 
 _NOT_PLAIN = (
     "The model's forward does more than apply mean_module and covar_module to its inputs. Put what it does into the "
@@ -29,25 +31,38 @@ _NOT_PLAIN = (
 )
 
 
+Normals = Callable[..., Tensor]
+
+
 class WeightPosterior(ABC):
     """The distribution of a model's weights given its data.
 
-    :param system: What the model's kernel matrix at the training inputs is made of.
+    :param linearization: Of the kernel's features.
+    :param x: The training inputs, or inducing points, (O, n, d), in float64; of a batch of outputs with the number of
+        each as one more column.
     :param tangent: The neural tangent kernel in the model's.
     :param dtype: The one that the model predicts in.
     """
 
-    def __init__(self, system: System, tangent: Summand, dtype: torch.dtype):
-        self.system = system
+    def __init__(self, linearization: Linearization, x: Tensor, tangent: Summand, dtype: torch.dtype):
+        self.linearization = linearization
+        self.x = x
         self.tangent = tangent
         self.dtype = dtype
+
+    @abstractmethod
+    def prior(self, number: int, normals: Normals) -> Tensor:
+        """Draws from the prior, (O, number, P), float64.
+
+        :param normals: Gives standard normals of a shape.
+        """
 
     @abstractmethod
     def mean(self) -> Tensor:
         """ŵ, (O, P), float64."""
 
     @abstractmethod
-    def draws(self, number: int, normals: Callable[..., Tensor]) -> Tensor:
+    def draws(self, number: int, normals: Normals) -> Tensor:
         """Draws, (O, number, P), float64.
 
         :param normals: Gives standard normals of a shape.
@@ -56,10 +71,10 @@ class WeightPosterior(ABC):
     def columns(self) -> tuple[Column, ...]:
         """What stands beside J in the model's features, for modules that have f(x) from the pass for J(x) w."""
         served: list[Column] = []
-        for column in self.system.linearization.columns:
+        for column in self.linearization.columns:
             if isinstance(column, Values) and column.network is not None:
                 networks = (column.network, self.tangent.kernel._linearization.network)
-                own, others = (network.values(self.system.x, network.fingerprint()) for network in networks)
+                own, others = (network.values(self.x, network.fingerprint()) for network in networks)
                 if not torch.allclose(own, others, rtol=1e-9):
                     raise ValueError(
                         "The GainKernel's network gives other values than the NTKKernel's at the training inputs, "
@@ -71,7 +86,7 @@ class WeightPosterior(ABC):
 
     def inputs(self) -> Tensor:
         """The training inputs as the network sees them, (1, n, d), or (O, n, d); in float64."""
-        x = self.system.x
+        x = self.x
         return x[..., :-1] if self.tangent.kernel.is_by_output else x
 
     def two_points(self) -> Tensor:
@@ -80,7 +95,22 @@ class WeightPosterior(ABC):
         return x.reshape(-1, x.shape[-1])[:2].to(self.dtype)
 
 
-class ExactPosterior(WeightPosterior):
+class _OfSystem(WeightPosterior):
+    """Of models whose kernel matrix at the training inputs is a system.
+
+    :param system: It.
+    """
+
+    def __init__(self, system: System, tangent: Summand, dtype: torch.dtype):
+        super().__init__(system.linearization, system.x, tangent, dtype)
+        self.system = system
+
+    def prior(self, number: int, normals: Normals) -> Tensor:
+        system = self.system
+        return normals(len(system.x), number, system.num_parameters) * system.root_variances.unsqueeze(1)
+
+
+class ExactPosterior(_OfSystem):
     """Of regression.
 
     :param strategy: What an ExactGP predicts by.
@@ -94,9 +124,9 @@ class ExactPosterior(WeightPosterior):
     def mean(self) -> Tensor:
         return self.strategy.weights_for(self._residual()).squeeze(1)
 
-    def draws(self, number: int, normals: Callable[..., Tensor]) -> Tensor:
+    def draws(self, number: int, normals: Normals) -> Tensor:
         system, outputs = self.system, len(self.system.x)
-        weights = normals(outputs, number, system.num_parameters) * system.root_variances.unsqueeze(1)
+        weights = self.prior(number, normals)
         noise = normals(outputs, number, system.num_rows) * system.noise.sqrt().unsqueeze(1)
         return weights + self.strategy.weights_for(self._residual() - system.jacobian.jvp(weights) - noise)
 
@@ -104,7 +134,7 @@ class ExactPosterior(WeightPosterior):
         return self.strategy.residual.reshape(len(self.system.x), 1, -1)
 
 
-class LaplacePosterior(WeightPosterior):
+class LaplacePosterior(_OfSystem):
     """Of classification, by Laplace's approximation.
 
     :param model: The classifier.
@@ -120,9 +150,32 @@ class LaplacePosterior(WeightPosterior):
     def mean(self) -> Tensor:
         return self.posterior.weights.unsqueeze(0)
 
-    def draws(self, number: int, normals: Callable[..., Tensor]) -> Tensor:
+    def draws(self, number: int, normals: Normals) -> Tensor:
         curvature = self.posterior.approximation.curvature
         return self.mean().unsqueeze(1) + curvature.draw_weights(normals(number, curvature.num_normals))
+
+
+class VariationalPosterior(WeightPosterior):
+    """Of variational models.
+
+    :param model: The model.
+    :param tangent: The neural tangent kernel in the model's.
+    """
+
+    def __init__(self, model: ApproximateGP, tangent: Summand):
+        self.weights = VariationalWeights(model)
+        self.weights.check_is_plain(model)
+        super().__init__(self.weights.linearization, self.weights.x, tangent, self.weights.dtype)
+
+    def prior(self, number: int, normals: Normals) -> Tensor:
+        return self.weights.prior(normals(number, self.weights.num_parameters)).unsqueeze(0)
+
+    def mean(self) -> Tensor:
+        return self.weights.mean().unsqueeze(0)
+
+    def draws(self, number: int, normals: Normals) -> Tensor:
+        weights = normals(number, self.weights.num_parameters)
+        return self.weights.draw(weights, normals(number, 2 * self.x.shape[-2])).unsqueeze(0)
 
 
 def ntk_summand(model: Any) -> Summand:
@@ -132,10 +185,10 @@ def ntk_summand(model: Any) -> Summand:
     :raises ValueError: If what stands beside it is of another network.
     """
     has_parts = all(hasattr(model, name) for name in ("covar_module", "mean_module"))
-    if not isinstance(model, (ExactGP, LaplaceGP)) or not has_parts:
+    if not isinstance(model, (ExactGP, LaplaceGP, ApproximateGP)) or not has_parts:
         raise TypeError(
-            "Expected a gpytorch.models.ExactGP with a mean_module and a covar_module, or an ntk_gp.LaplaceGP, got "
-            f"{type(model).__name__}. A network becomes one with training data: its mean_module is "
+            "Expected a gpytorch.models.ExactGP, an ApproximateGP, or an ntk_gp.LaplaceGP, with a mean_module and a "
+            f"covar_module, got {type(model).__name__}. A network becomes one with training data: its mean_module is "
             "NetworkMean(network), its covar_module ScaleKernel(NTKKernel(network)); pass that model, in eval mode."
         )
     kernel = model.covar_module
@@ -155,7 +208,7 @@ def ntk_summand(model: Any) -> Summand:
     return tangent
 
 
-def dims_seen(model: ExactGP | LaplaceGP, tangent: Summand) -> Tensor | None:
+def dims_seen(model: ExactGP | LaplaceGP | ApproximateGP, tangent: Summand) -> Tensor | None:
     """The columns of the model's inputs that the network sees; None for all."""
     own, inner = model.covar_module.active_dims, tangent.active_dims
     if own is None or inner is None:
@@ -163,7 +216,7 @@ def dims_seen(model: ExactGP | LaplaceGP, tangent: Summand) -> Tensor | None:
     return own[inner]
 
 
-def weight_posterior(model: ExactGP | LaplaceGP, tangent: Summand) -> WeightPosterior:
+def weight_posterior(model: ExactGP | LaplaceGP | ApproximateGP, tangent: Summand) -> WeightPosterior:
     """That of a model.
 
     :raises RuntimeError: In train mode.
@@ -172,6 +225,8 @@ def weight_posterior(model: ExactGP | LaplaceGP, tangent: Summand) -> WeightPost
     """
     if model.training:
         raise RuntimeError("The model is in train mode. Call model.eval() (and likelihood.eval()) first.")
+    if isinstance(model, ApproximateGP):
+        return VariationalPosterior(model, tangent)
     return _of_exact(model, tangent) if isinstance(model, ExactGP) else _of_laplace(model, tangent)
 
 

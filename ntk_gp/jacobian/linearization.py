@@ -17,6 +17,7 @@ from .autodiff import AutodiffEngine
 from .base import Jacobian, JacobianEngine
 from .columns import Column
 from .contents_cache import ContentsCache
+from .input_derivatives import AtInputs
 from .kept_grams import KeptGrams
 from .memory import empty
 from .products import GramProduct, gram_diagonal, kernel_product
@@ -87,6 +88,7 @@ class Linearization:
         self._cache = ContentsCache()
         self._grams = KeptGrams(self.network.num_groups)
         self._solvers = SolversInUse()
+        self._at_inputs = AtInputs()
 
     @property
     def of_network(self) -> Linearization:
@@ -128,10 +130,8 @@ class Linearization:
     @_in_full_precision
     def gram(self, jacobian1: Jacobian, jacobian2: Jacobian, variances: Tensor, keep: bool = True) -> Tensor:
         """J₁ Σ_w J₂ᵀ, (B or W, N₁, N₂), differentiable with respect to the variances (W, G) and the inputs."""
-        if jacobian1.x.requires_grad:
-            return jacobian1.gram(jacobian2, variances)
-        if jacobian2.x.requires_grad:
-            return jacobian2.gram(jacobian1, variances).mT
+        if jacobian1.x.requires_grad or jacobian2.x.requires_grad:
+            return self._at_inputs.gram(jacobian1, jacobian2, variances, self.jacobian)
         if keep and self._grams.fits(jacobian1, jacobian2) and self._grams.pays(jacobian1, jacobian2):
             gram = self._grams.matrix(jacobian1, jacobian2, self.keep)
             if self.network.num_groups > 1:
@@ -153,7 +153,10 @@ class Linearization:
 
     @_in_full_precision
     def diagonal(self, jacobian1: Jacobian, jacobian2: Jacobian, variances: Tensor) -> Tensor:
-        """The diagonal of J₁ Σ_w J₂ᵀ, (B or W, N), differentiable with respect to the variances."""
+        """The diagonal of J₁ Σ_w J₂ᵀ, (B or W, N), differentiable with respect to the variances and the
+        inputs."""
+        if jacobian1.x.requires_grad or jacobian2.x.requires_grad:
+            return self._at_inputs.diagonal(jacobian1, jacobian2, variances, self.jacobian)
         return gram_diagonal(jacobian1, jacobian2, variances)
 
     @_in_full_precision
@@ -174,7 +177,7 @@ class Linearization:
         return (self.network.fingerprint() if network is None else network, type(self.engine), rules.version())
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_cache": None, "_grams": None, "_solvers": None}
+        return {**self.__dict__, "_cache": None, "_grams": None, "_solvers": None, "_at_inputs": None}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -188,4 +191,5 @@ class Linearization:
         new.engine = copy.deepcopy(self.engine, memo)
         # Entries, solvers and Jacobians say which state of the network they belong to.
         new._cache, new._solvers, new._grams = self._cache, self._solvers, self._grams
+        new._at_inputs = AtInputs()
         return new

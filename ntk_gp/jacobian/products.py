@@ -54,7 +54,7 @@ class GramProduct(torch.autograd.Function):
         jacobian1, jacobian2 = ctx.jacobians
         out = torch.zeros_like(variances)
         for group in range(variances.shape[1]):
-            gram = jacobian1.gram(jacobian2, _one_hot(variances, group))
+            gram = jacobian1.gram(jacobian2, one_hot(variances, group))
             out[:, group] = (grad * gram).sum((-2, -1)).sum_to_size(variances.shape[0])
         return out, None, None
 
@@ -63,7 +63,7 @@ def gram_diagonal(jacobian1: Jacobian, jacobian2: Jacobian, variances: Tensor) -
     """The diagonal of J₁ Σ_w J₂ᵀ, (B or W, N), differentiable with respect to the variances (W, G)."""
     total: Tensor | None = None
     for group in range(variances.shape[1]):
-        one = _one_hot(variances, group)
+        one = one_hot(variances, group)
         if jacobian1 is jacobian2:
             part = variances[:, group, None] * jacobian1.diagonal(one)
         else:
@@ -82,7 +82,7 @@ def kernel_product(jacobian1: Jacobian, jacobian2: Jacobian, rhs: Tensor, varian
     return JacobianProduct.apply(tangents, jacobian1).mT
 
 
-def _one_hot(variances: Tensor, group: int) -> Tensor:
+def one_hot(variances: Tensor, group: int) -> Tensor:
     """(1, G): variance one for this group and zero for the others."""
     one = torch.zeros_like(variances[:1], requires_grad=False)
     one[0, group] = 1.0

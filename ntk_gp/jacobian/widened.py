@@ -201,6 +201,14 @@ class WidenedLinearization(Linearization):
         with full_precision(jacobian1.x.device.type):
             return plus_product(gram, jacobian1.columns * own.unsqueeze(-2), jacobian2.columns)
 
+    def diagonal(self, jacobian1: Jacobian, jacobian2: Jacobian, variances: Tensor) -> Tensor:
+        assert isinstance(jacobian1, WidenedJacobian) and isinstance(jacobian2, WidenedJacobian)
+        first, own = jacobian1.split_variances(variances)
+        diagonal = self.base.diagonal(jacobian1.base, jacobian2.base, first)
+        with full_precision(jacobian1.x.device.type):
+            products = (jacobian1.columns * jacobian2.columns) @ own.unsqueeze(-1)
+        return diagonal + products.squeeze(-1)
+
     def unit_grams(self, jacobian1: Jacobian, jacobian2: Jacobian) -> None:
         """None: those of the columns are not kept, a product makes them at once."""
         return None

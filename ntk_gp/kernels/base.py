@@ -19,7 +19,15 @@ from ..bridge.recognised import NeuralTangentKernel
 from ..jacobian.by_output import LinearizationByOutput
 from ..jacobian.linearization import Linearization
 from ..jacobian.shared import linearization_of
-from ..network import OUTPUTS_AS_BATCH, FrozenNetwork, NetworkFunction, count_outputs, numbered
+from ..network import (
+    OUTPUTS_AS_BATCH,
+    FrozenNetwork,
+    NetworkFunction,
+    are_one_slice,
+    count_outputs,
+    numbered,
+    without_needless_graph,
+)
 from ..operators._batches import are_one
 from ..stock import mark_botorchs
 
@@ -242,10 +250,13 @@ def batch_of_outputs(network: FrozenNetwork, given: Size | None) -> Size:
     return Size([outputs])
 
 
-def detached(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-    """Both without a graph; one set of inputs stays one."""
-    first = x1.detach()
-    return first, first if x2 is x1 else x2.detach()
+def with_graphs_wanted(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
+    """Both without a graph where none is recorded, or it leads to no derivative; one set of inputs stays one."""
+    if not (x1.requires_grad or x2.requires_grad):
+        return x1, x2
+    prepared = without_needless_graph if torch.is_grad_enabled() else Tensor.detach
+    first = prepared(x1)
+    return first, first if x2 is x1 or are_one_slice(x1, x2) else prepared(x2)
 
 
 def refuse_last_dim_is_batch(last_dim_is_batch: bool) -> None:

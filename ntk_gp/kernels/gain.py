@@ -13,7 +13,7 @@ from torch import Size, Tensor, nn
 from ..bridge.recognised import KnownFeaturesKernel
 from ..jacobian.columns import Column, Ones, Values, features
 from ..network import InputDtype, InputShape, NetworkFunction, Output, normal_tensor
-from .base import NetworkKernel, detached, refuse_last_dim_is_batch
+from .base import NetworkKernel, refuse_last_dim_is_batch, with_graphs_wanted
 
 
 class GainKernel(NetworkKernel, KnownFeaturesKernel):
@@ -111,8 +111,7 @@ class GainKernel(NetworkKernel, KnownFeaturesKernel):
         self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **params: Any
     ) -> LinearOperator | Tensor:
         x1, x2 = self._carried(x1, x2)
-        if not torch.is_grad_enabled():  # the matrix may be evaluated where gradients are on
-            x1, x2 = detached(x1, x2)
+        x1, x2 = with_graphs_wanted(x1, x2)  # the matrix may be evaluated where gradients are on
         refuse_last_dim_is_batch(last_dim_is_batch and self.network.outputs.is_batch)
         if last_dim_is_batch:
             x1, x2 = (x.transpose(-1, -2).unsqueeze(-1) for x in (x1, x2))

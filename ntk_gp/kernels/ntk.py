@@ -16,7 +16,7 @@ from ..jacobian.shared import linearization_of
 from ..network import InputDtype, InputShape, Output, ParameterSelection
 from ..operators import JacobianLinearOperator, NTKLinearOperator
 from ..operators._batches import flatten_batch
-from .base import NetworkKernel, detached, refuse_last_dim_is_batch
+from .base import NetworkKernel, refuse_last_dim_is_batch, with_graphs_wanted
 from .normalization import Normalization
 
 
@@ -190,8 +190,7 @@ class NTKKernel(NetworkKernel):
             variance = x1.new_ones(*self.batch_shape, 1, 1)
         if not torch.is_grad_enabled():  # the matrix may be evaluated where gradients are on
             variance = variance.detach()
-            if x1.requires_grad or x2.requires_grad:
-                x1, x2 = detached(x1, x2)
+        x1, x2 = with_graphs_wanted(x1, x2)
         refuse_last_dim_is_batch(last_dim_is_batch and self.network.outputs.is_batch)
         if last_dim_is_batch:
             x1, x2 = (x.transpose(-1, -2).unsqueeze(-1) for x in (x1, x2))

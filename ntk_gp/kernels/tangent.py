@@ -12,7 +12,7 @@ from torch import Size, Tensor, nn
 from ..jacobian.distances import squared_distances
 from ..network import InputDtype, InputShape, Output, ParameterSelection
 from ..operators.ntk_stationary_linear_operator import NTKStationaryLinearOperator
-from .base import detached, refuse_last_dim_is_batch
+from .base import refuse_last_dim_is_batch, with_graphs_wanted
 from .metric import MetricKernel
 
 
@@ -61,7 +61,8 @@ class StationaryTangentKernel(MetricKernel):
         x1, x2 = self._carried(x1, x2)
         lengthscale = self.lengthscale.to(x1.device)
         if not torch.is_grad_enabled():  # the matrix may be evaluated where gradients are on
-            lengthscale, x1, x2 = lengthscale.detach(), *detached(x1, x2)
+            lengthscale = lengthscale.detach()
+        x1, x2 = with_graphs_wanted(x1, x2)
         x1, x2, function = self._rows(x1, x2)
         kernel_matrix = NTKStationaryLinearOperator(
             x1, x2, lengthscale, nu=self.nu, linearization=self._linearization, function=function

@@ -6,7 +6,7 @@ from .chosen_outputs import ALL_OUTPUTS, OUTPUTS_AS_BATCH, Outputs
 from .features import PENULTIMATE, head_of, layer_features
 from .frozen import FrozenNetwork, is_same_snapshot, preserved_random_state
 from .function import NO_MODE, NetworkFunction
-from .graph import LEAF, nodes_below
+from .graph import LEAF, are_one_origin, are_one_slice, nodes_below, origin, without_needless_graph
 from .inputs import InputDtype, InputShape, pack
 from .outputs import Output
 from .rows import some_rows
@@ -30,6 +30,8 @@ __all__ = [
     "Outputs",
     "ParameterSelection",
     "Switch",
+    "are_one_origin",
+    "are_one_slice",
     "check_finite",
     "check_tensor",
     "count_outputs",
@@ -41,7 +43,9 @@ __all__ = [
     "nodes_below",
     "normal_tensor",
     "numbered",
+    "origin",
     "pack",
     "preserved_random_state",
     "some_rows",
+    "without_needless_graph",
 ]
