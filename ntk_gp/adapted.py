@@ -19,6 +19,7 @@ from .averaging import Averaged, Mixture, averaged
 from .averaging.laplace import best
 from .averaging.unconstrained import Hyperparameters, working_copy
 from .kernels import FeatureKernel, GainKernel, NTKKernel, TangentMaternKernel
+from .likelihoods import NetworkNoiseLikelihood
 from .means import NetworkMean
 from .network import ParameterSelection
 from .priors import register_log_prior, scale_to_data
@@ -61,6 +62,9 @@ class AdaptedGP(ExactGP):
     :param parameters: The parameters that the network is linearised in, see :class:`~ntk_gp.NTKKernel`.
     :param input_shape: The shape of one input as the network wants it.
     :param output: Index of the output to take of a network with several.
+    :param noise_output: Index of the output that is the logarithm of the noise variance, for networks that tell both:
+        the likelihood is a :class:`~ntk_gp.likelihoods.NetworkNoiseLikelihood`, whose factor has a log-normal prior
+        around one, 1.5 e-folds wide.
     :param source_inputs: What the network was trained on, (m, d), or (lowest, highest) for each column: :meth:`outside`
         then tells inputs outside of its range.
 
@@ -92,10 +96,13 @@ class AdaptedGP(ExactGP):
         parameters: ParameterSelection = None,
         input_shape: tuple[int, ...] | None = None,
         output: int | None = None,
+        noise_output: int | None = None,
         source_inputs: Tensor | tuple[Any, Any] | None = None,
     ):
         mean = NetworkMean(network, input_shape=input_shape, output=output)
         x, y = _checked_data(mean.network.flattened(train_x), train_y)
+        if noise_output is not None:
+            likelihood = _network_noise(network, noise_output, output, input_shape, likelihood)
         super().__init__(x, y, likelihood or GaussianLikelihood(noise_constraint=Positive()))
         self.mean_module = mean
         made = _make_terms(_checked_terms(terms), x, network, parameters, input_shape, output)
@@ -229,6 +236,24 @@ class AdaptedGP(ExactGP):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_average": None}
+
+
+def _network_noise(
+    network: nn.Module,
+    noise_output: int,
+    output: int | None,
+    input_shape: tuple[int, ...] | None,
+    likelihood: Likelihood | None,
+) -> Likelihood:
+    if likelihood is not None:
+        raise TypeError("noise_output= makes the likelihood: leave likelihood= out, or noise_output=.")
+    if noise_output == output:
+        raise ValueError(
+            f"output and noise_output are both {output}: one is the mean, the other its noise's logarithm."
+        )
+    made = NetworkNoiseLikelihood(network, noise_output, input_shape=input_shape)
+    register_log_prior(made, "noise_factor", 1.0, width=1.5)
+    return made
 
 
 def _make_terms(

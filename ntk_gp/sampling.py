@@ -254,8 +254,8 @@ def adapted_network(model: ExactGP | ApproximateGP) -> LinearizedNetwork:
     """The posterior mean of a model as a network of its own, f(x) + J(x) ŵ.
 
     :param model: An :class:`~gpytorch.models.ExactGP`, or an :class:`~gpytorch.models.ApproximateGP` with a
-        VariationalStrategy or UnwhitenedVariationalStrategy, in eval mode with a :class:`~ntk_gp.means.NetworkMean` and an
-        :class:`~ntk_gp.NTKKernel` (scaled or not) of the same network, without batches; or with its sum with a
+        VariationalStrategy or UnwhitenedVariationalStrategy, in eval mode with a :class:`~ntk_gp.means.NetworkMean` and
+        an :class:`~ntk_gp.NTKKernel` (scaled or not) of the same network, without batches; or with its sum with a
         :class:`~ntk_gp.GainKernel` of that network and GPyTorch's ConstantKernel and LinearKernel, whose
         features are functions of x and f(x) and cost no pass of their own.
     :raises TypeError: If mean or kernel are of another kind.
@@ -313,7 +313,8 @@ def _check_is_model(model: Any) -> None:
     is_model = isinstance(model, ExactGP | ApproximateGP)
     if not is_model or not all(hasattr(model, name) for name in ("covar_module", "mean_module")):
         raise TypeError(
-            f"Expected a gpytorch.models.ExactGP or ApproximateGP with a mean_module and a covar_module, got {type(model).__name__}. A "
+            "Expected a gpytorch.models.ExactGP or ApproximateGP with a mean_module and a covar_module, got "
+            f"{type(model).__name__}. A "
             "network becomes one with training data: its mean_module is NetworkMean(network), its covar_module "
             "ScaleKernel(NTKKernel(network)); pass that model, in eval mode."
         )

@@ -216,7 +216,7 @@ def test_what_is_refused():
     net, (x, _) = network(), data(7, seed=1)
     with pytest.raises(RuntimeError, match="train mode"):
         adapted_network(SparseGP(net, x))
-    with pytest.raises(TypeError, match="one of VariationalStrategy.*CiqVariationalStrategy.*Call model"):
+    with pytest.raises(TypeError, match=r"one of VariationalStrategy.*CiqVariationalStrategy.*Call model"):
         draw_functions(_eval_of(net, x, CiqVariationalStrategy), 2)
     with pytest.raises(TypeError, match="Expected an NTKKernel"):
         adapted_network(SparseGP(net, x, kernel=ScaleKernel(MaternKernel())).eval())

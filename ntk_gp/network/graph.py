@@ -65,7 +65,8 @@ def origin(x: Tensor) -> Origin:
 
     Slices of slices are looked through, and dimensions of one element that were put in front.
     """
-    node, box = x.grad_fn, [(0, size) for size in x.shape]
+    node: Any = x.grad_fn
+    box = [(0, size) for size in x.shape]
     if node is None:
         return x, box
     while node.name() in _VIEWS:
