@@ -172,7 +172,9 @@ class AdaptedGP(ExactGP):
                 f"{int(outside.nonzero()[0])}: it knows nothing there, and the error bars rest on the kernels alone.",
                 stacklevel=2,
             )
-        return self.averaged(draws, seed=seed).predict(x)
+        # Noise that depends on the inputs is asked for in the precision that averages have.
+        inputs = (x.double(),) if isinstance(self.likelihood, NetworkNoiseLikelihood) else ()
+        return self.averaged(draws, seed=seed).predict(x, *inputs)
 
     def averaged(self, draws: int = 32, *, seed: int = 0) -> Averaged:
         """The average that :meth:`predict` takes, with its evidence and effective sample size."""
@@ -248,9 +250,7 @@ def _network_noise(
     if likelihood is not None:
         raise TypeError("noise_output= makes the likelihood: leave likelihood= out, or noise_output=.")
     if noise_output == output:
-        raise ValueError(
-            f"output and noise_output are both {output}: one is the mean, the other its noise's logarithm."
-        )
+        raise ValueError(f"output and noise_output are both {output}: one is the mean, the other its log noise.")
     made = NetworkNoiseLikelihood(network, noise_output, input_shape=input_shape)
     register_log_prior(made, "noise_factor", 1.0, width=1.5)
     return made

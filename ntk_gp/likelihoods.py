@@ -127,5 +127,6 @@ def _get_factor(likelihood: NetworkNoiseLikelihood) -> Tensor:
 
 
 def _set_factor(likelihood: NetworkNoiseLikelihood, value: float | Tensor) -> None:
-    value = torch.as_tensor(value, device=likelihood.raw_noise_factor.device).to(likelihood.raw_noise_factor)
+    raw = likelihood.raw_noise_factor
+    value = torch.as_tensor(value, dtype=raw.dtype, device=raw.device)
     likelihood.initialize(raw_noise_factor=likelihood.raw_noise_factor_constraint.inverse_transform(value.reshape(1)))

@@ -2,8 +2,8 @@ r"""Gram matrices at inputs that require gradients: computed by either engine, d
 
 The derivative of :math:`\langle V, J(X) \Sigma J(X')^\top \rangle` by the input :math:`x_i` is that of
 :math:`\sum_c J_c(x_i)\, u_{ic}` with the constant vectors :math:`u_{ic} = \Sigma J(X')^\top v_{ic}`: so forward no
-graph is recorded and the engine's structure serves, and backward takes one directional derivative for each row, which is
-differentiated itself. Rows of J are held with a graph only where the network has no forward mode.
+graph is recorded and the engine's structure serves, and backward takes one directional derivative for each row,
+which is differentiated itself. Rows of J are held with a graph only where the network has no forward mode.
 """
 
 from __future__ import annotations
