@@ -6,7 +6,15 @@ from .averaging import averaged, compare
 from .dynamics import GradientDescent, GradientFlow, largest_stable_rate
 from .explain import solver_report
 from .jacobian.rules import register_rule
-from .kernels import FeatureKernel, GainKernel, NTKKernel, TangentMaternKernel, TangentRBFKernel
+from .kernels import (
+    CosineNTKKernel,
+    FeatureKernel,
+    GainKernel,
+    NTKKernel,
+    RandomProjectionNTKKernel,
+    TangentMaternKernel,
+    TangentRBFKernel,
+)
 from .means import NetworkMean
 from .operators import JacobianLinearOperator, NTKLinearOperator
 from .priors import register_log_prior, scale_to_data
@@ -18,6 +26,7 @@ bridge.install()
 
 __all__ = [
     "AdaptedGP",
+    "CosineNTKKernel",
     "FeatureKernel",
     "GainKernel",
     "GradientDescent",
@@ -28,6 +37,7 @@ __all__ = [
     "NTKKernel",
     "NTKLinearOperator",
     "NetworkMean",
+    "RandomProjectionNTKKernel",
     "TangentMaternKernel",
     "TangentRBFKernel",
     "adapted_network",
