@@ -7,8 +7,16 @@ from .classification import LaplaceGP, LaplaceMarginalLogLikelihood, LogisticLik
 from .dynamics import GradientDescent, GradientFlow, largest_stable_rate
 from .explain import solver_report
 from .jacobian.rules import register_rule
-from .kernels import FeatureKernel, GainKernel, NTKKernel, TangentMaternKernel, TangentRBFKernel
-from .likelihoods import FixedNoiseMultitaskGaussianLikelihood
+from .kernels import (
+    CosineNTKKernel,
+    FeatureKernel,
+    GainKernel,
+    NTKKernel,
+    RandomProjectionNTKKernel,
+    TangentMaternKernel,
+    TangentRBFKernel,
+)
+from .likelihoods import FixedNoiseMultitaskGaussianLikelihood, NetworkNoiseLikelihood
 from .means import NetworkMean
 from .network import pack
 from .operators import JacobianLinearOperator, NTKLinearOperator
@@ -21,6 +29,7 @@ bridge.install()
 
 __all__ = [
     "AdaptedGP",
+    "CosineNTKKernel",
     "FeatureKernel",
     "FixedNoiseMultitaskGaussianLikelihood",
     "GainKernel",
@@ -35,6 +44,8 @@ __all__ = [
     "NTKKernel",
     "NTKLinearOperator",
     "NetworkMean",
+    "NetworkNoiseLikelihood",
+    "RandomProjectionNTKKernel",
     "TangentMaternKernel",
     "TangentRBFKernel",
     "adapted_network",

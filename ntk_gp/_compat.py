@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from gpytorch import settings as gpytorch_settings
+from gpytorch.likelihoods import gaussian_likelihood
 from linear_operator.functions import _inv_quad_logdet
 from torch import Tensor, nn, overrides
 from torch.autograd import forward_ad
@@ -227,6 +228,11 @@ def check_sample(distribution: torch.distributions.Distribution, value: Tensor) 
 is_interleaved = attrgetter("_interleaved")
 """Whether a multitask distribution's covariance has tasks within points. `MultitaskMultivariateNormal._interleaved`, as
 its constructor names it; without it, compare `distribution[..., 0].lazy_covariance_matrix` with the whole's."""
+
+
+GaussianLikelihoodBase = gaussian_likelihood._GaussianLikelihoodBase
+"""What GPyTorch's Gaussian likelihoods of any noise have in common.
+`gpytorch.likelihoods.gaussian_likelihood._GaussianLikelihoodBase`; without it, subclass `GaussianLikelihood`."""
 
 
 # Settings of GPyTorch's, to be subclassed.

@@ -19,6 +19,7 @@ from .averaging import Averaged, Mixture, averaged
 from .averaging.laplace import best
 from .averaging.unconstrained import Hyperparameters, working_copy
 from .kernels import FeatureKernel, GainKernel, NTKKernel, TangentMaternKernel
+from .likelihoods import NetworkNoiseLikelihood
 from .means import NetworkMean
 from .network import InputDtype, InputShape, Output, ParameterSelection
 from .priors import register_log_prior, scale_to_data
@@ -62,6 +63,9 @@ class AdaptedGP(ExactGP):
     :param input_shape: The shape of one input as the network wants it, as for :class:`~ntk_gp.NTKKernel`.
     :param input_dtype: An integer or boolean dtype that the network wants its inputs in, likewise.
     :param output: Index of the output to take of a network with several, and the way to it, likewise.
+    :param noise_output: The output that is the logarithm of the noise variance, for networks that tell both: the
+        likelihood is a :class:`~ntk_gp.likelihoods.NetworkNoiseLikelihood`, whose factor has a log-normal prior around
+        one, 1.5 e-folds wide.
     :param source_inputs: What the network was trained on, (m, d), or (lowest, highest) for each column: :meth:`outside`
         then tells inputs outside of its range.
 
@@ -94,11 +98,14 @@ class AdaptedGP(ExactGP):
         input_shape: InputShape = None,
         input_dtype: InputDtype = None,
         output: Output = None,
+        noise_output: Output = None,
         source_inputs: Tensor | tuple[Any, Any] | None = None,
     ):
         options: dict[str, Any] = {"input_shape": input_shape, "input_dtype": input_dtype, "output": output}
         mean = NetworkMean(network, **options)
         x, y = _checked_data(mean.network.flattened(train_x), train_y)
+        if noise_output is not None:
+            likelihood = _network_noise(network, noise_output, options, likelihood)
         super().__init__(x, y, likelihood or GaussianLikelihood(noise_constraint=Positive()))
         self.mean_module = mean
         made = _make_terms(_checked_terms(terms), x, network, parameters, options)
@@ -168,7 +175,9 @@ class AdaptedGP(ExactGP):
                 f"{int(outside.nonzero()[0])}: it knows nothing there, and the error bars rest on the kernels alone.",
                 stacklevel=2,
             )
-        return self.averaged(draws, seed=seed).predict(x)
+        # Noise that depends on the inputs is asked for in the precision that averages have.
+        inputs = (x.double(),) if isinstance(self.likelihood, NetworkNoiseLikelihood) else ()
+        return self.averaged(draws, seed=seed).predict(x, *inputs)
 
     def averaged(self, draws: int = 32, *, seed: int = 0) -> Averaged:
         """The average that :meth:`predict` takes, with its evidence and effective sample size."""
@@ -232,6 +241,22 @@ class AdaptedGP(ExactGP):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_average": None}
+
+
+def _network_noise(
+    network: nn.Module,
+    noise_output: Output,
+    options: dict[str, Any],
+    likelihood: Likelihood | None,
+) -> Likelihood:
+    if likelihood is not None:
+        raise TypeError("noise_output= makes the likelihood: leave likelihood= out, or noise_output=.")
+    if noise_output == options["output"]:
+        raise ValueError(f"output and noise_output are both {noise_output}: one is the mean, the other its log noise.")
+    inputs = {name: options[name] for name in ("input_shape", "input_dtype")}
+    made = NetworkNoiseLikelihood(network, noise_output, **inputs)
+    register_log_prior(made, "noise_factor", 1.0, width=1.5)
+    return made
 
 
 def _make_terms(

@@ -202,8 +202,9 @@ def draw_functions(
     :param model: An :class:`~gpytorch.models.ExactGP`, a :class:`~ntk_gp.LaplaceGP`, or an
         :class:`~gpytorch.models.ApproximateGP` with a VariationalStrategy or UnwhitenedVariationalStrategy, in eval
         mode, whose kernel is an :class:`~ntk_gp.NTKKernel`, scaled or not, without batches but those of
-        `output="batch"`; or its sum with a :class:`~ntk_gp.GainKernel` of the same network and GPyTorch's ConstantKernel and LinearKernel. Of a LaplaceGP
-        the functions are latent ones, logits, and exact draws from Laplace's approximation.
+        `output="batch"`; or its sum with a :class:`~ntk_gp.GainKernel` of the same network and GPyTorch's
+        ConstantKernel and LinearKernel. Of a LaplaceGP the functions are latent ones, logits, and exact draws from
+        Laplace's approximation.
     :param num_functions: How many, k.
     :param prior: Draw from the prior instead.
     :param generator: The source of randomness. (Default: torch's own, on the CPU.)

@@ -257,6 +257,11 @@ class TestGraphs:
         (saved,) = saved if isinstance(saved, tuple) else (saved,)
         assert saved in (dim % 3, dim % (1 << 64))  # negative ones as unsigned numbers of 64 bits
 
+    def test_saved_slice(self):
+        node = randn(7, 3)[2:].requires_grad_()[-3::2].grad_fn
+        assert _compat.saved_start(node) in (2, -3, (1 << 64) - 3)
+        assert _compat.saved_step(node) == 2
+
     def test_saved_arguments(self):
         node = randn(2, 3, 4).requires_grad_().transpose(0, 2).grad_fn
         assert (_compat.saved_dim0(node), _compat.saved_dim1(node)) == (0, 2)
@@ -423,3 +428,10 @@ class TestLinearOperators:
 
 def _scaled_products(x1: Tensor, x2: Tensor, scale: Tensor) -> Tensor:
     return scale * (x1 @ x2.mT)
+
+
+def test_gaussian_likelihood_base():
+    base = _compat.GaussianLikelihoodBase
+    assert issubclass(gpytorch.likelihoods.GaussianLikelihood, base)
+    assert issubclass(gpytorch.likelihoods.FixedNoiseGaussianLikelihood, base)
+    assert callable(base._shaped_noise_covar)

@@ -1,9 +1,9 @@
-r"""Gram matrices and diagonals at inputs that require gradients: computed by any engine, differentiated by autodiff.
+r"""Gram matrices at inputs that require gradients: computed by either engine, differentiated by autodiff.
 
 The derivative of :math:`\langle V, J(X) \Sigma J(X')^\top \rangle` by the input :math:`x_i` is that of
 :math:`\sum_c J_c(x_i)\, u_{ic}` with the constant vectors :math:`u_{ic} = \Sigma J(X')^\top v_{ic}`: so forward no
-graph is recorded and the engine's structure serves, and backward takes one directional derivative for each row, which is
-differentiated itself. Rows of J are held with a graph only where the network has no forward mode.
+graph is recorded and the engine's structure serves, and backward takes one directional derivative for each row,
+which is differentiated itself. Rows of J are held with a graph only where the network has no forward mode.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class _Tap(torch.autograd.Function):
 
 
 class AtInputs:
-    """Makes Gram matrices at inputs that require gradients, and knows the last ones as long as a graph has them."""
+    """Gram matrices at inputs that require gradients; the ones seen last are known as long as a graph has them."""
 
     def __init__(self) -> None:
         self._last: weakref.ref[At] | None = None

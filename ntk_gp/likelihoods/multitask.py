@@ -12,7 +12,7 @@ from gpytorch.likelihoods.noise_models import FixedGaussianNoise
 from linear_operator.operators import DiagLinearOperator
 from torch import Size, Tensor
 
-from ._compat import is_interleaved
+from .._compat import is_interleaved
 
 
 class FixedNoiseMultitaskGaussianLikelihood(FixedNoiseGaussianLikelihood):
