@@ -153,8 +153,8 @@ def _markdown(rows: list[dict]) -> str:
         where = [f"{row['n']:,}", str(row["width"]), row["dtype"], str(row["threads"])]
         lines.append([*where, *cells, f"{ratio:.2f}", f"{row['error']:.1e}"])
     legend = (
-        "One step of fitting noise and scale, then the mean, then the variance at n new inputs, of an MLP with two hidden "
-        "layers; in turns with Bayesian linear regression on its features in plain torch, which has the network's value "
-        "from the same pass. New inputs each time."
+        "One step of fitting noise and scale, then the mean, then the variance at n new inputs, of an MLP with two "
+        "hidden layers; in turns with Bayesian linear regression on its features in plain torch, which has the "
+        "network's value from the same pass. New inputs each time."
     )
     return "\n\n".join(["# The last layer alone", report.machine_line(), legend, report.markdown_table(header, lines)])
