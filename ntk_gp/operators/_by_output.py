@@ -20,8 +20,8 @@ from ._batches import are_one, flatten_batch
 class ByOutput(NamedTuple):
     """The blocks of K + D = ⊕ (ΨSΨᵀ + D_c), one for each of C outputs.
 
-    :param matrix: One block, (*batch, n, n), where all are the same; else all of them, (*batch, C, n, n): an operator
-        as K + D is one.
+    :param matrix: One block, (*batch, n, n), where all are the same; else all of them, (*batch, C, n, n); an operator
+        like that for K + D.
     :param outputs: C.
     :param is_shared: Which of the two.
     """

@@ -183,16 +183,40 @@ class WeightSpaceSolver(Solver):
 def feature_moment(system: System, factor: Tensor | None = None) -> Tensor:
     """Φᵀ D⁻¹ Φ, (B, P, P), block of training points by block; in float64, since float32 sums lose definiteness.
 
+    Where the noise is one number in each batch, this is JᵀJ up to factors. That is kept, where there is room: the
+    eigenvalues that serve fitting, and the factor for predictions, come from one sum over the data.
+
     :param factor: M, (B, P, P), for M⁻¹ Φᵀ D⁻¹ Φ M⁻ᵀ instead.
+    """
+    noise, roots = system.noise, system.root_variances
+    has_room = system.fits(4.0 * system.batch * system.num_parameters**2)
+    if factor is None and has_room and bool((noise == noise[:, :1]).all()):
+        moment = system.linearization.keep("feature moment", (system.x,), lambda _: _accumulated(system, len(system.x)))
+        moment = moment * (roots.unsqueeze(-1) * noise[:, :1, None].reciprocal())
+        moment = moment.mul_(roots.unsqueeze(-2)) if len(moment) >= len(roots) else moment * roots.unsqueeze(-2)
+        return moment.expand(system.batch, -1, -1) if len(moment) == system.batch else moment.repeat(system.batch, 1, 1)
+    moment = _accumulated(system, system.batch, noise.rsqrt(), factor)
+    if factor is not None:
+        return moment
+    return moment.mul_(roots.unsqueeze(-1)).mul_(roots.unsqueeze(-2))
+
+
+def _accumulated(system: System, batch: int, scale: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
+    """The sum over the training data of the products of their features, (batch, P, P).
+
+    :param scale: By which rows of J are multiplied, (B or 1, N).
+    :param factor: M, (B, P, P), where they are M⁻¹ Φᵀ.
     """
     jacobian, outputs = system.jacobian, system.jacobian.function.num_outputs
     size, block = system.num_parameters, jacobian.points_per_block()
     edges = torch.linspace(0, size, min(_BLOCK_COLUMNS, size) + 1, device="cpu").long().tolist()
     columns = [slice(a, b) for a, b in pairwise(edges)]
-    scale, roots = system.noise.rsqrt(), system.root_variances
-    moment = torch.zeros(system.batch, size, size, dtype=torch.float64, device=system.x.device)
+    roots = system.root_variances
+    moment = torch.zeros(batch, size, size, dtype=torch.float64, device=system.x.device)
     for i in settings.progress(range(0, jacobian.num_points, block), "Accumulating features"):
-        features = jacobian[slice(i, i + block)].rows() * scale[:, i * outputs : (i + block) * outputs, None]
+        features = jacobian[slice(i, i + block)].rows()
+        if scale is not None:
+            features = features * scale[:, i * outputs : (i + block) * outputs, None]
         if factor is not None:
             features = torch.linalg.solve_triangular(factor, (features * roots.unsqueeze(-2)).mT, upper=False).mT
         for j, left in enumerate(columns):
@@ -200,6 +224,4 @@ def feature_moment(system: System, factor: Tensor | None = None) -> Tensor:
                 moment[:, left, right] += features[..., left].mT @ features[..., right]
     mirror_upper_triangle(moment.mT)
     system.check_finite(moment.diagonal(dim1=-2, dim2=-1))
-    if factor is not None:
-        return moment
-    return moment.mul_(roots.unsqueeze(-1)).mul_(roots.unsqueeze(-2))
+    return moment
