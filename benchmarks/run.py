@@ -11,7 +11,7 @@ from pathlib import Path
 
 from . import peers, report
 
-QUESTIONS = ["engines", "posterior", "condition", "fit", "sums", "serve", "last_layer", "uci", "large"]
+QUESTIONS = ["engines", "computed", "posterior", "condition", "fit", "sums", "serve", "last_layer", "uci", "large"]
 DEFAULT = ["engines", "posterior"]
 
 

@@ -184,6 +184,10 @@ class TestOperators:
         shaped.mul_(3).sum().backward()
         assert_close(x.grad, torch.full_like(x, 6))
 
+    def test_weight_norm(self):
+        v, g = torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([[10.0], [1.0]])
+        torch.testing.assert_close(_compat.weight_norm(v, g, 0), torch.tensor([[6.0, 8.0], [0.0, 1.0]]))
+
     def test_norm_of_each(self):
         tensors = randn(10).split([3, 1, 6])
         norms = torch.stack(_compat.norm_of_each(tensors))

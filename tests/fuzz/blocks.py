@@ -530,6 +530,16 @@ def low_rank_update(self, h, x):
     return F.linear(h, self.layer.weight + self.up @ self.down, self.layer.bias)
 
 
+@block(weight=parameter(WIDTH, WIDTH), bias=parameter(WIDTH), mask=lambda: (torch.rand(WIDTH, WIDTH) < 0.7).float())
+def masked_and_positive(self, h, x):
+    return F.linear(h, F.softplus(self.weight) * self.mask / 4, self.bias.exp() - 1)
+
+
+@block(layer=linear(), down=parameter(2, WIDTH), up=parameter(WIDTH, 2), size=parameter(WIDTH, 1))
+def normalised_update(self, h, x):
+    return F.linear(h, self.size * F.normalize(self.layer.weight + self.up @ self.down), self.layer.bias)
+
+
 class Merging(nn.Linear):
     """A low-rank update that is merged into the weight in eval mode, as loralib does."""
 

@@ -76,12 +76,12 @@ class Computed:
             return None
         generator = torch.Generator(device="cpu").manual_seed(0)
         z = torch.rand(self.size, generator=generator, dtype=torch.float64, device="cpu").add(1).to(self.value)
-        graph = self.graph(name := view.name)
-        ones, rows = (part.view(self.size, -1) for part in graph.pulled(torch.stack([torch.ones_like(z), z]))[0])
+        graph = self.graph(view.name)
+        ones, rows = (graph.pulled(vector[None])[0].view(self.size, -1) for vector in (torch.ones_like(z), z))
         rounding = _ROUNDING * torch.finfo(rows.dtype).eps
         if not (rows - z.unsqueeze(1) * ones).norm() <= rounding * rows.norm():
             return None
-        return LocalDerivative(self.leaves[name][0], ones)
+        return LocalDerivative(view, ones)
 
     def dense(self, name: str) -> DenseDerivative | None:
         """The derivative by a parameter as a matrix, (q, p), where it is not too large."""

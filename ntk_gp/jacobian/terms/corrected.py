@@ -44,7 +44,7 @@ class CorrectedTerm(CombinedTerm):
 
     @classmethod
     def of(cls, terms: Sequence[Term]) -> CorrectedTerm | None:
-        """That of a matrix and what it is scaled by, in either order; None where they are none, or better by rows."""
+        """That of a matrix and what it is scaled by, in either order; None where there are no such two."""
         matrices = [term for term in terms if isinstance(term, MatrixTerm)]
         scales = [term for term in terms if isinstance(term, SharedTerm)]
         if not len(terms) == 2 == len(matrices) + len(scales) == 2 * len(matrices):

@@ -189,6 +189,12 @@ def _grad(outputs: Tensor | list[Tensor], inputs: Sequence[Tensor], cotangents: 
     """The gradients for as many cotangents as their first dimension is long, zero where there is no way."""
     first = cotangents if isinstance(cotangents, Tensor) else cotangents[0]
     found: Sequence[Tensor | None]
+    if len(first) == 1:
+        one = first[0] if isinstance(cotangents, Tensor) else [cotangent[0] for cotangent in cotangents]
+        found = torch.autograd.grad(outputs, inputs, one, retain_graph=True, allow_unused=True)
+        return [
+            (torch.zeros_like(tensor) if g is None else g).unsqueeze(0) for g, tensor in zip(found, inputs, strict=True)
+        ]
     try:
         found = torch.autograd.grad(
             outputs, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
