@@ -11,7 +11,7 @@ from pathlib import Path
 
 from . import peers, report
 
-QUESTIONS = ["engines", "posterior", "condition", "fit", "sums", "serve", "uci", "large"]
+QUESTIONS = ["engines", "posterior", "condition", "fit", "sums", "serve", "uci", "large", "variational"]
 DEFAULT = ["engines", "posterior"]
 
 
