@@ -11,7 +11,19 @@ from pathlib import Path
 
 from . import peers, report
 
-QUESTIONS = ["engines", "computed", "posterior", "condition", "fit", "sums", "serve", "last_layer", "uci", "large"]
+QUESTIONS = [
+    "engines",
+    "computed",
+    "posterior",
+    "condition",
+    "fit",
+    "sums",
+    "serve",
+    "last_layer",
+    "uci",
+    "large",
+    "variational",
+]
 DEFAULT = ["engines", "posterior"]
 
 
