@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from ntk_gp import settings
-from ntk_gp.jacobian.maps import Pull, register_map
+from ntk_gp.jacobian.maps import Pull, is_own, register_map
 from ntk_gp.jacobian.maps.registry import _MAPS
 from ntk_gp.jacobian.structured import ChunkedJacobian, StructuredEngine
 from tests.jacobian.explicit import Subject, assert_close
@@ -369,6 +369,7 @@ def test_a_wrong_map_is_found_out(monkeypatch):
 
     monkeypatch.setitem(_MAPS, torch.Tensor.add, _MAPS[torch.Tensor.add])  # to be put back
     register_map(torch.Tensor.add, doubles)
+    assert not is_own(torch.Tensor.add) and is_own(torch.Tensor.mul) and is_own(torch.cat)
     case = next(case for case in CASES if case.name == "update")
     served = case.subject().check(case.inputs(4), case.inputs(3))
     assert served["weight"] == "autodiff" and served["first.weight"] == "linear"

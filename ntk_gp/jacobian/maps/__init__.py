@@ -11,6 +11,8 @@
 from . import own  # noqa: F401
 from .computed import Computed, Operand
 from .pulling import pull_back
-from .registry import Pull, UnsupportedMap, register_map
+from .registry import Pull, UnsupportedMap, is_own, mark_as_own, register_map
 
-__all__ = ["Computed", "Operand", "Pull", "UnsupportedMap", "pull_back", "register_map"]
+mark_as_own()
+
+__all__ = ["Computed", "Operand", "Pull", "UnsupportedMap", "is_own", "pull_back", "register_map"]

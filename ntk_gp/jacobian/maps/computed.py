@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,11 @@ class Computed:
         return ParameterView(self.name, 0, 0, shape, contiguous_strides(shape))
 
     @property
+    def sources(self) -> list[str]:
+        """The names of the parameters and computed tensors among the arguments."""
+        return [operand.view.name for operand in _operands((self.args, self.kwargs)) if operand.view is not None]
+
+    @property
     def size(self) -> int:
         """q, the number of its elements."""
         return self.value.numel()
@@ -95,3 +100,11 @@ class Computed:
         """The derivative by some of the parameters, by autograd."""
         views, leaves = zip(*(self.leaves[name] for name in names), strict=True)
         return GraphDerivative(self.value, leaves, views)
+
+
+def _operands(value: Any) -> Iterator[Operand]:
+    if isinstance(value, Operand):
+        yield value
+    elif isinstance(value, (tuple, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _operands(each)

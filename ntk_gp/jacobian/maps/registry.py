@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..rules.registry import changed
 from ..terms import FeatureTerm, MatrixTerm, ParameterView, Term
 from .computed import Computed, Operand
 
@@ -88,6 +89,7 @@ class Pull:
 Map = Callable[..., list[Term]]
 
 _MAPS: dict[Any, Map] = {}
+_OWN: dict[Any, Map] = {}
 
 
 def register_map(function: Callable, map: Map) -> None:
@@ -97,8 +99,22 @@ def register_map(function: Callable, map: Map) -> None:
     :param map: `map(pull, *args, **kwargs)` with the function's own arguments after a :class:`Pull`, and an
         :class:`Operand` in place of each tensor; it returns the terms of the operands. It may raise
         :class:`UnsupportedMap`.
+
+    As with :func:`ntk_gp.register_rule`, kernels that exist use it from their next evaluation on, and at every capture
+    Jᵀv is compared with autograd's, over all the inputs captured.
     """
     _MAPS[function] = map
+    changed()
+
+
+def mark_as_own() -> None:
+    """Called once, when the package has registered all of its own."""
+    _OWN.update(_MAPS)
+
+
+def is_own(function: Any) -> bool:
+    """Whether the map of a function, if there is one, came with the package, whose tests it has passed."""
+    return find_map(function) is None or find_map(function) is _OWN.get(function)
 
 
 def find_map(function: Any) -> Map | None:

@@ -175,7 +175,8 @@ def mark_as_own() -> None:
         decomposition.is_own = True
 
 
-def _changed() -> None:
+def changed() -> None:
+    """Called with every registration."""
     global _version
     _version = next(_versions)
 
@@ -205,7 +206,7 @@ def register_rule(
             f"{', '.join(registered.signature.parameters)} that may be parameters."
         )
     _RULES[function] = registered
-    _changed()
+    changed()
 
 
 def register_decomposition(function: Callable, decomposition: Callable) -> None:
@@ -214,7 +215,7 @@ def register_decomposition(function: Callable, decomposition: Callable) -> None:
     :param decomposition: Has the function's arguments and result, or returns NotImplemented.
     """
     _DECOMPOSITIONS[function] = RegisteredDecomposition(decomposition)
-    _changed()
+    changed()
 
 
 def find(function: Any) -> tuple[RegisteredRule | None, RegisteredDecomposition | None]:

@@ -80,5 +80,5 @@ class Capture:
     def _names_to_compare(self) -> list[str]:
         """The parameters in uses that a rule or a decomposition of the user's had a part in."""
         recording = self.passes.recording
-        foreign = [use for use in recording.uses if recording.is_foreign or not use.rule.is_own]
+        foreign = [use for use in recording.uses if recording.is_foreign or not use.is_own]
         return [name for use in foreign for name in use.names]

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ..._compat import is_view, version_of
 from ...network import LEAF, NetworkFunction, nodes_below
 from ...replacements.recorded import RECORDED_AS
-from ..maps import Computed
+from ..maps import Computed, is_own
 from ..rules import find
 from ..rules.registry import RegisteredDecomposition, RegisteredRule
 from ..terms import ParameterView
@@ -64,6 +64,18 @@ class RecordedUse:
         names = [view.name for view in self.parameters]
         leaves = [self.computed[name].leaves if name in self.computed else (name,) for name in names]
         return tuple(dict.fromkeys(name for each in leaves for name in each))
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the rule, and the maps by which computed tensors were made, came with the package."""
+        pending = [view.name for view in self.parameters]
+        while pending:
+            node = self.computed.get(pending.pop())
+            if node is not None:
+                if not is_own(node.function):
+                    return False
+                pending += node.sources
+        return self.rule.is_own
 
     def label(self, name: str) -> str:
         """What serves a parameter of these, for reports."""
