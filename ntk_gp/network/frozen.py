@@ -142,6 +142,11 @@ class FrozenNetwork(nn.Module):
         self._options = other.options
 
     @property
+    def output(self) -> int | str | list[int] | None:
+        """The option `output` as it was given."""
+        return self.outputs.option
+
+    @property
     def num_groups(self) -> int:
         """G, the number of parameter groups."""
         return len(self.group_names)
