@@ -438,7 +438,7 @@ class TestTasks:
             ([0, True], TypeError, "list of integers"),
             ([0, 3], ValueError, "out of range: the network has 3 outputs"),
             ([0, -3], ValueError, "names an output twice"),
-            ("some", TypeError, "'batch'"),
+            (1.5, TypeError, "'batch'"),
         ],
     )
     def test_what_is_none_of_the_outputs_is_refused(self, chosen, error, message):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..network import FunctionByOutput, NetworkByOutput, NetworkFunction, normal_tensor
 from .base import Jacobian, JacobianEngine
+from .input_derivatives import AtInputs
 from .linearization import Linearization
 from .structured import ChunkedJacobian, StructuredEngine, StructuredJacobian
 
@@ -42,6 +43,7 @@ class LinearizationByOutput(Linearization):
     def clear(self) -> None:
         """Goes back to what the base keeps."""
         self._cache, self._grams, self._solvers = self.base._cache, self.base._grams, self.base._solvers
+        self._at_inputs = AtInputs()
 
     def keep(
         self, kind: str, tensors: tuple[Tensor, ...], compute: Callable[..., Any], network_state: int | None = None

@@ -87,7 +87,8 @@ class _Entry:
 
     def __init__(self, label: tuple[str, Hashable], tensors: tuple[Tensor, ...]):
         self.label = label
-        self.keys = tuple(tensor.clone() for tensor in tensors)
+        copies = {id(tensor): tensor.clone() for tensor in tensors}  # one of each: both sides of a matrix may be one
+        self.keys = tuple(copies[id(tensor)] for tensor in tensors)
         self.done = threading.Event()
 
     def is_for(self, label: Hashable, tensors: tuple[Tensor, ...]) -> bool:
@@ -107,7 +108,8 @@ class _Entry:
         """Once it is done; some results, such as solvers, hold more as they are used."""
         if not self.done.is_set():
             return 0
-        return sum(key.nbytes for key in self.keys) + (0 if self.failed else self.value.nbytes)
+        keys = {id(key): key.nbytes for key in self.keys}
+        return sum(keys.values()) + (0 if self.failed else self.value.nbytes)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

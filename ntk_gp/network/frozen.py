@@ -170,6 +170,11 @@ class FrozenNetwork(nn.Module):
             self._presumed = dataclasses.replace(self._presumed, is_fixed=True)
 
     @property
+    def output(self) -> Output:
+        """The option `output` as it was given."""
+        return self._options["output"]
+
+    @property
     def num_groups(self) -> int:
         """G, the number of parameter groups."""
         return len(self.group_names)

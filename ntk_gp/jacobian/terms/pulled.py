@@ -74,6 +74,11 @@ class PulledTerm(RowsTerm):
         new.inner = self.inner.map(function)
         return new
 
+    def by_output(self, batches: Tensor, outputs: Tensor) -> PulledTerm:
+        new = copy.copy(self)
+        new.inner = self.inner.by_output(batches, outputs)
+        return new
+
     def concatenate(self, others: Sequence[PulledTerm]) -> PulledTerm:
         new = copy.copy(self)
         new.inner = self.inner.concatenate([other.inner for other in others])
