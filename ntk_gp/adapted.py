@@ -20,7 +20,7 @@ from .averaging.laplace import best
 from .averaging.unconstrained import Hyperparameters, working_copy
 from .kernels import FeatureKernel, GainKernel, NTKKernel, TangentMaternKernel
 from .means import NetworkMean
-from .network import ParameterSelection
+from .network import InputDtype, InputShape, Output, ParameterSelection
 from .priors import register_log_prior, scale_to_data
 
 # The shares of what the network leaves unexplained that the terms start with, beyond gain and offset where it is not
@@ -59,8 +59,9 @@ class AdaptedGP(ExactGP):
     :param likelihood: With noise to learn. (Default: a :class:`~gpytorch.likelihoods.GaussianLikelihood`.)
     :param terms: Which terms, in which order.
     :param parameters: The parameters that the network is linearised in, see :class:`~ntk_gp.NTKKernel`.
-    :param input_shape: The shape of one input as the network wants it.
-    :param output: Index of the output to take of a network with several.
+    :param input_shape: The shape of one input as the network wants it, as for :class:`~ntk_gp.NTKKernel`.
+    :param input_dtype: An integer or boolean dtype that the network wants its inputs in, likewise.
+    :param output: Index of the output to take of a network with several, and the way to it, likewise.
     :param source_inputs: What the network was trained on, (m, d), or (lowest, highest) for each column: :meth:`outside`
         then tells inputs outside of its range.
 
@@ -90,15 +91,17 @@ class AdaptedGP(ExactGP):
         likelihood: Likelihood | None = None,
         terms: Sequence[str] = tuple(SHARES),
         parameters: ParameterSelection = None,
-        input_shape: tuple[int, ...] | None = None,
-        output: int | None = None,
+        input_shape: InputShape = None,
+        input_dtype: InputDtype = None,
+        output: Output = None,
         source_inputs: Tensor | tuple[Any, Any] | None = None,
     ):
-        mean = NetworkMean(network, input_shape=input_shape, output=output)
+        options: dict[str, Any] = {"input_shape": input_shape, "input_dtype": input_dtype, "output": output}
+        mean = NetworkMean(network, **options)
         x, y = _checked_data(mean.network.flattened(train_x), train_y)
         super().__init__(x, y, likelihood or GaussianLikelihood(noise_constraint=Positive()))
         self.mean_module = mean
-        made = _make_terms(_checked_terms(terms), x, network, parameters, input_shape, output)
+        made = _make_terms(_checked_terms(terms), x, network, parameters, options)
         self.terms = tuple(made)
         self.covar_module = AdditiveKernel(*made.values())
         low, high = _source_range(source_inputs, x)
@@ -236,16 +239,14 @@ def _make_terms(
     x: Tensor,
     network: nn.Module,
     parameters: ParameterSelection,
-    input_shape: tuple[int, ...] | None,
-    output: int | None,
+    options: dict[str, Any],
 ) -> dict[str, Kernel]:
-    options: dict[str, Any] = {"input_shape": input_shape, "output": output}
     linear: dict[str, Any] = {**options, "parameters": parameters}
     makers: dict[str, Callable[[], Kernel]] = {
         "gain": lambda: _gain(network, x, options),
         "tangent": lambda: ScaleKernel(NTKKernel(network, normalize=True, **linear)),
         "inputs": lambda: ScaleKernel(MaternKernel(nu=1.5)),
-        "features": lambda: ScaleKernel(_on_features(network, x, input_shape)),
+        "features": lambda: ScaleKernel(_on_features(network, x, options)),
         "metric": lambda: ScaleKernel(TangentMaternKernel(network, nu=1.5, **linear)),
     }
     made = {}
@@ -270,8 +271,8 @@ def _gain(network: nn.Module, x: Tensor, options: dict[str, Any]) -> Kernel:
     return kernel
 
 
-def _on_features(network: nn.Module, x: Tensor, input_shape: tuple[int, ...] | None) -> Kernel:
-    kernel = FeatureKernel(network, MaternKernel(nu=1.5), input_shape=input_shape)
+def _on_features(network: nn.Module, x: Tensor, options: dict[str, Any]) -> Kernel:
+    kernel = FeatureKernel(network, MaternKernel(nu=1.5), **options)
     try:
         kernel.num_features(x)
     except ValueError as error:

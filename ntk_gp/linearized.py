@@ -17,7 +17,8 @@ from ._compat import BUFFERS, buffers_in, dual_level_number, innermost_transform
 from .jacobian.autodiff import AutodiffEngine
 from .jacobian.forward_mode import dual_level, value_and_tangent
 from .jacobian.modes import Modes
-from .network import ALL_OUTPUTS, FrozenNetwork, NetworkFunction, check_finite, normal_tensor
+from .network import FrozenNetwork, NetworkFunction, check_finite, normal_tensor
+from .network.outputs import tensor_of
 from .network.snapshot import convert_skeleton
 from .replacements.elementary import ElementaryOperations
 from .tracing import linearize_by_autograd, traced_through
@@ -71,6 +72,13 @@ class LinearizedModule(nn.Module):
         check_finite(x)
         return self._checked_values(x, directions)
 
+    def values_and_functions(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """f(x), (m, C), and J(x) w, (k, m, C), for w (k, P); or for w (k, C, P), of each output its own."""
+        if weights.dim() == 2:
+            return self.values_and_products(x, weights)
+        values, products = self.values_and_products(x, weights.flatten(0, 1))
+        return values, products.unflatten(0, weights.shape[:2]).diagonal(dim1=1, dim2=-1)
+
     def try_at(self, x: Tensor) -> None:
         """Finds out what the network supports, at one input or more (m, d), so that it is known when it is traced."""
         self._has_forward_mode = _is_sure_of_forward_mode(self._engine.linearize(x.unsqueeze(0)).modes)
@@ -89,7 +97,7 @@ class LinearizedModule(nn.Module):
         if len(x) and alone and self._has_forward_mode:
             self._last = (key, function)
             return _in_one_pass(function, x, directions)
-        values = self.network(x).reshape(len(x), function.num_outputs)
+        values = self.network.values(x, state)
         return values, jacobian.jvp(directions.unsqueeze(0)).reshape(len(directions), *values.shape)
 
     def _transformed_values(self, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,15 +133,13 @@ class LinearizedModule(nn.Module):
         self, linearize: Callable[..., tuple[Tensor, Tensor]], x: Tensor, directions: Tensor, tensors: Parameters
     ) -> tuple[Tensor, Tensor]:
         network = self.network
-        points = x.clone()  # the network may write to it
-        if network.input_shape is not None:
-            points = points.reshape(x.shape[0], *network.input_shape)
+        args, kwargs = network.inputs.arguments(x.clone())  # the network may write to it
 
         def at(parameters: Parameters) -> Tensor:
             both = {**tensors, **parameters}
             named = {name: both[owner] for name, owner in network._aliases.items()}
-            out = functional_call(self._traced[0], named, (points,), tie_weights=False).reshape(x.shape[0], -1)
-            return out[:, network.output].unsqueeze(-1) if isinstance(network.output, int) else out
+            returned = functional_call(self._traced[0], named, args, kwargs, tie_weights=False)
+            return network.outputs.pick(tensor_of(returned, network.specification.steps).reshape(x.shape[0], -1))
 
         parameters = {name: tensors[name] for name in network.parameter_names}
         sizes = [tensor.numel() for tensor in parameters.values()]
@@ -146,9 +152,9 @@ class LinearizedModule(nn.Module):
             return linearize(at, parameters, tangents, self._has_forward_mode)
 
     def shaped(self, values: Tensor, x: Tensor) -> Tensor:
-        """Values (..., m, C) at inputs (*batch, d) as (..., *batch), or (..., *batch, C) for all outputs."""
-        outputs = values.shape[-1:] if self.network.output == ALL_OUTPUTS else ()
-        return values.reshape(*values.shape[:-2], *x.shape[:-1], *outputs)
+        """Values (..., m, C) at inputs (*batch, d) as (..., *batch), or (..., *batch, C) for several outputs; as a
+        batch of outputs, (..., *batch, C, n) at inputs (*batch, n, d)."""
+        return self.network.outputs.shaped(values, x.shape[:-1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearizedModule:
         super()._apply(fn, recurse)

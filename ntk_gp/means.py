@@ -6,7 +6,7 @@ import torch
 from gpytorch.means import Mean
 from torch import Tensor, nn
 
-from .network import FrozenNetwork
+from .network import FrozenNetwork, InputDtype, InputShape, Output
 from .replacements.full_rate import FullRateLayers
 
 
@@ -17,8 +17,11 @@ class NetworkMean(Mean):
     looked at again (see :class:`ntk_gp.network.FrozenNetwork`).
 
     :param network: The trained network.
-    :param input_shape: The shape of one input as the network wants it; flat inputs are reshaped to it.
-    :param output: Index of the output to take, or `"all"` for a multitask mean of shape (*batch, n, C).
+    :param input_shape: The shape of one input as the network wants it, as for :class:`~ntk_gp.NTKKernel`.
+    :param input_dtype: An integer or boolean dtype that the network wants its inputs in, likewise.
+    :param output: Index of the output to take; `"all"`, or a list of indices, for a multitask mean of shape
+        (*batch, n, C); or `"batch"` for a mean of each output, (*batch, C, n), at inputs (n, d), (*batch, 1, n, d), or
+        (*batch, C, n, d) where each output has its own; and the way to it, as for :class:`~ntk_gp.NTKKernel`.
     :param active_dims: The columns of the inputs that the network sees, as in kernels.
 
     Example:
@@ -31,12 +34,15 @@ class NetworkMean(Mean):
         self,
         network: nn.Module,
         *,
-        input_shape: tuple[int, ...] | None = None,
-        output: int | str | None = None,
+        input_shape: InputShape = None,
+        input_dtype: InputDtype = None,
+        output: Output = None,
         active_dims: tuple[int, ...] | Tensor | None = None,
     ):
         super().__init__()
-        self.network = FrozenNetwork(network, parameters="*", input_shape=input_shape, output=output)
+        self.network = FrozenNetwork(
+            network, parameters="*", input_shape=input_shape, input_dtype=input_dtype, output=output
+        )
         self.active_dims: Tensor | None
         self.register_buffer("active_dims", None if active_dims is None else torch.as_tensor(active_dims).long())
         self._prefix: _Prefix | None = None
@@ -46,10 +52,12 @@ class NetworkMean(Mean):
         self.network = self.network.renewed(network)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return super().__call__(self.network.flattened(x) if self.active_dims is None else x)
+        given = self.network.flattened if self.active_dims is None else self.network.carried
+        return super().__call__(given(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        """f(x): (*batch, n, d) to (*batch, n), or (*batch, n, C) with `output="all"`."""
+        """f(x): (*batch, n, d) to (*batch, n); (*batch, n, C) with `output="all"` or a list, and (*batch, C, n) with
+        `output="batch"`."""
         if self.active_dims is not None:
             x = x.index_select(-1, self.active_dims)
         x = x.unsqueeze(-1) if x.dim() == 1 else x
@@ -57,27 +65,31 @@ class NetworkMean(Mean):
 
     def _evaluate(self, x: Tensor) -> Tensor:
         """f(x), reusing what the last inputs began with: GPyTorch puts the training inputs before every test input."""
+        x = self.network.outputs.unrepeated(x)
         state = self.network.fingerprint(thorough=True)
         prefix = self._prefix  # other threads may put another in its place
         known = 0 if prefix is None else prefix.length_in(x, state)
-        values = self.network.values(x[..., known:, :], state, FullRateLayers())
+        new = x[..., known:, :]
+        values = self.network.values(new, state, FullRateLayers())
         if prefix is not None and known:
             begin = prefix.values[:known]
-            values = torch.cat([begin.expand(*x.shape[:-2], *begin.shape), values], dim=x.dim() - 2)
+            new_values = values.reshape(*new.shape[:-1], values.shape[-1])
+            values = torch.cat([begin.expand(*x.shape[:-2], *begin.shape), new_values], dim=-2).flatten(0, -2)
+        shaped = self.network.outputs.shaped(values, x.shape[:-1])
         if x.dim() > 2:
-            return values
+            return shaped
         # What began both the last inputs and these is likely to begin the next; without much of that, start over.
         kept = known if 2 * known >= len(x) else len(x)
         if prefix is None or kept != len(prefix.x) or kept != known:
             self._prefix = _Prefix(x[:kept].clone(), values[:kept].clone(), state)
-        return values
+        return shaped
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_prefix": None}
 
 
 class _Prefix:
-    """The network's values at inputs seen before, (n, d), and the state of the network that they belong to."""
+    """The network's values, (n, C), at inputs seen before, (n, d), and the state of the network that they belong to."""
 
     def __init__(self, x: Tensor, values: Tensor, state: int):
         self.x = x

@@ -15,7 +15,7 @@ from gpytorch.models import ExactGP
 from gpytorch.priors import NormalPrior
 from torch import Tensor, nn
 
-from .kernels import GainKernel
+from .kernels import GainKernel, NTKKernel
 
 # The part of a point with the variance of the whole residual that counts where gain and offset are taken out.
 _FURTHER_POINT = 0.5
@@ -78,9 +78,12 @@ def scale_to_data(
     * the noise starts at 1 % of :math:`v_0`;
     * the scale of each term of the kernel starts at the term's share of :math:`v_0` over the mean of the term's
       diagonal at the training inputs, so that the terms contribute their shares whatever their own units are. A scale
-      is the outputscale of a :class:`~gpytorch.kernels.ScaleKernel`, the `variance` of an
-      :class:`~ntk_gp.NTKKernel` with groups (one value for all of them), or another one in
-      :data:`ntk_gp.priors.SCALES`; where a term has several, such as gain and offset, they have equal parts;
+      is the outputscale of a :class:`~gpytorch.kernels.ScaleKernel`, or another one in
+      :data:`ntk_gp.priors.SCALES`; where a term has several, such as gain and offset, they have equal parts. So have
+      the groups of an :class:`~ntk_gp.NTKKernel` with `variance_groups`: the variance of each of its G groups starts
+      where the group contributes a G-th of what the kernel does, and has a prior of its own. A group on which the
+      outputs do not depend at these inputs, such as a dead layer, says nothing; it has the one value that would
+      serve all groups, and the others the share;
     * each lengthscale starts at half the spread of what the kernel sees: the median distance between the training
       inputs where the kernel has a metric of its own (a method `median_distance(x)`), else half the diagonal
       of the box around them; with ARD √d/2 times the range of each column, which is the same for columns alike.
@@ -127,13 +130,10 @@ def scale_to_data(
     beyond = _beyond_gain(model, next(filter(None, gains), None), unexplained)
     scales = [_scales(term) for term in terms]
     portions = _portions(shares, terms)
-    values = [
-        portion * (beyond if gain is None else unexplained) / _diagonal_per_scale(term, of, x)
-        for term, of, portion, gain in zip(terms, scales, portions, gains, strict=True)
-    ]
-    for of, each in zip(scales, values, strict=True):
-        for (kernel, name), value in zip(of, each.tolist(), strict=True):
-            _register_if_free(kernel, name, value, width)
+    for term, of, portion, gain in zip(terms, scales, portions, gains, strict=True):
+        variance = portion * (beyond if gain is None else unexplained) / len(of)
+        for (kernel, name), diagonals in zip(of, _diagonals_per_scale(term, of, x), strict=True):
+            _register_if_free(kernel, name, _in_equal_parts(variance, diagonals), width)
     for kernel, value in _lengthscales(model.covar_module, x, None):
         _register_if_free(kernel, "lengthscale", value, lengthscale_width)
     kinds = [name for name in ("noise", "task_noises") if _is_free(model.likelihood, name)]
@@ -258,8 +258,9 @@ def _portions(shares: Sequence[float] | None, terms: list[Kernel]) -> list[float
     return list(shares)
 
 
-def _diagonal_per_scale(term: Kernel, scales: list[tuple[Kernel, str]], x: Tensor) -> Tensor:
-    """The mean of the diagonal that each of the scales would have to be one for, times their number.
+def _diagonals_per_scale(term: Kernel, scales: list[tuple[Kernel, str]], x: Tensor) -> list[Tensor]:
+    """For each of the scales, the mean of its part of the diagonal where it would be one, by a number; of variances of
+    groups, those of each group, in the parameter's shape.
 
     The diagonal is linear in the scales, so that a derivative tells the part of each.
     """
@@ -270,13 +271,26 @@ def _diagonal_per_scale(term: Kernel, scales: list[tuple[Kernel, str]], x: Tenso
             (raw,) = _parameters_behind(kernel, name)
             (of_diagonal,) = torch.autograd.grad(diagonal, raw, retain_graph=True, allow_unused=True)
             (of_scale,) = torch.autograd.grad(getattr(kernel, name).sum(), raw)
-            parts.append(0.0 if of_diagonal is None else float((of_diagonal.double() / of_scale.double()).sum()))
-    if not all(0 < part < math.inf for part in parts):
+            part = torch.zeros_like(raw) if of_diagonal is None else of_diagonal.double() / of_scale.double()
+            parts.append(part if _has_groups(kernel, name) else part.sum())
+    if not all(bool((part >= 0).all()) and 0 < float(part.sum()) < math.inf for part in parts):
         raise ValueError(
             f"The diagonal of the term {type(term).__name__} at the training inputs is zero, or not finite, on "
             "average: no scale makes it what the mean leaves unexplained. Leave the term out, or scale it yourself."
         )
-    return torch.tensor(parts, dtype=torch.float64, device="cpu") * len(parts)
+    return parts
+
+
+def _has_groups(kernel: Kernel, name: str) -> bool:
+    return isinstance(kernel, NTKKernel) and name == "variance"
+
+
+def _in_equal_parts(variance: float, diagonals: Tensor) -> Tensor:
+    """The scales for which each part of a diagonal is an equal part of this variance, for the means of these parts of
+    the diagonal where the scales are one; parts without a diagonal have the one scale that would serve all."""
+    contribute = diagonals > 0
+    equal = variance / contribute.sum() / diagonals.where(contribute, 1.0)
+    return torch.where(contribute, equal, variance / diagonals.sum())
 
 
 # Lengthscales.

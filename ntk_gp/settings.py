@@ -105,7 +105,8 @@ class solver(ValueSetting):
     all its steps, and without second derivatives. A model that has predicted keeps the solver it has, until
     `model.train()`. Where iteration does not reach its tolerance, and memory allows, it still ends in a factorisation.
 
-    Sums and products of kernels, and what GPyTorch solves by structure, are solved as ever.
+    Sums and products of kernels, and what GPyTorch solves by structure, are solved as ever. Laplace's approximation
+    (:class:`~ntk_gp.LaplaceGP`) takes the space that is set, and refuses iteration.
 
     (Default: None.)
 

@@ -207,6 +207,39 @@ def test_the_tangent_kernels_scale_is_that_of_explicit_jacobians():
     assert model.covar_module.outputscale.item() == pytest.approx(v0 / mean, rel=1e-6)
 
 
+@pytest.mark.parametrize("groups", ["layer", "parameter", {"2.*": "head", "bias": "bias"}])
+def test_groups_contribute_equally(groups):
+    """Each as much as the others, by explicit Jacobians, and together what one scale would."""
+    kernel = NTKKernel(adapted.network(), variance_groups=groups).double()
+    model = model_of(kernel)
+    v0 = scale_to_data(model)
+    jacobian = references.jacobian(adapted.network(), model.train_inputs[0])
+    labels, names = kernel.network.specification.group_labels, kernel.network.group_names
+    sizes = [kernel.network.get_buffer(f"tensors.{name}").numel() for name in kernel.network.parameter_names]
+    diagonals = dict.fromkeys(names, 0.0)
+    for piece, label in zip(jacobian.split(sizes, dim=-1), labels, strict=True):
+        diagonals[label] += piece.square().sum(-1).mean().item()
+    shares = kernel.variance.detach().flatten() * torch.tensor([diagonals[name] for name in names])
+    torch.testing.assert_close(shares, torch.full_like(shares, v0 / len(names)), rtol=1e-6, atol=0)
+    ((_, _, prior, closure, _),) = kernel.named_priors()
+    torch.testing.assert_close(closure(kernel), prior.loc, rtol=1e-6, atol=1e-6)
+    assert prior.loc.shape == (1, len(names))
+    assert (prior.scale == 2.0).all()
+
+
+def test_groups_without_influence_at_the_data():
+    """A dead layer has the variance that would serve all groups, and the others the share of v₀."""
+    network = adapted.network()
+    network[1] = torch.nn.ReLU()
+    with torch.no_grad():
+        network[0].bias.fill_(-1e3)
+    kernel = NTKKernel(network, variance_groups="parameter").double()
+    model = model_of(kernel)
+    model.mean_module = NetworkMean(network)
+    v0 = scale_to_data(model)
+    torch.testing.assert_close(kernel.variance.detach(), torch.full((1, 4), v0, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 8])
 @pytest.mark.parametrize("missing", [False, True])
 def test_an_offset_says_nothing_of_the_other_scales(n, missing):

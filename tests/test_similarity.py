@@ -437,3 +437,21 @@ class TestErrors:
         names = iter("ababab" + "bababa")  # those of one network, then those of the other
         with pytest.raises(ValueError, match="'whole', 'a', 'b' come in another order"):
             similarity.of_networks(make_network(), make_network(seed=1), inputs(), by=lambda _: next(names))
+
+
+def test_token_ids_and_several_results():
+    torch.manual_seed(0)
+
+    class Tagger(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = torch.nn.Embedding(7, 3), torch.nn.Linear(3, 2)
+
+        def forward(self, ids):
+            return {"logits": self.head(self.embedding(ids).mean(1))}
+
+    x = torch.randint(7, (6, 4))
+    found = similarity.of_tasks(
+        Tagger().double(), x, x.flip(0), input_dtype=torch.long, output=("logits", "all"), resamples=2
+    )
+    assert all(abs(layer.fisher.value - 1) < 1e-9 for layer in found)

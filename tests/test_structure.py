@@ -73,7 +73,8 @@ class Work(TorchDispatchMode):
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         name = str(packet)
-        if any(kind in name for kind in _FACTORISATIONS) and args and isinstance(args[0], Tensor) and args[0].dim() > 1:
+        is_factorisation = "sqrt" not in name and any(kind in name for kind in _FACTORISATIONS)
+        if is_factorisation and args and isinstance(args[0], Tensor) and args[0].dim() > 1:
             self.largest = max(self.largest, args[0].shape[-1])
             self.flops += args[0].numel() * args[0].shape[-1] * (9 if "eigh" in name or "svd" in name else 1 / 3)
         return out

@@ -61,6 +61,8 @@ def parts_of_features(kernel: Kernel) -> tuple[Summand, list[Summand]] | None:
     others = [part for part in parts if part not in tangent] if len(tangent) == 1 else []
     if not others or not all(_is_known(part.kernel) for part in others):
         return None
+    if any(part.kernel.is_by_output != tangent[0].kernel.is_by_output for part in others if _is_of_network(part)):
+        return None
     seeing = (part for part in others if type(part.kernel) is not ConstantKernel)
     if not all(_same_dims(part.active_dims, tangent[0].active_dims) for part in seeing):
         return None
@@ -98,6 +100,10 @@ def sum_of_features(matrix: LazyEvaluatedKernelTensor) -> NTKLinearOperator | No
 
 def _is_known(kernel: Kernel) -> bool:
     return isinstance(kernel, KnownFeaturesKernel) or type(kernel) in (ConstantKernel, LinearKernel)
+
+
+def _is_of_network(part: Summand) -> bool:
+    return isinstance(part.kernel, NeuralTangentKernel)
 
 
 def _same_dims(one: Tensor | None, other: Tensor | None) -> bool:

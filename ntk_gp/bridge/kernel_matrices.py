@@ -33,8 +33,8 @@ from .recognised import NeuralTangentKernel, contains_ntk
 
 
 def dtype_of_matrix(default: Callable[..., Any], matrix: LazyEvaluatedKernelTensor) -> Any:
-    """That of the inputs."""
-    return matrix.x1.dtype if contains_ntk(matrix) else default(matrix)
+    """That of the inputs, or of the kernel where they are integers."""
+    return matrix.x1.dtype if contains_ntk(matrix) and matrix.x1.is_floating_point() else default(matrix)
 
 
 def dtype_of_kernel(default: Callable[..., Any], kernel: Kernel) -> Any:

@@ -19,7 +19,8 @@ from ..operators._batches import FoldedColumns
 from ..operators._densely_solved import DenselySolved
 from ..operators.ntk_posterior_linear_operator import NTKPosteriorLinearOperator
 from ..operators.ntk_sum_linear_operator import NTKSumLinearOperator
-from ..solvers import FastVariance, Solver, choose_fast_variance
+from ..solvers import FastVariance, Solver, System, choose_fast_variance
+from ..solvers.cholesky import cholesky_solve
 from .combined_predictions import KeptFactor
 from .exactly_solved import exactly_solved, without_constants
 from .recognised import networks_of
@@ -114,6 +115,26 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
             return weights.squeeze(-1)
         weights = self.solver.mean_weights(residual.reshape(1, -1, residual.shape[-1]))
         return weights.reshape(*batch, -1)
+
+    @property
+    @cached(name="linear_model")
+    def linear_model(self) -> System | None:
+        """K + D of all training rows, also of those whose targets are missing, if the posterior is one over weights."""
+        with torch.inference_mode(False):
+            missing = bool(self._missing.any())
+            matrix = exactly_solved(self.lik_train_train_covar.evaluate_kernel()) if missing else self._train_matrix
+            if not isinstance(matrix, NTKAddedDiagLinearOperator) or (missing and not self._keeps_factor):
+                return None
+            return matrix.system if missing else self.solver.system
+
+    def weights_for(self, residual: Tensor) -> Tensor:
+        """Σ Jᵀ (K + D)⁻¹ r for every row r, (B, k, N) to (B, k, P), of a linear model; of what was observed alone."""
+        if not self._missing.any():
+            return self.solver.mean_weights(residual)
+        system = self.linear_model
+        assert system is not None
+        observed = residual.masked_fill(self._missing.unsqueeze(-2), 0.0)
+        return system.features(cholesky_solve(self.kept_factor.factor, observed.mT)).mT
 
     @property
     def residual(self) -> Tensor:
@@ -227,7 +248,7 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
             flat = x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:])
             tangents = weights.expand(*batch, weights.shape[-1]).reshape(-1, 1, weights.shape[-1])
         shift = linearization.autodiff.linearize(flat).jvp(tangents)
-        _check_shift(shift, x)
+        check_shift(shift, x)
         return shift.reshape(*batch, -1)
 
 
@@ -243,7 +264,8 @@ def _no_strategy() -> None:
     return None
 
 
-def _check_shift(shift: Tensor, x: Tensor) -> None:
+def check_shift(shift: Tensor, x: Tensor) -> None:
+    """Raises where J(x) ŵ, (k, m·C), is NaN or infinite at some inputs (*batch, m, d)."""
     if is_finite(shift):
         return
     finite = torch.isfinite(shift.detach())
@@ -261,7 +283,8 @@ def _check_targets(inputs: Tensor, targets: Tensor) -> None:
             f"The training set is empty (inputs of shape {tuple(inputs.shape)}). Give at least one point, or predict "
             "in gpytorch.settings.prior_mode()."
         )
-    if targets.dtype != inputs.dtype or targets.device != inputs.device:
+    are_integers = not inputs.is_floating_point()  # which the network wants, in the dtype of the targets otherwise
+    if (targets.dtype != inputs.dtype and not are_integers) or targets.device != inputs.device:
         raise ValueError(
             f"The training targets are {targets.dtype} on {targets.device}, the inputs {inputs.dtype} on "
             f"{inputs.device}. Convert one of them with .to()."

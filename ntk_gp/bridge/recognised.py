@@ -41,6 +41,9 @@ class NeuralTangentKernel(Kernel):
     is_linear_in_weights = False
     """Whether `forward` gives an :class:`~ntk_gp.NTKLinearOperator`, and a sum with known features is another one."""
 
+    is_by_output = False
+    """Whether it is a batch of kernels, one for each output of the network."""
+
 
 class KnownFeaturesKernel(NeuralTangentKernel):
     """A kernel of a few known features of the input and the network's value there, as it says itself."""
@@ -48,7 +51,9 @@ class KnownFeaturesKernel(NeuralTangentKernel):
     @abstractmethod
     def known_features(self, x1: Tensor, x2: Tensor) -> list[tuple[Column, Tensor]] | None:
         """The features, each with the prior variances of its groups, (*batch, 1, groups); None if there are other ones
-        at these inputs, (*batch, n, d). They are looked at, as `forward` would."""
+        at these inputs, (*batch, n, d). They are looked at, as `forward` would.
+
+        They are functions of the inputs as the neural tangent kernel of the sum takes them: by output, or not."""
 
 
 def contains_ntk(whole: nn.Module | LinearOperator) -> bool:

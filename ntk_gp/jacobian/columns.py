@@ -19,7 +19,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from ..network import FrozenNetwork
+from ..network import FrozenNetwork, NetworkByOutput
 
 
 class Column(ABC):
@@ -58,10 +58,11 @@ class Values(Column):
     """The network's values.
 
     :param outputs: C.
-    :param network: The frozen network. None where values are handed in, as :meth:`product` has them.
+    :param network: The frozen network, or that of one output for each row. None where values are handed in, as
+        :meth:`product` has them.
     """
 
-    def __init__(self, outputs: int, network: FrozenNetwork | None = None):
+    def __init__(self, outputs: int, network: FrozenNetwork | NetworkByOutput | None = None):
         self.sizes = (outputs,)
         self.network = network
 
@@ -114,7 +115,7 @@ class Inputs(Column):
         return "inputs", self.sizes
 
     def at(self, x: Tensor) -> Tensor:
-        return x
+        return x[..., : self.width]  # behind them may be the number of an output
 
     def product(self, x: Tensor, values: Tensor, weights: Tensor) -> Tensor:
         return (weights @ x.mT).unsqueeze(-1)
@@ -131,7 +132,11 @@ def features(columns: Sequence[Column], x: Tensor) -> Tensor:
 
 
 def products(columns: Sequence[Column], x: Tensor, values: Tensor, weights: Tensor) -> Tensor:
-    """Ψ(x) v for each v of `weights`, (k, q): (k, m, C), from x (m, d) and f(x) (m, C)."""
+    """Ψ(x) v for each v of `weights`, (k, q), or (k, C, q) of one output's features for each: (k, m, C), from x (m, d)
+    and f(x) (m, C)."""
+    if weights.dim() == 3:  # each output's own
+        outputs = range(weights.shape[1])
+        return torch.cat([products(columns, x, values[:, c : c + 1], weights[:, c]) for c in outputs], dim=-1)
     pieces = weights.split([column.width for column in columns], dim=-1)
     total = torch.zeros((), dtype=values.dtype, device=values.device)
     for column, piece in zip(columns, pieces, strict=True):

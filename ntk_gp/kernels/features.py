@@ -14,7 +14,17 @@ from torch import Size, Tensor, nn
 
 from ..bridge.kernel_matrices import evaluated
 from ..jacobian.linearization import Linearization
-from ..network import ALL_OUTPUTS, PENULTIMATE, NetworkFunction, head_of, layer_features, normal_tensor
+from ..network import (
+    ALL_OUTPUTS,
+    PENULTIMATE,
+    InputDtype,
+    InputShape,
+    NetworkFunction,
+    Output,
+    head_of,
+    layer_features,
+    normal_tensor,
+)
 from ..operators._batches import are_one, flatten_batch
 from ..operators.of_network_linear_operator import OfNetworkLinearOperator
 from .base import refuse_last_dim_is_batch
@@ -39,7 +49,10 @@ class FeatureKernel(MetricKernel):
     :param layer: The name of the layer, as `network.named_modules()` has it; or `"penultimate"`, what is given to the
         last module with a weight (a parameter of two dimensions or more) that a call begins to run: a classifier's or
         regressor's last linear layer.
-    :param input_shape: The shape of one input as the network wants it.
+    :param input_shape: The shape of one input as the network wants it, as for :class:`~ntk_gp.NTKKernel`.
+    :param input_dtype: An integer or boolean dtype that the network wants its inputs in, likewise.
+    :param output: The way to a tensor in what the network returns, where it returns more, likewise; features do not
+        depend on it.
     :param batch_shape: The batch shape of the kernel, beside that of the base kernel.
     :param active_dims: The columns of the inputs that the network sees.
 
@@ -65,7 +78,9 @@ class FeatureKernel(MetricKernel):
         base_kernel: Kernel,
         layer: str = PENULTIMATE,
         *,
-        input_shape: tuple[int, ...] | None = None,
+        input_shape: InputShape = None,
+        input_dtype: InputDtype = None,
+        output: Output = ALL_OUTPUTS,
         batch_shape: Size | None = None,
         active_dims: tuple[int, ...] | None = None,
     ):
@@ -76,7 +91,13 @@ class FeatureKernel(MetricKernel):
             )
         if not isinstance(layer, str):
             raise TypeError(f"layer must be the name of one of the network's modules, got {layer!r}.")
-        options = {"parameters": "*", "input_shape": input_shape, "output": ALL_OUTPUTS, "group_by": None}
+        options = {
+            "parameters": "*",
+            "input_shape": input_shape,
+            "input_dtype": input_dtype,
+            "output": output,
+            "group_by": None,
+        }
         super().__init__(network, None, options, batch_shape=batch_shape, active_dims=active_dims)
         self.base_kernel = base_kernel
         self.layer = layer
@@ -101,7 +122,14 @@ class FeatureKernel(MetricKernel):
 
     @classmethod
     def count_features(
-        cls, network: nn.Module, x: Tensor, layer: str = PENULTIMATE, *, input_shape: tuple[int, ...] | None = None
+        cls,
+        network: nn.Module,
+        x: Tensor,
+        layer: str = PENULTIMATE,
+        *,
+        output: Output = ALL_OUTPUTS,
+        input_shape: InputShape = None,
+        input_dtype: InputDtype = None,
     ) -> int:
         """The same before there is a base kernel.
 
@@ -111,12 +139,15 @@ class FeatureKernel(MetricKernel):
             >>> F = FeatureKernel.count_features(network, torch.randn(5, 2))
             >>> kernel = FeatureKernel(network, gpytorch.kernels.RBFKernel(ard_num_dims=F))
         """
-        return cls(network, Kernel(), layer, input_shape=input_shape).num_features(x)
+        return cls(
+            network, Kernel(), layer, input_shape=input_shape, input_dtype=input_dtype, output=output
+        ).num_features(x)
 
     def forward(
         self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **params
     ) -> LinearOperator | Tensor:
         refuse_last_dim_is_batch(last_dim_is_batch)
+        x1, x2 = self._carried(x1, x2)
         function = self.network.bind(x1, x2)
         features1 = self._features(x1, function)
         features2 = features1 if are_one(x1, x2) else self._features(x2, function)

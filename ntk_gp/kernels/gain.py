@@ -12,8 +12,8 @@ from torch import Size, Tensor, nn
 
 from ..bridge.recognised import KnownFeaturesKernel
 from ..jacobian.columns import Column, Ones, Values, features
-from ..network import ALL_OUTPUTS, normal_tensor
-from .base import NetworkKernel, detached
+from ..network import InputDtype, InputShape, NetworkFunction, Output, normal_tensor
+from .base import NetworkKernel, detached, refuse_last_dim_is_batch
 
 
 class GainKernel(NetworkKernel, KnownFeaturesKernel):
@@ -34,9 +34,11 @@ class GainKernel(NetworkKernel, KnownFeaturesKernel):
     input; its matrix has rank 2C, and is as low a rank as that where it stands alone.
 
     :param network: The trained network.
-    :param input_shape: The shape of one input as the network wants it.
-    :param output: Index of the output to take of a network with several, or `"all"` for a kernel of size (n·C)×(n·C),
-        point-major and output-minor, zero between outputs.
+    :param input_shape: The shape of one input as the network wants it, as for :class:`~ntk_gp.NTKKernel`.
+    :param input_dtype: An integer or boolean dtype that the network wants its inputs in, likewise.
+    :param output: Index of the output to take of a network with several; `"all"`, or a list of indices, for a kernel of
+        size (n·C)×(n·C), point-major and output-minor, zero between outputs; `"batch"` for a kernel of each output,
+        (C, n, n); and the way to it, as in :class:`~ntk_gp.NTKKernel`.
     :param gain_variance_prior: Prior over :math:`s_a`.
     :param gain_variance_constraint: Constraint on :math:`s_a`. (Default:
         :class:`~gpytorch.constraints.Positive`.)
@@ -67,8 +69,9 @@ class GainKernel(NetworkKernel, KnownFeaturesKernel):
         self,
         network: nn.Module,
         *,
-        input_shape: tuple[int, ...] | None = None,
-        output: int | str | None = None,
+        input_shape: InputShape = None,
+        input_dtype: InputDtype = None,
+        output: Output = None,
         gain_variance_prior: Prior | None = None,
         gain_variance_constraint: Interval | None = None,
         offset_variance_prior: Prior | None = None,
@@ -76,7 +79,13 @@ class GainKernel(NetworkKernel, KnownFeaturesKernel):
         batch_shape: Size | None = None,
         active_dims: tuple[int, ...] | None = None,
     ):
-        options = {"parameters": "*", "input_shape": input_shape, "output": output, "group_by": None}
+        options = {
+            "parameters": "*",
+            "input_shape": input_shape,
+            "input_dtype": input_dtype,
+            "output": output,
+            "group_by": None,
+        }
         super().__init__(network, None, options, batch_shape=batch_shape, active_dims=active_dims)
         gain, offset = (_get_gain_variance, _set_gain_variance), (_get_offset_variance, _set_offset_variance)
         self._register_variance("gain_variance", gain, gain_variance_prior, gain_variance_constraint)
@@ -101,11 +110,14 @@ class GainKernel(NetworkKernel, KnownFeaturesKernel):
     def forward(
         self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **params: Any
     ) -> LinearOperator | Tensor:
+        x1, x2 = self._carried(x1, x2)
         if not torch.is_grad_enabled():  # the matrix may be evaluated where gradients are on
             x1, x2 = detached(x1, x2)
+        refuse_last_dim_is_batch(last_dim_is_batch and self.network.outputs.is_batch)
         if last_dim_is_batch:
             x1, x2 = (x.transpose(-1, -2).unsqueeze(-1) for x in (x1, x2))
-        columns, variances = zip(*self.known_features(x1, x2), strict=True)
+        x1, x2, function = self._rows(x1, x2)
+        columns, variances = zip(*self._columns(x1, function), strict=True)
         if last_dim_is_batch:
             variances = tuple(variance.unsqueeze(-3) for variance in variances)
         same = x2 is x1 or (x1.shape == x2.shape and not _needs_gradient(x1, x2) and torch.equal(x1, x2))
@@ -129,17 +141,23 @@ class GainKernel(NetworkKernel, KnownFeaturesKernel):
         return MatmulLinearOperator(left * by_column, left.mT)
 
     def features(self, x: Tensor) -> Tensor:
-        """f(x) and 1, for each output by itself: (*batch, n, d) to (*batch, n·C, 2C)."""
+        """f(x) and 1, for each output by itself: (*batch, n, d) to (*batch, n·C, 2C), or to (*batch, C, n, 2) with
+        `output="batch"`."""
         x = self._active(x)
-        return self._features(tuple(column for column, _ in self.known_features(x, x)), x)
+        rows, _, function = self._rows(x, x)
+        return self._features(tuple(column for column, _ in self._columns(rows, function)), rows)
 
     def known_features(self, x1: Tensor, x2: Tensor) -> list[tuple[Column, Tensor]]:
-        function = self.network.bind(x1, x2)
-        variances = [v.to(x1.device, x1.dtype) for v in (self.gain_variance, self.offset_variance)]
+        rows, _, function = self._rows(x1, x2)
+        return self._columns(rows, function)
+
+    def _columns(self, rows: Tensor, function: NetworkFunction) -> list[tuple[Column, Tensor]]:
+        """The features of rows that were looked at, and their variances."""
+        variances = [v.to(rows.device, rows.dtype) for v in (self.gain_variance, self.offset_variance)]
         if not torch.is_grad_enabled():
             variances = [variance.detach() for variance in variances]
-        outputs = function.num_outputs if self.network.output == ALL_OUTPUTS else 1
-        return [(Values(outputs, self.network), variances[0]), (Ones(outputs), variances[1])]
+        outputs, network = function.num_outputs, self._linearization.network
+        return [(Values(outputs, network), variances[0]), (Ones(outputs), variances[1])]
 
     def _features(self, columns: tuple[Column, ...], x: Tensor) -> Tensor:
         """Ψ(x), (*batch, n·C, 2C); kept for the inputs seen last."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,10 +13,10 @@ from torch import Size, Tensor, nn
 
 from .._compat import parameters_in
 from ..jacobian.shared import linearization_of
-from ..network import ParameterSelection
+from ..network import InputDtype, InputShape, Output, ParameterSelection
 from ..operators import JacobianLinearOperator, NTKLinearOperator
 from ..operators._batches import flatten_batch
-from .base import NetworkKernel, detached
+from .base import NetworkKernel, detached, refuse_last_dim_is_batch
 from .normalization import Normalization
 
 
@@ -43,14 +43,24 @@ class NTKKernel(NetworkKernel):
     :param network: The trained network: a module that maps (n, d) inputs, or (n, *input_shape), to n outputs or n×C,
         each row from its own input alone.
     :param parameters: The parameters to linearise in: those with `requires_grad=True` (default), those whose name
-        matches one of some shell patterns, e.g. `["head.*", "*.bias"]`, or those for which `f(name, parameter)` is
-        true.
-    :param input_shape: The shape of one input as the network wants it, e.g. `(3, 32, 32)`: inputs are n×3072 then.
+        matches one of some shell patterns, e.g. `["head.*", "*lora*"]`, or those for which `f(name, parameter)` is
+        true. Three strings, alone or among patterns, stand for sets, whatever the network's parameters are called:
+        `"last_layer"`, the layer with a weight that is called last (at the first inputs); `"norm"`, the affine
+        parameters of normalisations; and `"bias"`, all biases. What is left out costs nothing.
+    :param input_shape: The shape of one input as the network wants it, e.g. `(3, 32, 32)`: inputs are n×3072 then. Of
+        a network with several arguments, the shape of each by its name, e.g. `{"ids": (128,), "mask": (128,)}`:
+        :func:`~ntk_gp.pack` puts them side by side in rows.
+    :param input_dtype: An integer or boolean dtype that the network wants its inputs in, such as `torch.long`; of
+        several arguments, by name. Inputs may be integers then; they are carried exactly, or refused.
     :param output: Index of the output to take of a network with several, or `"all"` for a multitask kernel of size
         (n·C)×(n·C), point-major and output-minor, for an interleaved
-        :class:`~gpytorch.distributions.MultitaskMultivariateNormal`.
+        :class:`~gpytorch.distributions.MultitaskMultivariateNormal`. Where the network returns more than one tensor,
+        the name (key or attribute) of the one to linearise, or a function of what it returns; where that tensor has
+        several columns, or is at some position, a tuple whose last element says which: `("logits", "all")`, `(0, 3)`.
     :param variance_groups: Gives each group of parameters a prior variance of its own, to be learned: `"layer"`,
-        `"parameter"`, or a function from a parameter's name to its group's.
+        `"parameter"`, a function from a parameter's name to its group's, or a dictionary from patterns (and sets, as
+        for `parameters`) to groups, e.g. `{"norm": "norm", "conv*": "conv"}`: the first pattern that matches decides,
+        and what none matches is the group `"other"`. :func:`~ntk_gp.scale_to_data` lets them start at equal shares.
     :param variance_prior: Prior over these variances.
     :param variance_constraint: Constraint on these variances. (Default: :class:`~gpytorch.constraints.Positive`.)
     :param engine: `"structured"` (default) uses the recorded uses of each parameter, and autodiff for those that no
@@ -87,9 +97,10 @@ class NTKKernel(NetworkKernel):
         network: nn.Module,
         *,
         parameters: ParameterSelection = None,
-        input_shape: tuple[int, ...] | None = None,
-        output: int | str | None = None,
-        variance_groups: str | Callable[[str], str] | None = None,
+        input_shape: InputShape = None,
+        input_dtype: InputDtype = None,
+        output: Output = None,
+        variance_groups: str | Callable[[str], str] | Mapping[str, str] | None = None,
         variance_prior: Prior | None = None,
         variance_constraint: Interval | None = None,
         engine: str | None = None,
@@ -100,7 +111,7 @@ class NTKKernel(NetworkKernel):
     ):
         _check_no_lengthscale(kwargs)
         _refuse_in_botorch()
-        selection = {"parameters": parameters, "input_shape": input_shape, "output": output}
+        selection = {"parameters": parameters, "input_shape": input_shape, "input_dtype": input_dtype, "output": output}
         options = {**selection, "group_by": group_function(variance_groups)}
         super().__init__(network, engine, options, batch_shape=batch_shape, active_dims=active_dims, **kwargs)
         self.normalization: Normalization | None = None
@@ -144,8 +155,8 @@ class NTKKernel(NetworkKernel):
         """J(x) as a lazy matrix, (*batch, n·C, P), without the prior variances; columns in the order of
         `kernel.network.parameter_names`, each parameter flattened."""
         x = self.network.flattened(x)
-        self.network.bind(x)
-        return JacobianLinearOperator(x, linearization=self._linearization)
+        rows, _, _ = self._rows(x, x)
+        return JacobianLinearOperator(rows, linearization=self._linearization)
 
     def engine_report(self, x: Tensor) -> list[dict[str, object]]:
         """Tells for each parameter how its part of the Jacobian at x is served, and what that costs.
@@ -155,15 +166,15 @@ class NTKKernel(NetworkKernel):
             (`served_by`), the `bytes` of its factors at these inputs, and the flops for one entry of a Gram matrix
             (`gram_flops`).
         """
-        x = self.network.flattened(x)
-        self.network.bind(x)
-        jacobian = self._linearization.jacobian(x.detach().reshape(1, -1, x.shape[-1]))
-        return jacobian.report()
+        x = self.network.flattened(x).detach()
+        rows, _, _ = self._rows(*[x.reshape(-1, x.shape[-1])] * 2)
+        return self._linearization.jacobian(flatten_batch(rows)).report()
 
     def forward(
         self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **params
     ) -> NTKLinearOperator | Tensor:
         _refuse_in_botorch()  # which may have been imported since
+        x1, x2 = self._carried(x1, x2)
         if "raw_variance" in parameters_in(self):
             variance = self.variance.to(x1.device, x1.dtype)
         else:
@@ -172,10 +183,11 @@ class NTKKernel(NetworkKernel):
             variance = variance.detach()
             if x1.requires_grad or x2.requires_grad:
                 x1, x2 = detached(x1, x2)
+        refuse_last_dim_is_batch(last_dim_is_batch and self.network.outputs.is_batch)
         if last_dim_is_batch:
             x1, x2 = (x.transpose(-1, -2).unsqueeze(-1) for x in (x1, x2))
             variance = variance.unsqueeze(-3)
-        function = self.network.bind(x1, x2)
+        x1, x2, function = self._rows(x1, x2)
         if self.normalization is not None and x1.numel():
             variance = variance / self.normalization.at(lambda: self._mean_diagonal(x1)).to(variance)
         kernel_matrix = NTKLinearOperator(x1, x2, variance, linearization=self._linearization, function=function)
@@ -191,12 +203,12 @@ class NTKKernel(NetworkKernel):
         if self.normalization is None:
             raise RuntimeError("This kernel is not normalised: make it with normalize=True.")
         x = self._active(x)
-        self.network.bind(x)
-        self.normalization.settle(self._mean_diagonal(x))
+        rows, _, _ = self._rows(x, x)
+        self.normalization.settle(self._mean_diagonal(rows))
 
-    def _mean_diagonal(self, x: Tensor) -> float:
-        """That of the kernel at x with prior variances of one."""
-        jacobian = self._linearization.jacobian(flatten_batch(x.detach()))
+    def _mean_diagonal(self, rows: Tensor) -> float:
+        """That of the kernel at these with prior variances of one."""
+        jacobian = self._linearization.jacobian(flatten_batch(rows.detach()))
         ones = jacobian.x.new_ones(1, self.network.num_groups)
         with torch.no_grad():
             return float(self._linearization.diagonal(jacobian, jacobian, ones).double().mean())
@@ -236,19 +248,36 @@ def _check_no_lengthscale(arguments: dict[str, Any]) -> None:
     if arguments.keys() - set(_OF_LENGTHSCALES):
         raise TypeError(
             f"NTKKernel has no option {', '.join(sorted(arguments.keys() - set(_OF_LENGTHSCALES)))}; its options are "
-            "parameters, input_shape, output, variance_groups, variance_prior, variance_constraint, engine, normalize, "
-            "batch_shape and active_dims."
+            "parameters, input_shape, input_dtype, output, variance_groups, variance_prior, variance_constraint, "
+            "engine, normalize, batch_shape and active_dims."
         )
 
 
-def group_function(variance_groups: str | Callable[[str], str] | None) -> Callable[[str], str] | None:
+def group_function(
+    variance_groups: str | Callable[[str], str] | Mapping[str, str] | None,
+) -> Callable[[str], str] | Mapping[str, str] | None:
+    if isinstance(variance_groups, Mapping):
+        _check_groups(variance_groups)
+        return dict(variance_groups)
     if variance_groups is None or callable(variance_groups):
         return variance_groups
     if variance_groups == "layer":
         return _layer_of
     if variance_groups == "parameter":
         return str
-    raise ValueError(f"variance_groups must be 'layer', 'parameter' or a function of a name, got {variance_groups!r}.")
+    raise ValueError(
+        "variance_groups must be 'layer', 'parameter', a function of a name, or a dictionary from patterns to groups, "
+        f"got {variance_groups!r}."
+    )
+
+
+def _check_groups(groups: Mapping[str, str]) -> None:
+    if groups and all(isinstance(name, str) for item in groups.items() for name in item):
+        return
+    raise TypeError(
+        f"variance_groups must map patterns to the names of groups, strings to strings, got {groups!r}. Several "
+        'patterns may have one group: {"conv*": "conv", "stem.*": "conv"}.'
+    )
 
 
 def _layer_of(name: str) -> str:

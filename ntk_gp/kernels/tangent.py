@@ -10,7 +10,7 @@ from gpytorch.priors import Prior
 from torch import Size, Tensor, nn
 
 from ..jacobian.distances import squared_distances
-from ..network import ParameterSelection
+from ..network import InputDtype, InputShape, Output, ParameterSelection
 from ..operators.ntk_stationary_linear_operator import NTKStationaryLinearOperator
 from .base import detached, refuse_last_dim_is_batch
 from .metric import MetricKernel
@@ -28,8 +28,9 @@ class StationaryTangentKernel(MetricKernel):
         network: nn.Module,
         *,
         parameters: ParameterSelection = None,
-        input_shape: tuple[int, ...] | None = None,
-        output: int | str | None = None,
+        input_shape: InputShape = None,
+        input_dtype: InputDtype = None,
+        output: Output = None,
         engine: str | None = None,
         lengthscale_prior: Prior | None = None,
         lengthscale_constraint: Interval | None = None,
@@ -39,7 +40,13 @@ class StationaryTangentKernel(MetricKernel):
         super().__init__(
             network,
             engine,
-            {"parameters": parameters, "input_shape": input_shape, "output": output, "group_by": None},
+            {
+                "parameters": parameters,
+                "input_shape": input_shape,
+                "input_dtype": input_dtype,
+                "output": output,
+                "group_by": None,
+            },
             lengthscale_prior=lengthscale_prior,
             lengthscale_constraint=lengthscale_constraint,
             batch_shape=batch_shape,
@@ -51,18 +58,19 @@ class StationaryTangentKernel(MetricKernel):
         self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **params
     ) -> NTKStationaryLinearOperator | Tensor:
         refuse_last_dim_is_batch(last_dim_is_batch)
+        x1, x2 = self._carried(x1, x2)
         lengthscale = self.lengthscale.to(x1.device)
         if not torch.is_grad_enabled():  # the matrix may be evaluated where gradients are on
             lengthscale, x1, x2 = lengthscale.detach(), *detached(x1, x2)
-        function = self.network.bind(x1, x2)
+        x1, x2, function = self._rows(x1, x2)
         kernel_matrix = NTKStationaryLinearOperator(
             x1, x2, lengthscale, nu=self.nu, linearization=self._linearization, function=function
         )
         return kernel_matrix._diagonal() if diag else kernel_matrix
 
     def _distances(self, x: Tensor) -> Tensor:
-        self.network.bind(x)
-        distances = squared_distances(self._linearization, x.detach().unsqueeze(0))[0]
+        rows = self._rows(x, x)[0].detach()
+        distances = squared_distances(self._linearization, rows.reshape(-1, *rows.shape[-2:])).flatten(0, 1)
         above = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).triu(1)
         return distances[:, above].sqrt()
 
@@ -91,7 +99,8 @@ class TangentMaternKernel(StationaryTangentKernel):
     :param network: The trained network, see :class:`~ntk_gp.NTKKernel`.
     :param nu: The smoothness: 0.5, 1.5 or 2.5.
     :param parameters: The parameters whose gradients are compared, see :class:`~ntk_gp.NTKKernel`.
-    :param input_shape: The shape of one input as the network wants it.
+    :param input_shape: The shape of one input as the network wants it, as for :class:`~ntk_gp.NTKKernel`.
+    :param input_dtype: An integer or boolean dtype that the network wants its inputs in, likewise.
     :param output: Index of the output to take, or `"all"`: each output then has distances of its own and no covariance
         with the others, point-major and output-minor, as in :class:`~ntk_gp.NTKKernel`.
     :param engine: See :class:`~ntk_gp.NTKKernel`.
@@ -120,8 +129,9 @@ class TangentMaternKernel(StationaryTangentKernel):
         nu: float = 1.5,
         *,
         parameters: ParameterSelection = None,
-        input_shape: tuple[int, ...] | None = None,
-        output: int | str | None = None,
+        input_shape: InputShape = None,
+        input_dtype: InputDtype = None,
+        output: Output = None,
         engine: str | None = None,
         lengthscale_prior: Prior | None = None,
         lengthscale_constraint: Interval | None = None,
@@ -136,6 +146,7 @@ class TangentMaternKernel(StationaryTangentKernel):
             network,
             parameters=parameters,
             input_shape=input_shape,
+            input_dtype=input_dtype,
             output=output,
             engine=engine,
             lengthscale_prior=lengthscale_prior,

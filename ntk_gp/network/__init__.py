@@ -1,13 +1,16 @@
 """The network to be linearised: a frozen copy of the user's module, its parameters chosen, grouped and flattened."""
 
+from .by_output import FunctionByOutput, NetworkByOutput, count_outputs, numbered
 from .checks import check_finite, check_tensor, is_finite
+from .chosen_outputs import ALL_OUTPUTS, OUTPUTS_AS_BATCH, Outputs
 from .features import PENULTIMATE, head_of, layer_features
 from .frozen import FrozenNetwork, is_same_snapshot, preserved_random_state
 from .function import NO_MODE, NetworkFunction
 from .graph import LEAF, nodes_below
+from .inputs import InputDtype, InputShape, pack
+from .outputs import Output
 from .rows import some_rows
 from .snapshot import ParameterSelection
-from .specification import ALL_OUTPUTS
 from .switches import Switch
 from .tensors import full_precision, normal_tensor
 
@@ -15,13 +18,21 @@ __all__ = [
     "ALL_OUTPUTS",
     "LEAF",
     "NO_MODE",
+    "OUTPUTS_AS_BATCH",
     "PENULTIMATE",
     "FrozenNetwork",
+    "FunctionByOutput",
+    "InputDtype",
+    "InputShape",
+    "NetworkByOutput",
     "NetworkFunction",
+    "Output",
+    "Outputs",
     "ParameterSelection",
     "Switch",
     "check_finite",
     "check_tensor",
+    "count_outputs",
     "full_precision",
     "head_of",
     "is_finite",
@@ -29,6 +40,8 @@ __all__ = [
     "layer_features",
     "nodes_below",
     "normal_tensor",
+    "numbered",
+    "pack",
     "preserved_random_state",
     "some_rows",
 ]

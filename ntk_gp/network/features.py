@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._compat import parameters_in
 from .checks import is_finite
 from .function import NetworkFunction
+from .parameter_sets import PARAMETRIZATIONS, has_weight
 from .tensors import normal_tensor
 
 PENULTIMATE = "penultimate"
-# The module under which `torch.nn.utils.parametrize` keeps what a weight is made of.
-_PARAMETRIZATIONS = "parametrizations"
 
 
 def head_of(function: NetworkFunction, x: Tensor) -> str:
@@ -37,7 +35,7 @@ def head_of(function: NetworkFunction, x: Tensor) -> str:
         handles = [
             module.register_forward_pre_hook(lambda _, __, name=name: calls.append(name))
             for name, module in network.named_modules()
-            if _has_weight(module) and _PARAMETRIZATIONS not in name.split(".")
+            if has_weight(module) and PARAMETRIZATIONS not in name.split(".")
         ]
         try:
             yield
@@ -132,13 +130,6 @@ def _check(features: Tensor, x: Tensor, layer: str, evaluate: Any) -> None:
             f"The features of layer {layer!r} change with the other rows of the batch. Name a layer that treats each "
             "row by itself."
         )
-
-
-def _has_weight(module: nn.Module) -> bool:
-    own = dict(parameters_in(module))
-    kept = getattr(module, _PARAMETRIZATIONS, None)
-    inside = kept.parameters() if isinstance(kept, nn.Module) else ()
-    return any(p is not None and p.dim() > 1 for p in (*own.values(), *inside))
 
 
 def _layers(function: NetworkFunction) -> str:

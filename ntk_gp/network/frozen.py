@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
+import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -19,6 +19,10 @@ from .checks import check_finite, check_inputs, check_tensor
 from .equality import same_module
 from .fingerprint import Fingerprint
 from .function import NO_MODE, Findings, NetworkFunction
+from .inputs import InputDtype, InputShape
+from .last_layer import Presumed, last_layer_of
+from .outputs import Output
+from .parameter_sets import LAST_LAYER, GroupBy, ParameterSets, last_registered, within
 from .probe import probe
 from .rows import check_values
 from .sharing import share_snapshot
@@ -33,11 +37,12 @@ from .snapshot import (
     copy_in_eval_mode,
     make_skeleton,
     named_tensors,
+    patterns_of,
     select,
     unregistered_tensors,
     unwrap,
 )
-from .specification import ALL_OUTPUTS, check_output_argument, specify
+from .specification import check_output_argument, specify
 from .tensors import convert_each, normal_tensor
 from .trial import FEW, Trial
 
@@ -56,13 +61,18 @@ class FrozenNetwork(nn.Module):
 
     :param network: The trained network. Called with one tensor; its output's first dimension is the inputs'.
     :param parameters: Which parameters take part in the linearisation: those with `requires_grad=True` (default), those
-        whose name matches a shell pattern or one of several (`"head.*"`), or those for which a predicate
-        `f(name, parameter)` is true.
-    :param input_shape: The shape of one input as the network wants it, e.g. `(3, 32, 32)`. Flat inputs of width
-        d = 3·32·32 are reshaped to it.
-    :param output: Index of the one output to take, `"all"` for all C of them, or None where the network has just one.
-    :param group_by: Maps a parameter's name to the label of its group (for a prior variance per group). One group by
-        default.
+        whose name matches a shell pattern or one of several (`"head.*"`), sets by name among them (`"last_layer"`,
+        `"norm"`, `"bias"`, see :class:`.ParameterSets`), or those for which a predicate `f(name, parameter)` is true.
+    :param input_shape: The shape of one input as the network wants it, e.g. `(3, 32, 32)`: flat inputs of width
+        d = 3·32·32 are reshaped to it. Of a network with several arguments, the shape of each by its name, e.g.
+        `{"ids": (128,), "mask": (128,)}`, side by side in one row (:func:`~ntk_gp.pack`).
+    :param input_dtype: An integer or boolean dtype that the network wants its inputs in, of all arguments or by name.
+    :param output: Index of the one output to take, a list of some, `"all"` for all C of them, `"batch"` for each of
+        them by itself, or None where the network has just one (:mod:`.chosen_outputs`). Where it returns more than a
+        tensor, a name, a function, or a tuple of steps to the tensor and one of these (:mod:`.outputs`).
+    :param group_by: Maps a parameter's name to the label of its group (for a prior variance per group); or a mapping of
+        patterns and names of sets to labels, of which the first that matches decides, `"other"` being what none does.
+        One group by default.
     """
 
     def __init__(
@@ -70,18 +80,20 @@ class FrozenNetwork(nn.Module):
         network: nn.Module,
         *,
         parameters: ParameterSelection = None,
-        input_shape: tuple[int, ...] | None = None,
-        output: int | str | None = None,
-        group_by: Callable[[str], str] | None = None,
+        input_shape: InputShape = None,
+        input_dtype: InputDtype = None,
+        output: Output = None,
+        group_by: GroupBy = None,
     ):
         super().__init__()
         self._options: dict[str, Any] = {
             "parameters": parameters,
             "input_shape": input_shape,
+            "input_dtype": input_dtype,
             "output": output,
             "group_by": group_by,
         }
-        check_output_argument(output)
+        check_output_argument(output)  # before anything is copied
         network = source = unwrap(network)
         named: dict[str, nn.Parameter] = dict(named_tensors(network.named_parameters(remove_duplicate=False)))
         if not named:
@@ -91,7 +103,8 @@ class FrozenNetwork(nn.Module):
             )
         for name, parameter in named.items():
             check_parameter(name, parameter)
-        selected = select(named, parameters)
+        sets = ParameterSets(network, named, last_registered(network))
+        selected = select(named, parameters, sets)
         attributes = unregistered_tensors(network)
         network = copy_in_eval_mode(network)
         canonical = canonical_names(network)
@@ -100,13 +113,15 @@ class FrozenNetwork(nn.Module):
             network,
             canonical,
             [name for name in named if name in selected],
+            sets,
             input_shape=input_shape,
+            input_dtype=input_dtype,
             output=output,
             group_by=group_by,
             attributes=attributes,
         )
-        self.parameter_names, self.group_names = self.specification.parameter_names, self.specification.group_names
-        self.input_shape, self.output = self.specification.input_shape, self.specification.output
+        self.inputs, self.outputs = self.specification.inputs, self.specification.outputs
+        self._presumed = _presumed(parameters, group_by, sets, named, selected)
         self.tensors = buffer_tree(network, set(canonical.values()))
         self._aliases = canonical
         # In a list, so that its mode and dtype are never changed from outside.
@@ -138,6 +153,21 @@ class FrozenNetwork(nn.Module):
     def take_options(self, other: FrozenNetwork) -> None:
         """Those of another snapshot, which is the same as this one, for :meth:`renewed`."""
         self._options = other.options
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """The selected parameters. Which those of the `"last_layer"` are is sure after the first call."""
+        return self.specification.parameter_names
+
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """The groups of parameters."""
+        return self.specification.group_names
+
+    def fix_parameters(self) -> None:
+        """Has a last layer that turns out to be another one than presumed refused: something depends on which it is."""
+        if self._presumed is not None:
+            self._presumed = dataclasses.replace(self._presumed, is_fixed=True)
 
     @property
     def num_groups(self) -> int:
@@ -199,50 +229,55 @@ class FrozenNetwork(nn.Module):
         return NetworkFunction(self.specification, Skeletons(skeleton, self._aliases), tensors, inner_dtype, state)
 
     def forward(self, x: Tensor) -> Tensor:
-        """f(x) at the frozen weights: (*batch, n, d) to (*batch, n), or (*batch, n, C) with `output="all"`."""
-        return self.values(x, self.fingerprint(thorough=True))
+        """f(x) at the frozen weights: (*batch, n, d) to (*batch, n); or (*batch, n, C) with `output="all"` or a list,
+        and (*batch, C, n) with `output="batch"`."""
+        x = self.outputs.unrepeated(x)
+        return self.outputs.shaped(self.values(x, self.fingerprint(thorough=True)), x.shape[:-1])
 
     def values(self, x: Tensor, state: int, mode: AbstractContextManager[object] = NO_MODE) -> Tensor:
-        """The same, for callers that have looked for edits of the snapshot themselves.
+        """The same for all points as one list, (*batch, n, d) to (N, C), for callers that have looked for edits of the
+        snapshot themselves.
 
         :param state: What they found: the present fingerprint.
         :param mode: A context for what the network itself calls, and for nothing else.
         """
+        x = self.carried(x)
         check_finite(x)
         function = self._tried(x, state)
+        self.inputs.check(x)
         function.check_input_gradients(x)
         flat = x.reshape(-1, x.shape[-1])
         if flat.shape[0] == 0:
-            out = flat.new_zeros(0, function.num_outputs)
-        else:
-            with function.tracing():
-                chunks = normal_tensor(flat).split(function.points_per_pass())
-                steps = settings.progress(chunks, "Network")
-                pieces = [function(function.parameters, chunk, mode) for chunk in steps]
-                if not function.has_checked(len(flat)):
-                    check_values(function, chunks[0], pieces[0], len(flat))
-            out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        shape = x.shape[:-1] if self.output != ALL_OUTPUTS else (*x.shape[:-1], function.num_outputs)
-        return out.reshape(shape)
+            return flat.new_zeros(0, function.num_outputs)
+        with function.tracing():
+            chunks = normal_tensor(flat).split(function.points_per_pass())
+            steps = settings.progress(chunks, "Network")
+            pieces = [function(function.parameters, chunk, mode) for chunk in steps]
+            if not function.has_checked(len(flat)):
+                check_values(function, chunks[0], pieces[0], len(flat))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def flattened(self, x: Tensor) -> Tensor:
-        """Inputs of `input_shape`, (*batch, n, *input_shape), as the rows (*batch, n, d) that GPyTorch wants.
+        """Inputs of `input_shape`, (*batch, n, *input_shape), as the rows (*batch, n, d) that GPyTorch wants; integers
+        in the dtype of the network.
 
         Others are returned as they are: rows already, or of a width that :meth:`check` refuses.
         """
         check_tensor(x)
-        shape = self.input_shape or ()
-        is_shaped = len(shape) > 1 and x.dim() > len(shape) and tuple(x.shape[-len(shape) :]) == shape
-        return x.flatten(-len(shape)) if is_shaped and x.shape[-1] != math.prod(shape) else x
+        return self.inputs.flattened(self.carried(x))
+
+    def carried(self, x: Tensor) -> Tensor:
+        """Integers in the dtype of the network, where that holds them and the network wants such; others as they are.
+
+        :raises TypeError: Where it wants none.
+        :raises ValueError: Where they are too large.
+        """
+        return x if x.is_floating_point() else self.inputs.carried(x, self.dtype)
 
     def num_outputs(self, x: Tensor) -> int:
         """C, the number of outputs that take part, at inputs of this width, dtype and device."""
-        return self.at(x).num_outputs if self.output == ALL_OUTPUTS else 1
-
-    def num_outputs_per_row(self, x: Tensor) -> int:
-        """The same, asked before anything else is: rows of another width than the network takes are refused."""
-        self.check_width(x)
-        return self.num_outputs(x)
+        known = self.outputs.known_count
+        return self.at(x).num_outputs if known is None else known
 
     def check(self, x: Tensor) -> None:
         """Raises where the network cannot be linearised at inputs like `x`, see :meth:`at`."""
@@ -263,6 +298,7 @@ class FrozenNetwork(nn.Module):
         state = self.fingerprint(thorough=True)
         for given in different:
             function = self.at(given, state)
+            self.inputs.check(given)
         return function
 
     def at(self, x: Tensor, state: int | None = None) -> NetworkFunction:
@@ -314,12 +350,37 @@ class FrozenNetwork(nn.Module):
             if kind in self._checked:  # by another thread, meanwhile
                 return
             function = self.function(x.dtype, x.device, state)
+            if not x.numel() and function.is_tried:  # at inputs there are; zeros in place of none may be no inputs
+                return
             rows = normal_tensor(x.detach()).reshape(x.shape[:-1].numel(), x.shape[-1])
+            function = self._with_last_layer(function, rows)
             trial = Trial(function, rows, partial(self._converted, x.device, state))
             self._functions[rows.dtype, rows.device] = trial.function
             if trial.exact_findings is not None:
                 self._exact_findings[rows.shape[1], rows.device, state] = trial.exact_findings
             self._checked.add(kind)
+
+    def _with_last_layer(self, function: NetworkFunction, rows: Tensor) -> NetworkFunction:
+        """The function in the parameters of the layer that is called last, which is looked for at these rows."""
+        presumed = self._presumed
+        if presumed is None or presumed.is_settled:
+            return function
+        names = {name: self._aliases[name] for name in presumed.names}
+        row = rows[:1] if len(rows) else rows.new_zeros(1, rows.shape[1])
+        layer = last_layer_of(function, row, names)
+        if layer != presumed.layer and presumed.is_fixed:
+            presumed.refuse(layer)
+        self._presumed = dataclasses.replace(presumed, layer=layer, is_settled=True)
+        if layer == presumed.layer:
+            return function
+        chosen = {self._aliases[name] for name in (*presumed.others, *within(layer, presumed.names))}
+        parameter_names = tuple(dict.fromkeys(owner for owner in names.values() if owner in chosen))
+        labels = (self.specification.group_labels[0],) * len(parameter_names)
+        self.specification = dataclasses.replace(
+            self.specification, parameter_names=parameter_names, group_labels=labels
+        )
+        self._functions = {}
+        return self.function(rows.dtype, rows.device, function.state)
 
     def _converted(
         self, device: torch.device, state: int, dtype: torch.dtype, inner_dtype: torch.dtype | None = None
@@ -331,14 +392,9 @@ class FrozenNetwork(nn.Module):
         if not x.is_floating_point():
             raise TypeError(
                 f"Expected inputs of a floating-point dtype, got {x.dtype}. Cast them, e.g. with x.float(); a network "
-                "that wants integers can cast them back in its forward."
+                "that wants integers has them with input_dtype=torch.long."
             )
-        if self.input_shape is not None and x.shape[-1] != math.prod(self.input_shape):
-            raise ValueError(
-                f"Got inputs of width {x.shape[-1]} (shape {tuple(x.shape)}), but input_shape={self.input_shape} needs "
-                f"{math.prod(self.input_shape)} features. Flatten each input to one row, e.g. x.flatten(1) for the "
-                "whole model (GPyTorch takes all but the last two dimensions for batches), or change input_shape."
-            )
+        self.inputs.check_width(x)
 
     def __getstate__(self) -> dict:
         made_again: dict[str, Any] = {"_functions": {}, "_checked": set(), "_exact_findings": {}}
@@ -381,10 +437,28 @@ def is_same_snapshot(one: FrozenNetwork, other: FrozenNetwork) -> bool:
     same_tensors = ours.keys() == theirs.keys() and all(ours[name] is theirs[name] for name in ours)
     return (
         same_tensors
+        and one._presumed == other._presumed
         and one.specification == other.specification
         and one._aliases == other._aliases
         and same_module(one._skeleton[0], other._skeleton[0])
     )
+
+
+def _presumed(
+    parameters: ParameterSelection,
+    group_by: GroupBy,
+    sets: ParameterSets,
+    named: Mapping[str, nn.Parameter],
+    selected: set[str],
+) -> Presumed | None:
+    """What is taken for the last layer, where that was asked for."""
+    patterns = patterns_of(parameters)
+    grouped = isinstance(group_by, Mapping) and LAST_LAYER in group_by
+    if sets.last_layer is None or not (grouped or LAST_LAYER in patterns):
+        return None
+    others = {name for pattern in patterns if pattern != LAST_LAYER for name in sets.matching(pattern)}
+    is_fixed = group_by is not None  # groups have variances, in the order of the parameters
+    return Presumed(sets.last_layer, tuple(named), frozenset(others & selected), is_fixed)
 
 
 class _Places:

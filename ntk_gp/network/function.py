@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from .. import memory, settings
 from .._compat import version_of
 from ..replacements.elementary import ElementaryOperations
 from . import switches
+from .outputs import tensor_of
 from .skeleton import Skeletons
 from .specification import Specification
 from .tensors import convert_each, full_precision
@@ -33,6 +35,7 @@ class Findings:
     """What was found out about a function where it was tried (:mod:`.probe`).
 
     :param num_outputs: C.
+    :param network_outputs: How many the network has, of which C take part.
     :param bytes_per_point: What autograd keeps of a pass for each point.
     :param unreached: The parameters without influence on the output.
     :param written: The tensors that calls write to: each call gets its own.
@@ -40,6 +43,7 @@ class Findings:
     """
 
     num_outputs: int
+    network_outputs: int
     bytes_per_point: int
     unreached: frozenset[str]
     written: frozenset[str]
@@ -77,8 +81,9 @@ class NetworkFunction:
         self.specification = specification
         self.group_indices = specification.group_indices
         self.num_groups = len(specification.group_names)
-        self.output = specification.output
+        self.outputs = specification.outputs
         # What trying it finds out, see Findings.
+        self.network_outputs = 0
         self.bytes_per_point = 0
         self.unreached: frozenset[str] = frozenset()
         self.runs_again = False
@@ -87,7 +92,7 @@ class NetworkFunction:
 
     def learn(self, findings: Findings) -> None:
         """Takes down what was found where this function, or one that is the same, was tried."""
-        self.num_outputs = findings.num_outputs
+        self.num_outputs, self.network_outputs = findings.num_outputs, findings.network_outputs
         self.bytes_per_point = findings.bytes_per_point
         self.unreached = findings.unreached
         self._written |= findings.written
@@ -101,10 +106,10 @@ class NetworkFunction:
         :param mode: A context for what the network itself calls, and for nothing else.
         """
         out = self.watched(parameters, x, lambda _: mode).reshape(x.shape[0], -1).to(x.dtype)
-        return out[:, self.output].unsqueeze(-1) if isinstance(self.output, int) else out
+        return self.outputs.pick(out)
 
-    def watched(self, parameters: Mapping[str, Tensor], x: Tensor, watch: Watch) -> Tensor:
-        """What the network returns, whatever that is, at x (n, d).
+    def watched(self, parameters: Mapping[str, Tensor], x: Tensor, watch: Watch) -> Any:
+        """What the network returns, of which the steps to the output are taken, at x (n, d).
 
         :param watch: Gives a context for the module that runs, a copy that is this call's alone.
         """
@@ -117,20 +122,18 @@ class NetworkFunction:
             self._check_writes(tensors, before)
         return out
 
-    def call_with(self, tensors: Mapping[str, Tensor], x: Tensor, watch: Watch = _unwatched) -> Tensor:
-        """What the network returns, whatever that is, for tensors by their canonical names."""
-        x = x.clone()  # the network may write to it
+    def call_with(self, tensors: Mapping[str, Tensor], x: Tensor, watch: Watch = _unwatched) -> Any:
+        """The same for tensors by their canonical names."""
+        specification = self.specification
         if self.inner_dtype is not None:
-            x = x.to(self.inner_dtype)
             tensors = convert_each(tensors, self.inner_dtype)
-        if self.specification.input_shape is not None:
-            x = x.reshape(x.shape[0], *self.specification.input_shape)
+        args, kwargs = specification.inputs.arguments(x.clone(), self.inner_dtype)  # the network may write to it
         if self.runs_again and torch.is_grad_enabled():  # without a graph nothing runs again
             module = self.skeletons.given(tensors)
             with watch(module):
-                return module(x)
+                return tensor_of(module(*args, **kwargs), specification.steps)
         with self.skeletons.lent(tensors) as module, watch(module):
-            return module(x)
+            return tensor_of(module(*args, **kwargs), specification.steps)
 
     def _check_writes(self, tensors: Mapping[str, Tensor], before: list[int]) -> None:
         """Raises where a call wrote to tensors that later calls share, as none did when the network was tried."""
@@ -239,10 +242,16 @@ class NetworkFunction:
             yield
 
     def check_input_gradients(self, x: Tensor) -> None:
-        """Raises where derivatives with respect to x are asked for, and a network runs parts of itself again for them.
+        """Raises where derivatives with respect to x are asked for, and there are none, or not here.
 
-        That would be later, outside :meth:`tracing`, with other operations than in the first run, and wrong.
+        A network that runs parts of itself again for them would do so later, outside :meth:`tracing`, with other
+        operations than in the first run, and wrongly.
         """
+        if torch.is_grad_enabled() and x.requires_grad and self.specification.inputs.are_whole:
+            raise ValueError(
+                "The inputs are whole numbers (input_dtype), so nothing has a derivative with respect to them. Detach "
+                "them, or keep inducing points fixed (learn_inducing_locations=False)."
+            )
         if self.runs_again and torch.is_grad_enabled() and x.requires_grad:
             raise NotImplementedError(
                 "A network with checkpoints, which runs parts of itself again in backward passes, has no gradients "

@@ -10,7 +10,8 @@ from torch.overrides import TorchFunctionMode
 
 from .function import Findings, NetworkFunction, versions
 from .graph import leaves_below
-from .specification import ALL_OUTPUTS
+from .inputs import Inputs
+from .outputs import described
 
 
 def probe(function: NetworkFunction, rows: Tensor) -> Findings:
@@ -31,7 +32,8 @@ def probe(function: NetworkFunction, rows: Tensor) -> Findings:
     _check_output(function, out, rows)
     size = out.reshape(rows.shape[0], -1).shape[1]
     findings = Findings(
-        num_outputs=size if function.output == ALL_OUTPUTS else 1,
+        num_outputs=function.outputs.count(size),
+        network_outputs=size,
         bytes_per_point=max(saved_bytes // rows.shape[0], rows.shape[1] * rows.element_size()),
         unreached=unreached,
         written=written,
@@ -42,15 +44,7 @@ def probe(function: NetworkFunction, rows: Tensor) -> Findings:
 
 
 def _check_output(function: NetworkFunction, out: Tensor, rows: Tensor) -> None:
-    size = out.reshape(rows.shape[0], -1).shape[1]
-    if isinstance(function.output, int) and not -size <= function.output < size:
-        raise ValueError(f"output={function.output} is out of range: the network has {size} outputs, 0 to {size - 1}.")
-    if function.output is None and size != 1:
-        raise ValueError(
-            f"The network has {size} outputs for each input (shape {tuple(out.shape)} for {rows.shape[0]} inputs), "
-            f"but one was expected. Choose it with output=k, or take all of them with output='{ALL_OUTPUTS}' "
-            "(and a multitask model)."
-        )
+    function.outputs.check(out.reshape(rows.shape[0], -1).shape[1], out.shape)
     if not out.requires_grad:
         raise ValueError(
             f"The network's output (dtype {out.dtype}) does not depend differentiably on any of the selected "
@@ -123,16 +117,16 @@ def _checked_call(function: NetworkFunction, tensors: Mapping[str, Tensor], rows
     try:
         out = function.call_with(tensors, rows)
     except Exception as error:
-        shape = function.specification.input_shape or tuple(rows.shape[1:])
+        inputs = function.specification.inputs
         raise ValueError(
-            f"The network cannot be evaluated at inputs of shape (n, {', '.join(map(str, shape))}), dtype "
+            f"The network cannot be evaluated at inputs of shape {_shape_of(inputs, rows)}, dtype "
             f"{rows.dtype}: {error} Give it the features it was trained with, or input_shape= to reshape each flat "
             f"row.{_missing_attributes(function)}"
         ) from error
     if not isinstance(out, Tensor):
         raise TypeError(
-            f"The network returned a {type(out).__name__}, but a tensor was expected. Wrap it in a module whose "
-            "forward returns the one tensor to linearise."
+            f"The network returned {described(out)}, but a tensor was expected. Say which one to linearise: output= "
+            "takes a name, a position as in (0, 'all'), or a function of what is returned."
         )
     if out.numel() == 0 or (out.dim() > 0 and out.shape[0] != rows.shape[0]) or (out.dim() == 0 and rows.shape[0] > 1):
         raise ValueError(
@@ -140,6 +134,12 @@ def _checked_call(function: NetworkFunction, tensors: Mapping[str, Tensor], rows
             f"({rows.shape[0]},) or ({rows.shape[0]}, C), one row for each input."
         )
     return out
+
+
+def _shape_of(inputs: Inputs, rows: Tensor) -> str:
+    if isinstance(inputs.shape, dict):
+        return str(inputs.shape)
+    return f"(n, {', '.join(map(str, inputs.shape or tuple(rows.shape[1:])))})"
 
 
 class _SavedBytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import TypeVar
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from .._compat import BUFFERS, CHILDREN, COMPILED, PARAMETERS, buffers_in, children_in, leave_only_forward
 from .graph import leaves_below
+from .parameter_sets import ParameterSets
 from .sharing import share_successor
 from .skeleton import copy_module, held_by, held_tensors
 from .tensors import convert, normal_tensor
@@ -97,7 +97,11 @@ def named_tensors(tensors: Iterable[tuple[str, _T]]) -> Iterable[tuple[str, _T]]
     return ((name.replace(f"{COMPILED}.", ""), tensor) for name, tensor in tensors)
 
 
-def select(named: Mapping[str, nn.Parameter], selection: ParameterSelection) -> set[str]:
+def select(named: Mapping[str, nn.Parameter], selection: ParameterSelection, sets: ParameterSets) -> set[str]:
+    """The names of the parameters that are chosen, of those there are.
+
+    :param sets: What patterns stand for.
+    """
     if selection is None:
         chosen = {name for name, parameter in named.items() if parameter.requires_grad}
         wanted = "requires_grad=True"
@@ -105,12 +109,16 @@ def select(named: Mapping[str, nn.Parameter], selection: ParameterSelection) -> 
         chosen = {name for name, parameter in named.items() if selection(name, parameter)}
         wanted = f"the predicate {getattr(selection, '__name__', selection)}"
     else:
-        patterns = [selection] if isinstance(selection, str) else list(selection)
-        chosen = {name for name in named if any(fnmatchcase(name, pattern) for pattern in patterns)}
+        patterns = patterns_of(selection)
+        matching = {pattern: sets.matching(pattern) for pattern in patterns}
+        chosen = {name for names in matching.values() for name in names}
         wanted = f"parameters={patterns}"
-        unmatched = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in named)]
-        if chosen and unmatched:
-            raise ValueError(f"The patterns {unmatched} match no parameter. The network has: {', '.join(named)}.")
+        unmatched = [pattern for pattern, names in matching.items() if not names]
+        if unmatched and (chosen or sets.are_named(unmatched)):
+            raise ValueError(
+                f"The patterns {unmatched} match no parameter.{sets.missing(unmatched)} The network has: "
+                f"{', '.join(named)}."
+            )
     for name, parameter in named.items():
         if name in chosen and parameter.is_complex() and parameter.requires_grad:
             raise TypeError(
@@ -123,6 +131,13 @@ def select(named: Mapping[str, nn.Parameter], selection: ParameterSelection) -> 
         way_out = ' All of them are frozen: pass parameters="*" to linearise in all of them.' if frozen else ""
         raise ValueError(f"No parameter of the network was selected by {wanted}. It has: {', '.join(named)}.{way_out}")
     return chosen
+
+
+def patterns_of(selection: ParameterSelection) -> list[str]:
+    """The patterns that a selection consists of; none where it does not."""
+    if selection is None or callable(selection):
+        return []
+    return [selection] if isinstance(selection, str) else list(selection)
 
 
 def check_same_parameters(named: Mapping[str, nn.Parameter], canonical: Mapping[str, str]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from torch import nn
 
-ALL_OUTPUTS = "all"
+from .chosen_outputs import THE_ONLY_ONE, Outputs
+from .inputs import InputDtype, Inputs, InputShape
+from .outputs import Output, Step, check_steps, way_and_columns
+from .parameter_sets import GroupBy, ParameterSets
 
 
 @dataclass(frozen=True)
@@ -16,8 +19,9 @@ class Specification:
 
     :param parameter_names: The selected parameters by their canonical names, in the network's order.
     :param group_labels: For each of these, the group it belongs to.
-    :param input_shape: The shape of one input as the network wants it, or None for the rows as they come.
-    :param output: The index of the one output to take, `"all"`, or None where the network has just one.
+    :param inputs: What it is called with, made of rows.
+    :param steps: The way from what it returns to the tensor whose columns are the outputs.
+    :param outputs: Which of these take part.
     :param is_recurrent: Whether some layers are recurrent ones, which have switches of their own.
     :param written: The tensors that calls are known to write to.
     :param kept: Attributes that are tensors and neither parameters nor buffers: constants, or so it seems.
@@ -26,8 +30,9 @@ class Specification:
 
     parameter_names: tuple[str, ...]
     group_labels: tuple[str, ...]
-    input_shape: tuple[int, ...] | None = None
-    output: int | str | None = None
+    inputs: Inputs = field(default_factory=Inputs)
+    steps: tuple[Step, ...] = ()
+    outputs: Outputs = THE_ONLY_ONE
     is_recurrent: bool = False
     written: frozenset[str] = frozenset()
     kept: tuple[str, ...] = ()
@@ -49,24 +54,29 @@ def specify(
     network: nn.Module,
     aliases: Mapping[str, str],
     names: Iterable[str],
+    sets: ParameterSets,
     *,
-    input_shape: Iterable[int] | None,
-    output: int | str | None,
-    group_by: Callable[[str], str] | None,
+    input_shape: InputShape,
+    input_dtype: InputDtype,
+    output: Output,
+    group_by: GroupBy,
     attributes: tuple[list[str], list[str]],
 ) -> Specification:
     """The specification of a module.
 
     :param aliases: Every name of each of its tensors, and the canonical one.
     :param names: The selected parameters, by any of their names.
+    :param sets: What patterns stand for.
     :param attributes: Those that are kept, and those that are left out.
     """
+    steps, columns = way_and_columns(output)
     parameter_names = tuple(dict.fromkeys(aliases[name] for name in names))
     return Specification(
         parameter_names=parameter_names,
-        group_labels=tuple("all" if group_by is None else group_by(name) for name in parameter_names),
-        input_shape=None if input_shape is None else tuple(int(size) for size in input_shape),
-        output=output,
+        group_labels=sets.groups(parameter_names, group_by),
+        inputs=Inputs.of(input_shape, input_dtype),
+        steps=steps,
+        outputs=Outputs.of(columns),
         is_recurrent=any(isinstance(module, nn.RNNBase) for module in network.modules()),
         written=_renormalised_embeddings(network, aliases),
         kept=tuple(attributes[0]),
@@ -76,9 +86,9 @@ def specify(
 
 def check_output_argument(output: object) -> None:
     """Raises where an option `output` is none that there is."""
-    if output is None or output == ALL_OUTPUTS or (isinstance(output, int) and not isinstance(output, bool)):
-        return
-    raise TypeError(f"output must be an index, '{ALL_OUTPUTS}' or None, got {output!r}.")
+    steps, columns = way_and_columns(output)
+    check_steps(steps)
+    Outputs.of(columns)
 
 
 def _renormalised_embeddings(network: nn.Module, aliases: Mapping[str, str]) -> frozenset[str]:

@@ -21,6 +21,7 @@ from ..solvers.function_space import FunctionSpaceSolver
 from ..solvers.rounding import accuracy, rounding_error
 from ..solvers.spectrum import Groups, SpectrumBeside
 from ._batches import FoldedColumns, flatten_batch
+from ._by_output import by_output
 from ._marginal_terms import Assembly, MarginalTerms
 from ._solve import Solve
 from ._solving_operators import SolvesWithLogdet
@@ -127,6 +128,9 @@ class NTKAddedDiagLinearOperator(SolvesWithLogdet, AddedDiagLinearOperator):
         kernel_matrix = without_diagonal(self)
         if torch.is_grad_enabled() and (kernel_matrix.x1.requires_grad or kernel_matrix.x2.requires_grad):
             return self._dense_marginal_terms(rhs)
+        apart = by_output(self)
+        if apart is not None:
+            return apart.marginal_terms(rhs)
         system = self.system
         out_shape, rhs, variances, noise = self._flat_arguments(rhs)
         fitted = torch.is_grad_enabled() and (variances.requires_grad or noise.requires_grad)

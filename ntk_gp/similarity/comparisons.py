@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ..network import ParameterSelection
+from ..network import InputDtype, InputShape, Output, ParameterSelection
 from .alignment import Targets, alignments
 from .fisher import diagonal_cosines
 from .resampling import Estimate, Resampling, estimate
@@ -26,8 +26,9 @@ def of_tasks(
     y_b: Tensor | None = None,
     *,
     parameters: ParameterSelection = None,
-    input_shape: tuple[int, ...] | None = None,
-    output: int | str = "all",
+    input_shape: InputShape = None,
+    input_dtype: InputDtype = None,
+    output: Output = "all",
     by: str | Callable[[str], str] | None = "layer",
     rank: int = 10,
     resamples: int = 100,
@@ -60,7 +61,8 @@ def of_tasks(
     :param y_a: The targets of one task, (n_a,) or (n_a, C).
     :param y_b: Those of the other, if there are any of the one.
     :param parameters: Those that take part, see :class:`~ntk_gp.NTKKernel`.
-    :param input_shape: The shape of one input as the network wants it.
+    :param input_shape: The shape of one input as the network wants it, as for :class:`~ntk_gp.NTKKernel`.
+    :param input_dtype: An integer or boolean dtype that the network wants its inputs in, likewise.
     :param output: The index of one output of a network with several, or `"all"`.
     :param by: What is a layer: `"layer"` (a module with parameters), `"parameter"`, a function from a parameter's name
         to its layer's, or None for the whole network alone.
@@ -86,7 +88,7 @@ def of_tasks(
     _check_rank(rank)
     if (y_a is None) != (y_b is None):
         raise ValueError("Expected targets of both tasks or of neither, got those of one. Pass y_a= and y_b=.")
-    layered = Layered(network, parameters, input_shape, output, by)
+    layered = Layered(network, parameters, (input_shape, input_dtype), output, by)
     a, b = layered.at(x_a, "x_a"), layered.at(x_b, "x_b")
     _check_devices(a, b)
     residuals_a, residuals_b = (
@@ -129,8 +131,9 @@ def of_networks(
     x: Tensor,
     *,
     parameters: ParameterSelection = None,
-    input_shape: tuple[int, ...] | None = None,
-    output: int | str = "all",
+    input_shape: InputShape = None,
+    input_dtype: InputDtype = None,
+    output: Output = "all",
     by: str | Callable[[str], str] | None = "layer",
     rank: int = 10,
     resamples: int = 100,
@@ -173,7 +176,10 @@ def of_networks(
         2         10 / 21  0.93... ± 0.0...     0.9... ± 0.0...   ...° to ...°
     """
     _check_rank(rank)
-    a, b = (Layered(network, parameters, input_shape, output, by).at(x, "x") for network in (network_a, network_b))
+    a, b = (
+        Layered(network, parameters, (input_shape, input_dtype), output, by).at(x, "x")
+        for network in (network_a, network_b)
+    )
     if a.num_outputs != b.num_outputs:
         raise ValueError(
             f"Expected networks with as many outputs, got {a.num_outputs} and {b.num_outputs}. Compare one output of "
@@ -219,8 +225,9 @@ def of_targets(
     *,
     residuals: bool = False,
     parameters: ParameterSelection = None,
-    input_shape: tuple[int, ...] | None = None,
-    output: int | str = "all",
+    input_shape: InputShape = None,
+    input_dtype: InputDtype = None,
+    output: Output = "all",
     by: str | Callable[[str], str] | None = "layer",
     resamples: int = 100,
     seed: int = 0,
@@ -251,7 +258,7 @@ def of_targets(
         0              60  0.60... ± 0.1...
         2              21  0.73... ± 0.0...
     """
-    tangents = Layered(network, parameters, input_shape, output, by).at(x, "x")
+    tangents = Layered(network, parameters, (input_shape, input_dtype), output, by).at(x, "x")
     targets = Targets(tangents.residuals(y, "y") if residuals else tangents.targets(y, "y"))
     weights = Resampling(resamples, seed).weights(tangents.x)
     return Similarity(

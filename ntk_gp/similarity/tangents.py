@@ -13,7 +13,7 @@ from ..jacobian.base import Jacobian
 from ..jacobian.linearization import Linearization
 from ..jacobian.shared import linearization_of
 from ..kernels.ntk import group_function
-from ..network import ParameterSelection, full_precision
+from ..network import InputDtype, InputShape, Output, ParameterSelection, full_precision
 
 WHOLE = "whole"
 
@@ -37,8 +37,8 @@ class Layered:
 
     :param network: The trained network.
     :param parameters: Those that take part, see :class:`~ntk_gp.NTKKernel`.
-    :param input_shape: The shape of one input as the network wants it.
-    :param output: The index of an output, or `"all"` of them.
+    :param inputs: `input_shape` and `input_dtype`, as for :class:`~ntk_gp.NTKKernel`.
+    :param output: The index of an output, or `"all"` of them, likewise.
     :param by: What is a layer: `"layer"`, `"parameter"`, a function of a parameter's name, or None for one of all.
     """
 
@@ -46,12 +46,17 @@ class Layered:
         self,
         network: nn.Module,
         parameters: ParameterSelection,
-        input_shape: tuple[int, ...] | None,
-        output: int | str,
+        inputs: tuple[InputShape, InputDtype],
+        output: Output,
         by: str | Callable[[str], str] | None,
     ):
         self.linearization: Linearization = linearization_of(
-            network, parameters=parameters, input_shape=input_shape, output=output, group_by=group_function(by)
+            network,
+            parameters=parameters,
+            input_shape=inputs[0],
+            input_dtype=inputs[1],
+            output=output,
+            group_by=group_function(by),
         )
         names = () if by is None else self.linearization.network.group_names
         self.layers = tuple(name or "(network)" for name in names)  # parameters of the network itself
@@ -138,7 +143,8 @@ class Tangents:
 
     def residuals(self, y: Tensor, what: str) -> Tensor:
         """y - f(x), (n, C)."""
-        return self.targets(y, what) - self.linearization.network(self.x).reshape(self.num_points, -1)
+        network = self.linearization.network
+        return self.targets(y, what) - network.values(self.x, network.fingerprint())
 
     def targets(self, y: Tensor, what: str) -> Tensor:
         """Targets as the user gave them, as (n, C)."""

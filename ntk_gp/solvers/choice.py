@@ -5,6 +5,7 @@ from __future__ import annotations
 from .. import settings
 from ..stock import chosen_cholesky_size
 from .base import Solver
+from .by_output import ByOutputSolver, system_of_one_output
 from .system import System
 from .table import SOLVERS
 
@@ -13,9 +14,16 @@ def choose_solver(system: System) -> Solver:
     """Builds the solver for a system, of the kind that :func:`solver_class` says.
 
     A solver of that kind for the first rows of the same system is extended instead, where one is in use: new data
-    costs what it adds.
+    costs what it adds. Where outputs have nothing but features in common, it is that of one output, for all of them.
     """
-    kind = solver_class(system)
+    one = system_of_one_output(system)
+    if one is not None:
+        return ByOutputSolver(system, _solver_of(one), _solver_of)
+    return _solver_of(system)
+
+
+def _solver_of(system: System) -> Solver:
+    kind = _kind(system)
     solver = _extended(system, kind) or kind(system)
     system.linearization.add_solver(solver)
     return solver
@@ -33,11 +41,15 @@ def solver_class(system: System) -> type[Solver]:
 
     Of those that can serve, exact ones come first, and of these the one with the least flops. A
     `gpytorch.settings.max_cholesky_size` that the user has set decides between factorisation and iteration, and
-    :class:`ntk_gp.settings.solver` before all else.
+    :class:`ntk_gp.settings.solver` before all else. Where the system consists of one for each output, it is theirs.
 
     :raises MemoryError: If none can serve, or the one that is set has too little memory.
     :raises ValueError: If the one that is set cannot serve this system.
     """
+    return _kind(system_of_one_output(system) or system)
+
+
+def _kind(system: System) -> type[Solver]:
     name = settings.solver.value()
     if name is not None:
         return _forced(system, name)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .. import memory, settings
 from .base import Solver, readable_bytes
+from .by_output import ByOutputSolver, system_of_one_output
 from .choice import is_too_large_to_factorise, solver_class
 from .system import System
 from .table import SOLVERS
@@ -71,7 +72,12 @@ def report_on(system: System, used: Solver | None = None) -> SolverReport:
     :param system: K + D.
     :param used: The solver that serves it already, if there is one.
     """
+    one = system_of_one_output(system)
+    system, outputs = (system, 1) if one is None else (one, system.jacobian.function.num_outputs)
+    used = used.one if isinstance(used, ByOutputSolver) else used
     chosen, reason = _choice(system)
+    if one is not None:
+        reason = f"one system serves each of {outputs} outputs, which share no parameters; {reason}"
     taken = chosen if used is None else type(used)
     if taken is not chosen:
         reason = "it was chosen when predictions were prepared, by the settings of then"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +19,9 @@ def explicit_jacobian(
     x: Tensor,  # (*batch, n, d)
     *,
     parameters: Selection = None,
-    input_shape: tuple[int, ...] | None = None,
-    output: int | str | None = None,
+    input_shape: Any = None,
+    input_dtype: Any = None,
+    output: Any = None,
 ) -> Tensor:
     """J(x), (*batch, n·C, P), row = point·C + output: one `torch.autograd.grad` for each output of each point.
 
@@ -28,25 +31,58 @@ def explicit_jacobian(
 
     :param network: The network, as it would be given to :class:`~ntk_gp.NTKKernel`. It is not changed.
     :param x: Inputs in the network's dtype.
-    :param parameters: As in :class:`~ntk_gp.NTKKernel`.
+    :param parameters: As in :class:`~ntk_gp.NTKKernel`, but for the sets by name: give their patterns.
     :param input_shape: As in :class:`~ntk_gp.NTKKernel`.
-    :param output: The index of the one output to take; all of them by default, or with `"all"`.
+    :param input_dtype: As in :class:`~ntk_gp.NTKKernel`.
+    :param output: The index of the one output to take; all of them by default, or with `"all"`. Otherwise as in
+        :class:`~ntk_gp.NTKKernel`.
     """
     names = [aliases[0] for aliases in selected_names(network, parameters)]
     network = copy.deepcopy(network).eval()
-    shape = (x.shape[-1],) if input_shape is None else tuple(input_shape)
-    points = x.detach().reshape(-1, 1, *shape)
-    rows = [_rows(copy.deepcopy(network), names, point.clone(), output) for point in points]
+    rows = [
+        _rows(copy.deepcopy(network), names, _arguments(point, input_shape, input_dtype), output)
+        for point in x.detach().reshape(-1, x.shape[-1])
+    ]
     return torch.cat(rows).reshape(*x.shape[:-2], -1, rows[0].shape[-1])
 
 
-def _rows(network: nn.Module, names: list[str], point: Tensor, output: int | str | None) -> Tensor:
-    """(C, P), at one point (1, ...)."""
+def _arguments(point: Tensor, input_shape: Any, input_dtype: Any) -> dict[str, Tensor] | Tensor:
+    """What the network is called with at one point (d,): one tensor, or several by name."""
+    if not isinstance(input_shape, dict):
+        shape = point.shape if input_shape is None else input_shape
+        return point.clone().reshape(1, *shape).to(input_dtype or point.dtype)
+    arguments, start = {}, 0
+    for name, shape in input_shape.items():
+        dtype = input_dtype.get(name) if isinstance(input_dtype, dict) else input_dtype
+        size = math.prod(shape)
+        arguments[name] = point[start : start + size].clone().reshape(1, *shape).to(dtype or point.dtype)
+        start += size
+    return arguments
+
+
+def _outputs(returned: Any, output: Any) -> Tensor:
+    """Those that were chosen, one after the other."""
+    *way, last = output if isinstance(output, tuple) else (output,)
+    if callable(last) or (isinstance(last, str) and last != "all"):
+        way, last = [*way, last], None
+    for step in way:
+        if callable(step):
+            returned = step(returned)
+        elif isinstance(returned, Tensor):
+            returned = returned[:, step]
+        else:
+            returned = getattr(returned, step) if hasattr(returned, str(step)) else returned[step]
+    outputs = returned.reshape(-1)
+    return outputs if last in (None, "all") else outputs[last].reshape(1)
+
+
+def _rows(network: nn.Module, names: list[str], given: dict[str, Tensor] | Tensor, output: Any) -> Tensor:
+    """(C, P), at one point."""
     named = dict(network.named_parameters(remove_duplicate=False))
     with torch.inference_mode(False), torch.enable_grad():
         leaves: list[Tensor] = [named[name].requires_grad_() for name in names]
-        outputs = network(point).reshape(-1)
-        chosen = outputs if output in (None, "all") else outputs[output].reshape(1)
+        returned = network(**given) if isinstance(given, dict) else network(given)
+        chosen = _outputs(returned, output)
         return torch.stack([_gradient(value, leaves) for value in chosen])
 
 

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..jacobian.base import Jacobian
 from ..jacobian.structured import StructuredEngine
-from ..network import FrozenNetwork
+from ..network import FrozenNetwork, InputDtype, InputShape, Output
 from .comparison import assert_close, assert_entries_close, assert_shape
 from .explicit import Selection, explicit_jacobian, selected_names
 
@@ -33,8 +34,9 @@ def check_rule(
     other: Tensor | None = None,
     *,
     parameters: Selection = None,
-    input_shape: tuple[int, ...] | None = None,
-    output: int | str | None = None,
+    input_shape: InputShape = None,
+    input_dtype: InputDtype = None,
+    output: Output = None,
     group_by: Callable[[str], str] | None = None,
     allow_autodiff: bool = False,
     tolerances: Mapping[torch.dtype, float] = TOLERANCES,
@@ -54,6 +56,7 @@ def check_rule(
     :param other: Further inputs; half of those in `x`, in reverse order, by default.
     :param parameters: As in :class:`~ntk_gp.NTKKernel`.
     :param input_shape: As in :class:`~ntk_gp.NTKKernel`.
+    :param input_dtype: As in :class:`~ntk_gp.NTKKernel`.
     :param output: As in :class:`~ntk_gp.NTKKernel`.
     :param group_by: Maps a parameter's name to its group's, each with a prior variance of its own.
     :param allow_autodiff: Whether parameters may be left to automatic differentiation, as those are that no rule
@@ -70,7 +73,8 @@ def check_rule(
     x = x.unsqueeze(0) if x.dim() == 2 else x
     other = x[:, : (x.shape[1] + 1) // 2].flip(1) if other is None else other
     other = other.unsqueeze(0) if other.dim() == 2 else other
-    options = {"parameters": parameters, "input_shape": input_shape, "output": output}
+    options: dict[str, Any] = {"parameters": parameters, "output": output}
+    options |= {"input_shape": input_shape, "input_dtype": input_dtype}
     served: dict[str, str] = {}
     for dtype, tolerance in tolerances.items():
         with _reasons() as reasons:

@@ -62,6 +62,10 @@ class ChunkedJacobian(Jacobian):
             x = self.x[:, i : i + size]
             yield slice(i * outputs, (i + x.shape[1]) * outputs), self._capture(x)
 
+    def chunks(self) -> Iterator[StructuredJacobian]:
+        """The Jacobian at some of the points after the other."""
+        return (chunk for _, chunk in self._chunks())
+
     def _vectors(self, count: int) -> Iterator[slice]:
         """Slices of as many vectors: products of few of them with one chunk take little memory."""
         size = self.vectors_per_block()

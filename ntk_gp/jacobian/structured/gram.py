@@ -18,6 +18,7 @@ from ... import memory, settings
 from ...replacements.onednn import matmul
 from ..memory import empty, mirror_upper_triangle
 from ..terms import FeatureTerm, Term
+from ..terms.base import once
 
 # Bytes of a tile: on a CPU its products stay in cache, on a GPU one tile fills the device.
 _TILE_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -148,7 +149,8 @@ class Gram:
 
     def _passes(self, terms: list[int]) -> list[_Pass]:
         """One sweep where each batch has one weighting; otherwise one for each group of parameters."""
-        if self.variances.shape[0] in (1, self.batch):
+        # By groups what all batches have in common stays one; each group's terms are in its own sweep.
+        if len(self.variances) == 1 or (len(self.variances) == self.batch and not self._has_common_factors(terms)):
             return [_Pass(self.variances, None, terms)]
         passes = []
         for group in range(self.variances.shape[1]):
@@ -158,6 +160,11 @@ class Gram:
                 one[:, group] = 1.0
                 passes.append(_Pass(one, self.variances[:, group], mine))
         return passes
+
+    def _has_common_factors(self, terms: list[int]) -> bool:
+        """Whether some factors are the same for all batches."""
+        tensors = (getattr(self.left[i], name, None) for i in terms for name in self.left[i].tensors)
+        return any(tensor is not None and once(tensor) is not tensor for tensor in tensors)
 
     def _add_streamed(self, out: Tensor) -> None:
         if not self.streamed:

@@ -37,6 +37,7 @@ class Term(ABC):
     """
 
     tensors: tuple[str, ...] = ()
+    of_each_output: tuple[str, ...] = ()  # those of them that are (B, n, C, …)
     gradients: Tensor  # (B, n, C, …)
 
     @property
@@ -131,6 +132,21 @@ class Term(ABC):
         """Of a term at B·n points, (1, B·n, …), the points in batches, (B, n, …)."""
         return self.map(lambda tensor: tensor.squeeze(0).unflatten(0, (batch, n)))
 
+    def by_output(self: Self, batches: Tensor, outputs: Tensor) -> Self:
+        """The rows of one output in each batch: the b-th is of batch `batches[b]` here and of output `outputs[b]`.
+
+        What all outputs have in common is not copied where all are of one batch.
+        """
+        new = copy.copy(self)
+        for name in self.tensors:
+            tensor = getattr(self, name)
+            if name in self.of_each_output:
+                picked = tensor[batches, :, outputs].unsqueeze(2)
+            else:
+                picked = tensor.expand(len(batches), *tensor.shape[1:]) if len(tensor) == 1 else tensor[batches]
+            setattr(new, name, picked)
+        return new
+
     def concatenate(self: Self, others: Sequence[Self]) -> Self:
         """The points of several terms after one another."""
         new = copy.copy(self)
@@ -152,7 +168,12 @@ class Term(ABC):
 
     @property
     def nbytes(self) -> int:
-        return sum(getattr(self, name).nbytes for name in self.tensors)
+        return sum(once(getattr(self, name)).nbytes for name in self.tensors)
+
+
+def once(tensor: Tensor) -> Tensor:
+    """Of (B, …) that is the same for all batches, and known to be, the first, (1, …)."""
+    return tensor[:1] if tensor.shape[0] > 1 and tensor.stride(0) == 0 else tensor
 
 
 def cached_elements(device: torch.device) -> int:

@@ -120,6 +120,9 @@ class CombinedTerm(Term):
     def map(self, function: Callable[[Tensor], Tensor]) -> CombinedTerm:
         return CombinedTerm([term.map(function) for term in self.uses])
 
+    def by_output(self, batches: Tensor, outputs: Tensor) -> CombinedTerm:
+        return CombinedTerm([term.by_output(batches, outputs) for term in self.uses])
+
     def concatenate(self, others: Sequence[CombinedTerm]) -> CombinedTerm:
         return CombinedTerm([term.concatenate([other.uses[i] for other in others]) for i, term in enumerate(self.uses)])
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Term, split_points
+from .base import Term, once, split_points
 from .matrix import MatrixTerm, join, weigh_outputs
 from .view import ParameterView
 
@@ -28,6 +28,7 @@ class ConvolutionTerm(MatrixTerm):
     """
 
     tensors: tuple[str, ...] = ("inputs", "maps")
+    of_each_output = ("maps",)
 
     def __init__(
         self,
@@ -80,7 +81,10 @@ class ConvolutionTerm(MatrixTerm):
         return ("convolution", self.views, self.kernel_size, self.stride, self.padding, self.dilation)
 
     def inputs_at(self, points: slice) -> Tensor:
-        signals = self.inputs[:, points]
+        return self._unfolded(once(self.inputs)[:, points]).expand(len(self.inputs), -1, -1, -1, -1)
+
+    def _unfolded(self, signals: Tensor) -> Tensor:
+        """The patches of signals (B, m, S, channels, *size) with the bias' 1: (B, m, T, H, columns)."""
         batch, m, count, channels = signals.shape[:4]
         heads = self.weight.shape[0]
         patches = self._patches(signals.flatten(0, 2))

@@ -22,6 +22,7 @@ class FeatureTerm(Term):
     """
 
     tensors: tuple[str, ...] = ("features",)
+    of_each_output = tensors
 
     def __init__(self, views: Sequence[ParameterView], features: Tensor):
         self._views = tuple(views)

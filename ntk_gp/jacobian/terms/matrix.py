@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...replacements.onednn import matmul
-from .base import Term, cached_elements, inner, split_points
+from .base import Term, cached_elements, inner, once, split_points
 from .features import FeatureTerm
 from .view import ParameterView
 
@@ -31,6 +31,7 @@ class MatrixTerm(Term):
     """
 
     tensors: tuple[str, ...] = ("inputs", "gradients")
+    of_each_output = ("gradients",)
 
     def __init__(self, weight: ParameterView, bias: ParameterView | None, inputs: Tensor, gradients: Tensor):
         self.weight = weight
@@ -189,8 +190,8 @@ class MatrixTerm(Term):
         return torch.cat([by(other, points, scale) for points in slices], dim=1)
 
     def _cross_diagonal_by_positions(self, other: MatrixTerm, points: slice, scale: Tensor | None) -> Tensor:
-        a, g = self.inputs_at(points), self.gradients[:, points]
-        other_a, other_g = (a, g) if other is self else (other.inputs_at(points), other.gradients[:, points])
+        a, g = once(self.inputs_at(points)), self.gradients[:, points]
+        other_a, other_g = (a, g) if other is self else (once(other.inputs_at(points)), other.gradients[:, points])
         a = a if scale is None else a * scale[:, None, None, None]
         if self.num_positions == 1:
             return (inner(a, other_a).unsqueeze(2) * inner(g, other_g)).sum((-1, -2))
@@ -221,7 +222,7 @@ class MatrixTerm(Term):
                 yield k, t * heads + k % heads
 
     def factors(self, points: slice, variances: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
-        a, g = self.inputs_at(points), self.gradients[:, points]
+        a, g = once(self.inputs_at(points)), self.gradients[:, points]
         scale = None if variances is None else self.column_variances(variances).unsqueeze(-2)
         factors = []
         for k in range(self.num_products):

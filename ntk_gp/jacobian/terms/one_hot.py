@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .base import Term, split_points
+from .base import Term, once, split_points
 from .matrix import weigh_outputs
 from .view import ParameterView
 
@@ -22,6 +22,7 @@ class OneHotTerm(Term):
     """
 
     tensors: tuple[str, ...] = ("indices", "gradients")
+    of_each_output = ("gradients",)
 
     def __init__(self, weight: ParameterView, indices: Tensor, gradients: Tensor):
         self.weight = weight
@@ -94,7 +95,7 @@ class OneHotTerm(Term):
 
     def _input_factor(self, k: int, points: slice, variances: Tensor | None) -> Tensor:
         """The indices, (B, m, 1); on the left with the variance beside them, (B, m, 2)."""
-        indices = self.indices[:, points, k, None]
+        indices = once(self.indices)[:, points, k, None]
         if variances is None:
             return indices
         scale = variances[:, None, None, self.weight.group].expand(

@@ -1,0 +1,145 @@
+"""Weight space: Λ = I + Φᵀ H Φ, as many rows as there are weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..jacobian.base import Jacobian
+from ..solvers import System
+from ..solvers.cholesky import cholesky_solve, factorise_in_place
+from .function_space import too_large
+from .spaces import Curvature, Position, Space
+
+
+class WeightSpace(Space):
+    """Whitened weights u with f − m = Φ u, Φ = J Σ^{1/2}, for kernels that are linear in weights. Holds 3 P² numbers,
+    and 2 N·P where there is room for them; takes n·r·P² + P³/3 flops a step.
+
+    :param system: What the kernel is made of.
+    """
+
+    def __init__(self, system: System):
+        self.system = system
+        self.num_coordinates = system.num_parameters
+        self._features: Tensor | None = None
+        if system.fits(3.0 * self.num_coordinates**2 + 2.0 * system.num_rows * self.num_coordinates):
+            self._features = self._whitened(system.jacobian.rows()[0])
+
+    @staticmethod
+    def nbytes_needed(parameters: int) -> float:
+        """Λ, its factor, and its inverse."""
+        return 8 * 3.0 * parameters**2
+
+    def _whitened(self, rows: Tensor) -> Tensor:
+        return rows * self.system.root_variances
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Some points after others, and their rows of Φ, (m·C, P)."""
+        if self._features is not None:
+            yield slice(0, self.system.jacobian.num_points), self._features
+            return
+        for points, rows in self.system.jacobian.row_blocks():
+            yield points, self._whitened(rows[0])
+
+    def at(self, coordinates: Tensor) -> Position:
+        if self._features is not None:
+            return Position(coordinates, self._features @ coordinates)
+        weights = (self.system.root_variances * coordinates).unsqueeze(0)
+        return Position(coordinates, self.system.jacobian.jvp(weights).reshape(-1))
+
+    def transposed(self, vector: Tensor) -> Tensor:
+        """Φᵀ v, (N,) to (P,)."""
+        if self._features is not None:
+            return self._features.mT @ vector
+        return (self.system.root_variances * self.system.jacobian.vjp(vector.reshape(1, 1, -1))).reshape(-1)
+
+    def inner(self, left: Position, right: Position) -> Tensor:
+        return left.coordinates @ right.coordinates
+
+    def curved(self, root: Tensor) -> WeightSpaceCurvature:
+        return WeightSpaceCurvature(self, root)
+
+
+class WeightSpaceCurvature(Curvature):
+    """By the Cholesky factor M of Λ.
+
+    :param space: The space.
+    :param root: R, (n, C, r).
+    """
+
+    is_explained = False
+
+    def __init__(self, space: WeightSpace, root: Tensor):
+        self.space = space
+        self.root = root
+        size = space.num_coordinates
+        precision = torch.eye(size, dtype=root.dtype, device=root.device)
+        for points, rows in space.blocks():
+            own = root[points]
+            features = (own.mT @ rows.unflatten(0, own.shape[:2])).flatten(0, 1)
+            precision.addmm_(features.mT, features)
+        diagonal = precision.diagonal().clone()
+        self.cholesky, info = factorise_in_place(precision)
+        if info.any():
+            space.system.check_finite(diagonal)
+            raise too_large(float(space.system.jacobian.diagonal(space.system.variances).max()))
+
+    def newton_step(self, position: Position, gradient: Tensor) -> Position:
+        return self.space.at(self._solve(self.space.transposed(gradient) - position.coordinates))
+
+    def _solve(self, vector: Tensor) -> Tensor:
+        """Λ⁻¹ v, (P,)."""
+        return cholesky_solve(self.cholesky, vector.unsqueeze(-1)).squeeze(-1)
+
+    def _curve(self, latent: Tensor) -> Tensor:
+        """H f, (N,)."""
+        by_point = latent.reshape(*self.root.shape[:2], 1)
+        return (self.root @ (self.root.mT @ by_point)).reshape(-1)
+
+    def solve(self, vector: Tensor) -> Tensor:
+        return vector - self._curve(self.space.at(self._solve(self.space.transposed(vector))).latent)
+
+    def logdet(self) -> Tensor:
+        return 2 * self.cholesky.diagonal().log().sum()
+
+    def covariance_of_points(self) -> Tensor:
+        outputs = self.root.shape[1]
+        blocks = []
+        for _, rows in self.space.blocks():
+            half = torch.linalg.solve_triangular(self.cholesky, rows.mT, upper=False).unflatten(-1, (-1, outputs))
+            blocks.append(torch.einsum("pnc,pnd->ncd", half, half))
+        return torch.cat(blocks)
+
+    def evidence_by_prior(self, position: Position, pull: Tensor) -> Tensor:
+        """By each group's variance, (1, G): Φᵀ R B⁻¹ Rᵀ Φ = I − Λ⁻¹, Φᵀ a = u and Φᵀ t = Λ⁻¹ Φᵀ s."""
+        system, u = self.space.system, position.coordinates
+        shrinkage = 1 - torch.cholesky_inverse(self.cholesky).diagonal()
+        by_parameter = 0.5 * (u * u - shrinkage) + u * self._solve(self.space.transposed(pull))
+        function = system.jacobian.function
+        by_group = torch.zeros_like(system.variances)
+        scaled = (by_parameter / system.parameter_variances).reshape(-1)
+        for piece, group in zip(scaled.split(function.sizes), function.group_indices, strict=True):
+            by_group[0, group] += piece.sum()
+        return by_group
+
+    def mean_weights(self, position: Position) -> Tensor:
+        return (self.space.system.root_variances * position.coordinates).reshape(-1)
+
+    @property
+    def num_normals(self) -> int:
+        return self.space.num_coordinates
+
+    def draw_weights(self, normals: Tensor) -> Tensor:
+        """Σ^{1/2} M⁻ᵀ ε."""
+        whitened = torch.linalg.solve_triangular(self.cholesky.mT, normals.mT, upper=True)
+        return whitened.mT * self.space.system.root_variances
+
+    def whitened_size(self) -> int:
+        return len(self.cholesky)
+
+    def whitened_cross(self, jacobian: Jacobian) -> Tensor:
+        rows = jacobian.rows() * self.space.system.root_variances.unsqueeze(-2)
+        return torch.linalg.solve_triangular(self.cholesky, rows.mT, upper=False)
