@@ -11,11 +11,11 @@ import pytest
 import torch
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from gpytorch.kernels import ScaleKernel
-from gpytorch.likelihoods import GaussianLikelihood, MultitaskGaussianLikelihood
+from gpytorch.likelihoods import GaussianLikelihood, MultitaskGaussianLikelihood, SoftmaxLikelihood
 from gpytorch.means import MultitaskMean, ZeroMean
 from torch import Tensor, nn
 
-from ntk_gp import NetworkMean, NTKKernel
+from ntk_gp import LaplaceGP, LaplaceMarginalLogLikelihood, NetworkMean, NTKKernel
 from ntk_gp.testing import explicit_jacobian
 from tests.adapted import data, network
 from tests.peers.processes import ask
@@ -108,19 +108,44 @@ def test_mean_and_evidence_at_the_mode():
     close(posterior.covariance_matrix, answer["covariance"])
 
 
+class Classifier(LaplaceGP):
+    """Weights ~ N(trained ones, 1 / precision), and the softmax's curvature at the network's own outputs."""
+
+    def __init__(self, net: nn.Module, x: Tensor, labels: Tensor, **options):
+        likelihood = SoftmaxLikelihood(num_classes=3, mixing_weights=False)
+        super().__init__(x, labels, likelihood, expand_at="prior_mean")
+        self.mean_module = NetworkMean(net, output="all")
+        self.covar_module = ScaleKernel(NTKKernel(net, output="all", **options)).double()
+        self.covar_module.outputscale = torch.tensor(1 / PRECISION, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> MultivariateNormal:
+        return MultitaskMultivariateNormal(self.mean_module(x), self.covar_module(x))
+
+
 @pytest.mark.parametrize("subset", PARAMETERS)
 def test_classification(subset):
-    """The generalised Gauss-Newton matrix with the softmax's Hessian at the network's own outputs."""
+    """Covariance and probit approximation; also by Λ = I / variance + Jᵀ H J, which shares no code with either."""
     net, (x, _), test_x = network(outputs=3), data(12), data(5, seed=1)[0]
     labels = torch.arange(12) % 3
     answer = ask_for_posterior(net, x, labels, test_x, subset_of_weights=subset)
     jacobian, test_jacobian = (explicit_jacobian(net, each, parameters=PARAMETERS[subset]) for each in (x, test_x))
-    with torch.no_grad():
-        logits, test_logits = net(x), net(test_x)
-    p = logits.softmax(-1)
+    p = net(x).detach().softmax(-1)
     hessian = torch.block_diag(*(torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)))
     precision = PRECISION * torch.eye(jacobian.shape[-1], dtype=x.dtype) + jacobian.mT @ hessian @ jacobian
-    covariance = test_jacobian @ torch.linalg.solve(precision, test_jacobian.mT)
-    close(covariance, answer["covariance"])
-    variance = covariance.diagonal().reshape(5, 3)
-    close((test_logits / (1 + torch.pi / 8 * variance).sqrt()).softmax(-1), answer["probabilities"])
+    close(test_jacobian @ torch.linalg.solve(precision, test_jacobian.mT), answer["covariance"])
+    model = Classifier(net, x, labels, parameters=PARAMETERS[subset]).eval()
+    with torch.no_grad():
+        close(model(test_x).covariance_matrix, answer["covariance"])
+        close(model.predict_proba(test_x), answer["probabilities"])
+
+
+@pytest.mark.parametrize("subset", PARAMETERS)
+def test_evidence_of_classification(subset):
+    """laplace-torch's prior mean is zero for all weights selected, the network's own with the log-likelihood there."""
+    net, (x, _), test_x = network(outputs=3), data(12), data(5, seed=1)[0]
+    labels = torch.arange(12) % 3
+    answer = ask_for_posterior(net, x, labels, test_x, subset_of_weights=subset)
+    model = Classifier(net, x, labels, parameters=PARAMETERS[subset]).train()
+    with torch.no_grad():
+        evidence = LaplaceMarginalLogLikelihood(model.likelihood, model)(model(x), labels) * len(x)
+    close(evidence, answer["evidence"])
