@@ -245,12 +245,11 @@ class OfOneClass(gpytorch.models.ExactGP):
 
 def dirichlet(network: nn.Sequential, x: Tensor, labels: Tensor, x_test: Tensor, draws: int = 1000) -> Tensor:
     """Ten regressions, each of its class's kernel (Milios et al. 2018); probabilities from draws."""
-    targets = DirichletClassificationLikelihood(labels, dtype=x.dtype)
-    missing = CLASSES - len(targets.transformed_targets)  # of the last classes, if nobody has their labels
+    # One more of the last class, and left out again: the classes are counted by the largest label.
+    likelihood = DirichletClassificationLikelihood(F.pad(labels, (0, 1), value=CLASSES - 1), dtype=x.dtype)
+    targets, noises = likelihood.transformed_targets[:, :-1], likelihood.noise_covar.noise[:, :-1]
     found = []
-    for c in range(CLASSES):
-        k = c if c < CLASSES - missing else int((torch.bincount(labels) == 0).nonzero()[0])
-        y, noise = targets.transformed_targets[k], targets.noise_covar.noise[k]
+    for c, (y, noise) in enumerate(zip(targets, noises, strict=True)):
         model = OfOneClass(x, y, noise, network, c)
         objective = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)
         fit(model.train(), lambda model=model, objective=objective: objective(model(x), model.train_targets), 20)

@@ -141,7 +141,7 @@ def test_classification(subset):
 
 @pytest.mark.parametrize("subset", PARAMETERS)
 def test_evidence_of_classification(subset):
-    """laplace-torch's prior mean is zero for all weights selected, the network's own with the log-likelihood there."""
+    """Of the weights themselves, N(0, 1 / precision) a priori."""
     net, (x, _), test_x = network(outputs=3), data(12), data(5, seed=1)[0]
     labels = torch.arange(12) % 3
     answer = ask_for_posterior(net, x, labels, test_x, subset_of_weights=subset)
