@@ -36,7 +36,7 @@ test-versions:
 
 # Beside other packages, each in an environment of its own, which is made where there is none: .venv-peers-NAME.
 test-peers: $(VENV)/.test
-	$(BIN)/python -m benchmarks.peers setup neural_tangents
+	$(BIN)/python -m benchmarks.peers setup neural_tangents torch
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/peers
 
 # Random networks, each in every operation: make fuzz SECONDS=600 SEED=1000

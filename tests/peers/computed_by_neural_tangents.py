@@ -33,6 +33,28 @@ def largest_rate(question: Arrays) -> Arrays:
     return {"rate": np.asarray(nt.predict.max_learning_rate(matrix, y_train_size=len(matrix), eps=0.0))}
 
 
+def empirical_kernels(question: Arrays) -> Arrays:
+    """`empirical_ntk_fn`, of a tanh network with one hidden layer whose outputs are arranged as (n, 2, C / 2): a kernel
+    for each choice of axes, which are numbers with spaces between them."""
+
+    def network(weights: Arrays, x: jnp.ndarray) -> jnp.ndarray:
+        hidden = jnp.tanh(x @ weights["0.weight"].T + weights["0.bias"])
+        return (hidden @ weights["2.weight"].T + weights["2.bias"]).reshape(len(x), 2, -1)
+
+    weights = {name: jnp.asarray(array) for name, array in question.items() if name.endswith(("weight", "bias"))}
+    kernels = {}
+    for k, choice in enumerate(zip(question["trace_axes"], question["diagonal_axes"], strict=True)):
+        traced, diagonal = (tuple(map(int, str(axes).split())) for axes in choice)
+        kernel = nt.empirical_ntk_fn(
+            network,
+            trace_axes=traced,
+            diagonal_axes=diagonal,
+            implementation=nt.NtkImplementation[str(question["implementation"])],
+        )
+        kernels[str(k)] = np.asarray(kernel(question["x"], question["test_x"], weights))
+    return kernels
+
+
 def infinite_width(question: Arrays) -> Arrays:
     """Both kernels of a fully connected network, and the distribution of infinitely wide ones in training."""
     activation = {"relu": stax.Relu, "erf": stax.Erf}[str(question["activation"])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,15 @@ from torch import Tensor
 from benchmarks import peers
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENTS = {"laplace_torch": "torch"}  # where a package is, if not in one of its own name
 
 
-def ask(peer: str, question: str, **arrays: Tensor | float) -> dict[str, np.ndarray]:
+def ask(peer: str, question: str, **arrays: Tensor | float | Sequence[str] | str) -> dict[str, np.ndarray]:
     """What `question` in `computed_by_PEER.py` makes of these, in the peer's environment; skips where there is none.
 
-    :param arrays: Tensors and numbers, which arrive as NumPy arrays.
+    :param arrays: Tensors, numbers, and strings or lists of them, which arrive as NumPy arrays.
     """
-    python = peers.interpreter(peer)
+    python = peers.interpreter(ENVIRONMENTS.get(peer, peer))
     if python is None:
         pytest.skip(f"{peer} is not installed. {peers.SETUP_HINT}")
     with tempfile.TemporaryDirectory() as folder:

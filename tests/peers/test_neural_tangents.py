@@ -1,4 +1,4 @@
-"""Training in closed form, and infinite width, beside neural-tangents in float64."""
+"""Empirical kernels, training in closed form, and infinite width, beside neural-tangents in float64."""
 
 from __future__ import annotations
 
@@ -52,6 +52,28 @@ def test_max_learning_rate():
     net, (x, _) = network(), data(12)
     answer = ask(PEER, "largest_rate", matrix=NTKKernel(net)(x).to_dense())
     assert largest_stable_rate(net, x, loss="half_mse") == pytest.approx(float(answer["rate"]), rel=1e-10)
+
+
+# trace_axes, diagonal_axes, and what they make of k(n, a, b, m, c, d): traces are divided by the size of their axes.
+AXES = [
+    ("", "", "nabmcd->nmacbd", 1),
+    ("-1", "", "nabmcb->nmac", 3),
+    ("", "-1", "nabmcb->nmacb", 1),
+    ("1", "2", "nabmab->nmb", 2),
+    ("1 2", "", "nabmab->nm", 6),
+    ("", "1 2", "nabmab->nmab", 1),
+]
+
+
+@pytest.mark.parametrize("implementation", ["JACOBIAN_CONTRACTION", "NTK_VECTOR_PRODUCTS", "STRUCTURED_DERIVATIVES"])
+def test_empirical_ntk_fn(implementation):
+    net, x, test_x = network(outputs=6), data(7)[0], data(4, seed=1)[0]
+    traced, diagonal, forms, sizes = zip(*AXES, strict=True)
+    options = {"trace_axes": traced, "diagonal_axes": diagonal, "implementation": implementation}
+    answer = ask(PEER, "empirical_kernels", x=x, test_x=test_x, **options, **net.state_dict())
+    kernel = NTKKernel(net, output="all")(x, test_x).to_dense().reshape(7, 2, 3, 4, 2, 3)
+    for k, (form, size) in enumerate(zip(forms, sizes, strict=True)):
+        close(torch.einsum(form, kernel) / size, answer[str(k)])
 
 
 @pytest.mark.parametrize("activation", ["relu", "erf"])
