@@ -197,7 +197,7 @@ def draw_functions(
     With :math:`w \sim N(0, \Sigma)` and :math:`\varepsilon \sim N(0, D)`, the weights
     :math:`w + \Sigma J^\top (K + D)^{-1} (y - m - J w - \varepsilon)` are a draw from their posterior. Costs one
     solve with `num_functions` columns; memory of num_functions·P. Of a variational model the draws are those of its
-    predictive distribution (:mod:`ntk_gp.variational`).
+    predictive distribution.
 
     :param model: An :class:`~gpytorch.models.ExactGP`, a :class:`~ntk_gp.LaplaceGP`, or an
         :class:`~gpytorch.models.ApproximateGP` with a VariationalStrategy or UnwhitenedVariationalStrategy, in eval

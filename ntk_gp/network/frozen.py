@@ -62,14 +62,14 @@ class FrozenNetwork(nn.Module):
     :param network: The trained network. Called with one tensor; its output's first dimension is the inputs'.
     :param parameters: Which parameters take part in the linearisation: those with `requires_grad=True` (default), those
         whose name matches a shell pattern or one of several (`"head.*"`), sets by name among them (`"last_layer"`,
-        `"norm"`, `"bias"`, see :class:`.ParameterSets`), or those for which a predicate `f(name, parameter)` is true.
+        `"norm"`, `"bias"`), or those for which a predicate `f(name, parameter)` is true.
     :param input_shape: The shape of one input as the network wants it, e.g. `(3, 32, 32)`: flat inputs of width
         d = 3·32·32 are reshaped to it. Of a network with several arguments, the shape of each by its name, e.g.
         `{"ids": (128,), "mask": (128,)}`, side by side in one row (:func:`~ntk_gp.pack`).
     :param input_dtype: An integer or boolean dtype that the network wants its inputs in, of all arguments or by name.
     :param output: Index of the one output to take, a list of some, `"all"` for all C of them, `"batch"` for each of
-        them by itself, or None where the network has just one (:mod:`.chosen_outputs`). Where it returns more than a
-        tensor, a name, a function, or a tuple of steps to the tensor and one of these (:mod:`.outputs`).
+        them by itself, or None where the network has just one. Where it returns more than a
+        tensor, a name, a function, or a tuple of steps to the tensor and one of these.
     :param group_by: Maps a parameter's name to the label of its group (for a prior variance per group); or a mapping of
         patterns and names of sets to labels, of which the first that matches decides, `"other"` being what none does.
         One group by default.
