@@ -18,7 +18,7 @@ from .jacobian.autodiff import AutodiffEngine
 from .jacobian.forward_mode import dual_level, value_and_tangent
 from .jacobian.modes import Modes
 from .network import FrozenNetwork, NetworkFunction, check_finite, normal_tensor
-from .network.outputs import tensor_of
+from .network.returned import tensor_of
 from .network.snapshot import convert_skeleton
 from .replacements.elementary import ElementaryOperations
 from .tracing import linearize_by_autograd, traced_through

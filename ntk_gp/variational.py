@@ -36,8 +36,7 @@ class VariationalWeights:
     :ivar x: The inducing points as the network sees them, (1, M, d).
     :ivar linearization: Of the kernel's features.
     :raises TypeError: For another strategy.
-    :raises ValueError: For batches, and where the model's `forward` does more than apply mean and kernel.
-    :raises RuntimeError: In train mode.
+    :raises ValueError: For batches, and where the features do not fit in memory.
     """
 
     def __init__(self, model: ApproximateGP):
@@ -117,22 +116,16 @@ class VariationalWeights:
         solved = torch.linalg.solve_triangular(self._root.mT, v.mT, upper=True).mT
         return self._jacobian.vjp(solved.unsqueeze(0))[0] * self._variances
 
-    def check_is_plain(self, model: ApproximateGP) -> None:
-        """Raises where the model's prior is more than its mean and kernel."""
+    def is_plain(self, model: ApproximateGP) -> bool:
+        """Whether the model's prior is its mean and kernel, and no more."""
         with torch.no_grad():
             own = model.forward(self._points)
             mean, covariance = model.mean_module(self._points), model.covar_module(self._points).to_dense()
             same = own.mean.shape == mean.shape and torch.allclose(own.mean, mean)
-            if not same or not torch.allclose(own.covariance_matrix, covariance, rtol=1e-4):
-                raise ValueError(
-                    "The model's forward does more than apply mean_module and covar_module to its inputs. Put what it "
-                    "does into the network, and linearise that."
-                )
+            return same and torch.allclose(own.covariance_matrix, covariance, rtol=1e-4)
 
 
 def _checked_strategy(model: ApproximateGP) -> VariationalStrategy:
-    if model.training:
-        raise RuntimeError("The model is in train mode. Call model.eval() (and likelihood.eval()) first.")
     strategy = model.variational_strategy
     if type(strategy) not in _SERVED:
         raise TypeError(

@@ -164,7 +164,8 @@ class VariationalPosterior(WeightPosterior):
 
     def __init__(self, model: ApproximateGP, tangent: Summand):
         self.weights = VariationalWeights(model)
-        self.weights.check_is_plain(model)
+        if not self.weights.is_plain(model):
+            raise ValueError(_NOT_PLAIN)
         super().__init__(self.weights.linearization, self.weights.x, tangent, self.weights.dtype)
 
     def prior(self, number: int, normals: Normals) -> Tensor:

@@ -12,7 +12,7 @@ known of one output serves all of them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import memory
 from ..network import FrozenNetwork, NetworkFunction
 from .base import Jacobian
+from .derived import DerivedLinearization
 from .linearization import Linearization
 from .structured import ChunkedJacobian, StructuredJacobian
 from .terms import MatrixTerm
@@ -169,8 +170,8 @@ def _is_identity(gradients: Tensor) -> bool:
     return bool((gradients[:, :, :, 0, 0] == identity).all())
 
 
-class OneOutputLinearization(Linearization):
-    """A linearization of the network's one output, where all are alike. It holds nothing itself.
+class OneOutputLinearization(DerivedLinearization):
+    """A linearization of the network's one output, where all are alike.
 
     :param base: That of all outputs.
     """
@@ -182,23 +183,8 @@ class OneOutputLinearization(Linearization):
         self.network = _OneOutputNetwork(base.network)
 
     @property
-    def of_network(self) -> Linearization:
-        return self
-
-    @property
-    def solvers(self) -> list:
-        return self.base.solvers
-
-    def add_solver(self, solver: Any) -> None:
-        self.base.add_solver(solver)
-
-    def clear(self) -> None:
-        self.base.clear()
-
-    def keep(
-        self, kind: str, tensors: tuple[Tensor, ...], compute: Callable[..., Any], network_state: int | None = None
-    ) -> Any:
-        return self.base.keep(f"{kind} of one output", tensors, compute)
+    def label(self) -> str:
+        return "of one output"
 
     def jacobian(self, x: Tensor, keep: bool = True) -> OneOutputJacobian:
         found = one_output(self.base.jacobian(x.detach(), keep))
@@ -209,18 +195,8 @@ class OneOutputLinearization(Linearization):
     def gram(self, jacobian1: Jacobian, jacobian2: Jacobian, variances: Tensor, keep: bool = True) -> Tensor:
         return jacobian1.gram(jacobian2, variances)
 
-    def unit_grams(self, jacobian1: Jacobian, jacobian2: Jacobian) -> None:
-        """None: a product makes them at once."""
-        return None
-
     def kernel_matmul(self, jacobian1: Jacobian, jacobian2: Jacobian, rhs: Tensor, variances: Tensor) -> Tensor:
         return jacobian1.kernel_matmul(jacobian2, rhs, variances)
-
-    def __getstate__(self) -> dict:
-        return self.__dict__
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
 
     def __deepcopy__(self, memo: dict) -> OneOutputLinearization:
         new = OneOutputLinearization(copy.deepcopy(self.base, memo))

@@ -12,7 +12,7 @@ stands beside it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from ..network import FrozenNetwork, NetworkFunction, full_precision
 from .base import Jacobian
 from .columns import Column, features, sizes_of
+from .derived import DerivedLinearization
 from .linearization import Linearization
 
 
@@ -139,8 +140,8 @@ def plus_product(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return matrix.baddbmm_(left.expand(batch, -1, -1), right.expand(batch, -1, -1).mT)
 
 
-class WidenedLinearization(Linearization):
-    """A linearization with known columns beside its Jacobian. It holds nothing itself: what is kept, the base keeps.
+class WidenedLinearization(DerivedLinearization):
+    """A linearization with known columns beside its Jacobian.
 
     :param base: That of the network.
     :param columns: What stands beside J, in this order.
@@ -162,23 +163,8 @@ class WidenedLinearization(Linearization):
         return _WidenedAutodiff(self)
 
     @property
-    def solvers(self) -> list:
-        return self.base.solvers
-
-    def add_solver(self, solver: Any) -> None:
-        self.base.add_solver(solver)
-
-    def clear(self) -> None:
-        self.base.clear()
-
-    def keep(
-        self, kind: str, tensors: tuple[Tensor, ...], compute: Callable[..., Any], network_state: int | None = None
-    ) -> Any:
-        return self.base.keep(f"{kind} beside {self._key}", tensors, compute, network_state)
-
-    @property
-    def _key(self) -> Hashable:
-        return tuple(column.key for column in self.columns)
+    def label(self) -> str:
+        return f"beside {tuple(column.key for column in self.columns)}"
 
     def jacobian(self, x: Tensor, keep: bool = True) -> WidenedJacobian:
         return self.beside(self.base.jacobian(x, keep), keep)
@@ -209,22 +195,12 @@ class WidenedLinearization(Linearization):
             products = (jacobian1.columns * jacobian2.columns) @ own.unsqueeze(-1)
         return diagonal + products.squeeze(-1)
 
-    def unit_grams(self, jacobian1: Jacobian, jacobian2: Jacobian) -> None:
-        """None: those of the columns are not kept, a product makes them at once."""
-        return None
-
     def kernel_matmul(self, jacobian1: Jacobian, jacobian2: Jacobian, rhs: Tensor, variances: Tensor) -> Tensor:
         assert isinstance(jacobian1, WidenedJacobian) and isinstance(jacobian2, WidenedJacobian)
         first, _ = jacobian1.split_variances(variances)
         product = self.base.kernel_matmul(jacobian1.base, jacobian2.base, rhs, first)
         with full_precision(jacobian1.x.device.type):
             return product + jacobian1.columns_matmul(jacobian2, rhs, variances)
-
-    def __getstate__(self) -> dict:
-        return self.__dict__
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
 
     def __deepcopy__(self, memo: dict) -> WidenedLinearization:
         new = WidenedLinearization(copy.deepcopy(self.base, memo), copy.deepcopy(self.columns, memo))

@@ -12,11 +12,10 @@ from linear_operator.operators import LinearOperator, MatmulLinearOperator, to_l
 from torch import Size, Tensor, nn
 
 from ..jacobian.base import Jacobian
-from ..network import InputDtype, InputShape, Output, Outputs, ParameterSelection, normal_tensor
-from ..network.outputs import way_and_columns
+from ..network import InputDtype, InputShape, Output, ParameterSelection, normal_tensor
 from ..operators._batches import are_one, flatten_batch
 from ..operators.of_network_linear_operator import OfNetworkLinearOperator
-from .base import NetworkKernel, with_graphs_wanted
+from .base import NetworkKernel, refuse_last_dim_is_batch, with_graphs_wanted
 from .ntk import NTKKernel
 
 # Columns of the projection that are drawn together, each block from a seed of its own: never changed, or a seed would
@@ -143,13 +142,13 @@ class RandomProjectionNTKKernel(NetworkKernel):
     ):
         if num_features < 2:
             raise ValueError(f"num_features must be 2 or more, got {num_features}.")
-        if Outputs.of(way_and_columns(output)[1]).is_batch:
+        inputs = {"input_shape": input_shape, "input_dtype": input_dtype}
+        options = {"parameters": parameters, **inputs, "output": output}
+        super().__init__(network, engine, options, batch_shape=batch_shape, active_dims=active_dims)
+        if self.is_by_output:
             raise NotImplementedError(
                 "A batch of outputs (output='batch') is not projected. Make a kernel for each output, or use NTKKernel."
             )
-        options: dict[str, Any] = {"parameters": parameters, "output": output}
-        options |= {"input_shape": input_shape, "input_dtype": input_dtype}
-        super().__init__(network, engine, options, batch_shape=batch_shape, active_dims=active_dims)
         self.num_features, self.seed = num_features, seed
 
     def features(self, x: Tensor) -> Tensor:
@@ -168,8 +167,7 @@ class RandomProjectionNTKKernel(NetworkKernel):
     def forward(
         self, x1: Tensor, x2: Tensor, diag: bool = False, last_dim_is_batch: bool = False, **_: Any
     ) -> LinearOperator | Tensor:
-        if last_dim_is_batch:
-            raise NotImplementedError("last_dim_is_batch asks for a kernel for each column; use active_dims.")
+        refuse_last_dim_is_batch(last_dim_is_batch)
         x1, x2 = with_graphs_wanted(*self._carried(x1, x2))
         function = self.network.bind(x1, x2)
         one = self._features(x1)

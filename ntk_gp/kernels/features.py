@@ -91,13 +91,7 @@ class FeatureKernel(MetricKernel):
             )
         if not isinstance(layer, str):
             raise TypeError(f"layer must be the name of one of the network's modules, got {layer!r}.")
-        options = {
-            "parameters": "*",
-            "input_shape": input_shape,
-            "input_dtype": input_dtype,
-            "output": output,
-            "group_by": None,
-        }
+        options = {"parameters": "*", "input_shape": input_shape, "input_dtype": input_dtype, "output": output}
         super().__init__(network, None, options, batch_shape=batch_shape, active_dims=active_dims)
         self.base_kernel = base_kernel
         self.layer = layer

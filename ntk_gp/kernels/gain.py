@@ -79,13 +79,7 @@ class GainKernel(NetworkKernel, KnownFeaturesKernel):
         batch_shape: Size | None = None,
         active_dims: tuple[int, ...] | None = None,
     ):
-        options = {
-            "parameters": "*",
-            "input_shape": input_shape,
-            "input_dtype": input_dtype,
-            "output": output,
-            "group_by": None,
-        }
+        options = {"parameters": "*", "input_shape": input_shape, "input_dtype": input_dtype, "output": output}
         super().__init__(network, None, options, batch_shape=batch_shape, active_dims=active_dims)
         gain, offset = (_get_gain_variance, _set_gain_variance), (_get_offset_variance, _set_offset_variance)
         self._register_variance("gain_variance", gain, gain_variance_prior, gain_variance_constraint)

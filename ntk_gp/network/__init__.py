@@ -8,7 +8,7 @@ from .frozen import FrozenNetwork, is_same_snapshot, preserved_random_state
 from .function import NO_MODE, NetworkFunction
 from .graph import LEAF, are_one_origin, are_one_slice, nodes_below, origin, without_needless_graph
 from .inputs import InputDtype, InputShape, pack
-from .outputs import Output
+from .returned import Output
 from .rows import some_rows
 from .snapshot import ParameterSelection
 from .switches import Switch

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .checks import is_finite
 from .function import NetworkFunction
-from .parameter_sets import PARAMETRIZATIONS, has_weight
+from .parameter_sets import layers_with_weights
 from .tensors import normal_tensor
 
 PENULTIMATE = "penultimate"
@@ -34,8 +34,7 @@ def head_of(function: NetworkFunction, x: Tensor) -> str:
     def watch(network: nn.Module) -> Iterator[None]:
         handles = [
             module.register_forward_pre_hook(lambda _, __, name=name: calls.append(name))
-            for name, module in network.named_modules()
-            if has_weight(module) and PARAMETRIZATIONS not in name.split(".")
+            for name, module in layers_with_weights(network)
         ]
         try:
             yield

@@ -21,9 +21,9 @@ from .fingerprint import Fingerprint
 from .function import NO_MODE, Findings, NetworkFunction
 from .inputs import InputDtype, InputShape
 from .last_layer import Presumed, last_layer_of
-from .outputs import Output
 from .parameter_sets import LAST_LAYER, GroupBy, ParameterSets, last_registered, within
 from .probe import probe
+from .returned import Output
 from .rows import check_values
 from .sharing import share_snapshot
 from .skeleton import Skeletons
@@ -68,8 +68,8 @@ class FrozenNetwork(nn.Module):
         `{"ids": (128,), "mask": (128,)}`, side by side in one row (:func:`~ntk_gp.pack`).
     :param input_dtype: An integer or boolean dtype that the network wants its inputs in, of all arguments or by name.
     :param output: Index of the one output to take, a list of some, `"all"` for all C of them, `"batch"` for each of
-        them by itself, or None where the network has just one. Where it returns more than a
-        tensor, a name, a function, or a tuple of steps to the tensor and one of these.
+        them by itself, or None where the network has just one. Where it returns more than a tensor, a name, a function,
+        or a tuple of steps to the tensor and one of these.
     :param group_by: Maps a parameter's name to the label of its group (for a prior variance per group); or a mapping of
         patterns and names of sets to labels, of which the first that matches decides, `"other"` being what none does.
         One group by default.

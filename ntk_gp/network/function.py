@@ -16,7 +16,7 @@ from .. import memory, settings
 from .._compat import version_of
 from ..replacements.elementary import ElementaryOperations
 from . import switches
-from .outputs import tensor_of
+from .returned import tensor_of
 from .skeleton import Skeletons
 from .specification import Specification
 from .tensors import convert_each, full_precision

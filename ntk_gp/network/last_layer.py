@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .function import NetworkFunction
 from .graph import leaves_below
-from .parameter_sets import PARAMETRIZATIONS, has_weight, within
+from .parameter_sets import PARAMETRIZATIONS, layers_with_weights, within
 from .tensors import normal_tensor
 
 
@@ -106,8 +106,7 @@ class _Call:
     def watch(self, network: nn.Module) -> Iterator[None]:
         handles = [
             module.register_forward_pre_hook(lambda _, __, name=name: self.layers.append(name))
-            for name, module in network.named_modules()
-            if has_weight(module) and PARAMETRIZATIONS not in name.split(".")
+            for name, module in layers_with_weights(network)
         ]
         if self._cut:
             handles.append(network.get_submodule(self._cut).register_forward_hook(lambda *args: _detached(args[-1])))

@@ -102,7 +102,16 @@ def within(layer: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name.startswith(f"{layer}.")]
 
 
-def has_weight(module: nn.Module) -> bool:
+def layers_with_weights(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that have a weight, the network perhaps among them, with their names, as they were registered."""
+    return [
+        (name, module)
+        for name, module in network.named_modules()
+        if _has_weight(module) and PARAMETRIZATIONS not in name.split(".")
+    ]
+
+
+def _has_weight(module: nn.Module) -> bool:
     """Whether a module itself has a parameter of two dimensions or more, or one that such are made of."""
     kept = getattr(module, PARAMETRIZATIONS, None)
     inside = kept.parameters() if isinstance(kept, nn.Module) else ()
@@ -111,12 +120,8 @@ def has_weight(module: nn.Module) -> bool:
 
 def last_registered(network: nn.Module) -> str | None:
     """The name of the module within a network that has a weight and was registered last."""
-    layers = [
-        name.replace(f"{COMPILED}.", "")
-        for name, module in network.named_modules()
-        if name and has_weight(module) and PARAMETRIZATIONS not in name.split(".")
-    ]
-    return layers[-1] if layers else None
+    layers = [name for name, _ in layers_with_weights(network) if name]
+    return layers[-1].replace(f"{COMPILED}.", "") if layers else None
 
 
 def _place(name: str) -> tuple[str, str]:

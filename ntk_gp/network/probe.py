@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from .function import Findings, NetworkFunction, versions
 from .graph import leaves_below
 from .inputs import Inputs
-from .outputs import described
+from .returned import described
 
 
 def probe(function: NetworkFunction, rows: Tensor) -> Findings:

@@ -9,8 +9,8 @@ from torch import nn
 
 from .chosen_outputs import THE_ONLY_ONE, Outputs
 from .inputs import InputDtype, Inputs, InputShape
-from .outputs import Output, Step, check_steps, way_and_columns
 from .parameter_sets import GroupBy, ParameterSets
+from .returned import Output, Step, check_steps, way_and_columns
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from ..solvers.function_space import FunctionSpaceSolver
 from ..solvers.rounding import accuracy, rounding_error
 from ..solvers.spectrum import Groups, SpectrumBeside
 from ._batches import FoldedColumns, flatten_batch
-from ._by_output import by_output
 from ._marginal_terms import Assembly, MarginalTerms
+from ._one_output import one_output_blocks
 from ._solve import Solve
 from ._solving_operators import SolvesWithLogdet
 from .ntk_sum_linear_operator import NTKSumLinearOperator, entry_by_entry
@@ -128,7 +128,7 @@ class NTKAddedDiagLinearOperator(SolvesWithLogdet, AddedDiagLinearOperator):
         kernel_matrix = without_diagonal(self)
         if torch.is_grad_enabled() and (kernel_matrix.x1.requires_grad or kernel_matrix.x2.requires_grad):
             return self._dense_marginal_terms(rhs)
-        apart = by_output(self)
+        apart = one_output_blocks(self)
         if apart is not None:
             return apart.marginal_terms(rhs)
         system = self.system

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .. import settings
 from ..stock import chosen_cholesky_size
 from .base import Solver
-from .by_output import ByOutputSolver, system_of_one_output
+from .one_output import OneOutputSolver, system_of_one_output
 from .system import System
 from .table import SOLVERS
 
@@ -18,7 +18,7 @@ def choose_solver(system: System) -> Solver:
     """
     one = system_of_one_output(system)
     if one is not None:
-        return ByOutputSolver(system, _solver_of(one), _solver_of)
+        return OneOutputSolver(system, _solver_of(one), _solver_of)
     return _solver_of(system)
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from .. import memory, settings
 from .base import Solver, readable_bytes
-from .by_output import ByOutputSolver, system_of_one_output
 from .choice import is_too_large_to_factorise, solver_class
+from .one_output import OneOutputSolver, system_of_one_output
 from .system import System
 from .table import SOLVERS
 
@@ -74,7 +74,7 @@ def report_on(system: System, used: Solver | None = None) -> SolverReport:
     """
     one = system_of_one_output(system)
     system, outputs = (system, 1) if one is None else (one, system.jacobian.function.num_outputs)
-    used = used.one if isinstance(used, ByOutputSolver) else used
+    used = used.one if isinstance(used, OneOutputSolver) else used
     chosen, reason = _choice(system)
     if one is not None:
         reason = f"one system serves each of {outputs} outputs, which share no parameters; {reason}"

@@ -36,7 +36,7 @@ def system_of_one_output(system: System) -> System | None:
     return System(OneOutputLinearization(system.linearization), x, variances, noise, system.dtype)
 
 
-class ByOutputSolver(Solver):
+class OneOutputSolver(Solver):
     """The solver of one output's system, for all outputs.
 
     :param system: K + D of all outputs.

@@ -17,7 +17,7 @@ from ntk_gp import NetworkMean, NTKKernel, adapted_network, draw_functions
 from ntk_gp.jacobian.linearization import Linearization
 from ntk_gp.network import FrozenNetwork
 from ntk_gp.solvers import System, choose_solver
-from ntk_gp.solvers.by_output import ByOutputSolver
+from ntk_gp.solvers.one_output import OneOutputSolver
 from ntk_gp.testing import explicit_jacobian
 from tests.adapted import assert_close
 from tests.test_structure import Work
@@ -92,7 +92,7 @@ CASES = [
 def test_every_method(n, batches, noise):
     problem = Problem(n, noise, batches)
     solver = choose_solver(problem.system)
-    assert isinstance(solver, ByOutputSolver)
+    assert isinstance(solver, OneOutputSolver)
     assert solver.one.system.num_rows == n
     assert solver.one.system.batch == max(batches) * (1 if noise in ("constant", "for each point") else C)
     solution = torch.linalg.solve(problem.matrix, problem.rhs)
@@ -127,7 +127,7 @@ def test_inputs_at_which_outputs_share_parameters():
     """A network that is another function at later inputs: these are served by the system of all outputs."""
     problem = Problem(9, "constant", net=network(sums=True))
     solver = choose_solver(problem.system)
-    assert isinstance(solver, ByOutputSolver)
+    assert isinstance(solver, OneOutputSolver)
     far = torch.cat([problem.test_x[:, :1], torch.full((1, 1, 2), 1e4, dtype=torch.float64)], dim=1)
     test = explicit_jacobian(network(sums=True), far, parameters="2.*", output="all")
     cross = (problem.jacobian * problem.weights) @ test.mT
@@ -139,7 +139,7 @@ def test_inputs_at_which_outputs_share_parameters():
 def test_outputs_that_share_parameters_are_not_apart():
     frozen = FrozenNetwork(network(), output="all")
     system = System(Linearization(frozen), inputs(1, 9), torch.ones(1, 1).double(), noise_of("constant", 9))
-    assert not isinstance(choose_solver(system), ByOutputSolver)
+    assert not isinstance(choose_solver(system), OneOutputSolver)
 
 
 class MultitaskGP(gpytorch.models.ExactGP):
@@ -208,7 +208,7 @@ def test_models(n, has_task_noise, options):
         assert_close(posterior.covariance_matrix, covariance, 1e-8)
         assert_close(adapted_network(model)(test_x).reshape(-1), mean, 1e-9)
         assert draw_functions(model, 2)(test_x).shape == (2, 4, C)
-    assert isinstance(model.prediction_strategy.solver, ByOutputSolver)
+    assert isinstance(model.prediction_strategy.solver, OneOutputSolver)
     assert f"one system serves each of {C} outputs" in str(ntk_gp.solver_report(model))
 
 

@@ -17,7 +17,7 @@ from ..jacobian.one_output import OneOutputLinearization, one_output
 from ._batches import are_one, flatten_batch
 
 
-class ByOutput(NamedTuple):
+class OneOutputBlocks(NamedTuple):
     """The blocks of K + D = ⊕ (ΨSΨᵀ + D_c), one for each of C outputs.
 
     :param matrix: One block, (*batch, n, n), where all are the same; else all of them, (*batch, C, n, n); an operator
@@ -43,7 +43,7 @@ class ByOutput(NamedTuple):
         return inv_quad.sum(-2), logdet.sum(-1)
 
 
-def by_output(matrix: AddedDiagLinearOperator) -> ByOutput | None:
+def one_output_blocks(matrix: AddedDiagLinearOperator) -> OneOutputBlocks | None:
     """The blocks of a matrix K + D; None where outputs share parameters, or there is one."""
     kernel, noise = without_diagonal(matrix), added_diagonal(matrix)
     outputs = kernel._outputs
@@ -62,7 +62,7 @@ def by_output(matrix: AddedDiagLinearOperator) -> ByOutput | None:
         )
     linearization = OneOutputLinearization(kernel.linearization)
     one = kernel.__class__(x1, x1 if same else x2, variances, linearization=linearization, function=found.function)
-    return ByOutput(matrix.__class__(one, own), outputs, is_shared)
+    return OneOutputBlocks(matrix.__class__(one, own), outputs, is_shared)
 
 
 def _noise(noise: DiagLinearOperator, points: int, outputs: int) -> DiagLinearOperator:
