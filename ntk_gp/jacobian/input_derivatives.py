@@ -25,7 +25,7 @@ from .autodiff import AutodiffJacobian
 from .base import Jacobian
 from .forward_mode import value_and_tangent
 from .modes import TRANSFORM_ERRORS, Modes, is_transformed
-from .products import one_hot
+from .products import variances_derivative
 
 # What is kept of a directional derivative to differentiate it, in passes through the network: values and tangents.
 _PASSES = 3
@@ -222,7 +222,7 @@ class _Gram(_AtInputs):
             ctx,
             partial(_pulled, by_rows, other, variances),
             partial(_pulled, grad.mT, one, variances),
-            partial(_variances_derivative, grad, variances, one.captured.gram, other.captured),
+            partial(variances_derivative, grad, variances, partial(one.captured.gram, other.captured)),
         )
 
 
@@ -246,7 +246,7 @@ class _Diagonal(_AtInputs):
             ctx,
             partial(_weighted_rows, 2 * grad if one is other else grad, other, variances),
             partial(_weighted_rows, grad, one, variances),
-            partial(_variances_derivative, grad, variances, one.captured.cross_diagonal, other.captured),
+            partial(variances_derivative, grad, variances, partial(one.captured.cross_diagonal, other.captured)),
         )
 
 
@@ -276,17 +276,6 @@ def _weighted_rows(weights: Tensor, other: At, variances: Tensor, one: At) -> Bl
     for points in one.blocks():
         with function.tracing(), torch.no_grad():
             yield points, other.captured[points].rows() * weights[:, one.rows_of(points)].unsqueeze(-1) * expanded
-
-
-def _variances_derivative(
-    grad: Tensor, variances: Tensor, compute: Callable[[Jacobian, Tensor], Tensor], other: Jacobian
-) -> Tensor:
-    """The result is linear in the variances: for each group, what it is with its variance one and the rest zero."""
-    out = torch.zeros_like(variances)
-    for group in range(variances.shape[1]):
-        part = grad * compute(other, one_hot(variances, group))
-        out[:, group] = part.flatten(1).sum(-1).sum_to_size(len(variances))
-    return out
 
 
 def _derivative(jacobian: AutodiffJacobian, vectors: Tensor) -> Tensor:

@@ -61,10 +61,6 @@ class OneOutputJacobian(Jacobian):
     def diagonal(self, variances: Tensor) -> Tensor:
         return (self.features.square() @ self.function.expand_variances(variances).unsqueeze(-1)).squeeze(-1)
 
-    def cross_diagonal(self, other: Jacobian, variances: Tensor) -> Tensor:
-        products = self.features * other.rows()
-        return (products @ self.function.expand_variances(variances).unsqueeze(-1)).squeeze(-1)
-
     def product_cost(self, other: Jacobian) -> float:
         return 2.0 * len(self.x) * (self.num_points + other.num_points) * self.features.shape[-1]
 
@@ -74,6 +70,8 @@ class OneOutputJacobian(Jacobian):
 
 def one_output(jacobian: Jacobian) -> OneOutputJacobian | None:
     """Ψ, where J is Ψ ⊗ I_C at all of its points; None where it is not, or does not say so."""
+    if len(jacobian.function.parameters) > 2:  # more than a matrix and its bias
+        return None
     if isinstance(jacobian, ChunkedJacobian):
         return _of_chunks(jacobian)
     term = _only_term(jacobian)

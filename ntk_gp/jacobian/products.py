@@ -5,6 +5,9 @@ What engines compute has no graph of autograd's; its derivatives are products of
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -52,11 +55,17 @@ class GramProduct(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (variances,) = ctx.saved_tensors
         jacobian1, jacobian2 = ctx.jacobians
-        out = torch.zeros_like(variances)
-        for group in range(variances.shape[1]):
-            gram = jacobian1.gram(jacobian2, one_hot(variances, group))
-            out[:, group] = (grad * gram).sum((-2, -1)).sum_to_size(variances.shape[0])
-        return out, None, None
+        return variances_derivative(grad, variances, partial(jacobian1.gram, jacobian2)), None, None
+
+
+def variances_derivative(grad: Tensor, variances: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """The derivative of ⟨grad, compute(variances)⟩ by the variances (W, G), in which the result is linear: for each
+    group, what it is with its variance one and the rest zero."""
+    out = torch.zeros_like(variances)
+    for group in range(variances.shape[1]):
+        part = grad * compute(one_hot(variances, group))
+        out[:, group] = part.flatten(1).sum(-1).sum_to_size(len(variances))
+    return out
 
 
 def gram_diagonal(jacobian1: Jacobian, jacobian2: Jacobian, variances: Tensor) -> Tensor:

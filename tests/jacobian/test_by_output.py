@@ -7,6 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from ntk_gp import settings
 from ntk_gp.jacobian.base import Jacobian
@@ -123,6 +124,20 @@ def test_one_forward_pass_serves_all_outputs():
     inputs = [term.inputs for term in held.terms if hasattr(term, "inputs")]
     assert inputs and all(tensor.stride(0) == 0 for tensor in inputs)
     assert held.nbytes < 200 * 8 * (4 + 9 + 5 * (8 + 8 * 4 + 5 + 9 * 5))
+
+
+@pytest.mark.names_engine
+@pytest.mark.parametrize("same_inputs", [True, False])
+def test_normalised_weights_keep_their_structure(same_inputs: bool):
+    network = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), weight_norm(nn.Linear(6, 4)), nn.Tanh(), nn.Linear(4, 3))
+    subject = Subject(network.double(), output="all")
+    linearization = LinearizationByOutput(Linearization(subject.frozen, "structured"))
+    x = torch.randn(1 if same_inputs else 3, 5, 3, dtype=torch.float64)
+    jacobian = linearization.jacobian(rows(x, 3) if same_inputs else numbered(x, torch.arange(3)[:, None, None]))
+    assert "CorrectedTerm" in {type(term).__name__ for term in jacobian.terms}
+    J = subject.explicit(x).unflatten(1, (-1, 3))
+    J = J[0].transpose(0, 1) if same_inputs else J[torch.arange(3), :, torch.arange(3)]
+    check(subject, (jacobian, jacobian[1:3]), (J, J[:, 1:3]), 1e-10)
 
 
 @pytest.mark.names_engine

@@ -7,12 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrizations, parametrize
 
 from ntk_gp import settings
+from ntk_gp._compat import version_of
 from ntk_gp.jacobian.maps import Pull, is_own, register_map
 from ntk_gp.jacobian.maps.registry import _MAPS
-from ntk_gp.jacobian.structured import ChunkedJacobian, StructuredEngine
+from ntk_gp.jacobian.structured import ChunkedJacobian, StructuredEngine, tracked
 from tests.jacobian.explicit import Subject, assert_close
 
 WIDTH = 4
@@ -68,6 +70,14 @@ def old_weight_norm() -> nn.Module:
     with torch.no_grad():  # what it keeps on itself is computed anew, and may be copied
         network(torch.zeros(1, 3, dtype=torch.float64))
     return network
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """By steps of Newton and Schulz, each of which the last one enters four times."""
+    matrix = matrix / matrix.norm()
+    for _ in range(12):
+        matrix = 1.5 * matrix - 0.5 * matrix @ matrix.T @ matrix
+    return matrix
 
 
 @dataclass(frozen=True)
@@ -176,6 +186,14 @@ CASES = [
         bias=(5,),
         mask=(5, 4),
     ),
+    computing(
+        "part_of_an_exponential",
+        lambda net, x: F.linear(x, torch.matrix_exp(net.v)[:5, :4]),
+        {"PulledTerm"},
+        v=(6, 6),
+    ),
+    computing("part_of_softplus", lambda net, x: F.linear(x, F.softplus(net.w)[:5]), {"ElementwiseTerm"}, w=(7, 4)),
+    computing("many_ways", lambda net, x: F.linear(x, orthogonalised(net.v)), {"CombinedTerm"}, v=(5, 4)),
     computing(
         "scaled_by_constants",
         lambda net, x: F.linear(x, -(net.rows * net.weight * net.columns) / 3, net.bias),
@@ -293,6 +311,14 @@ def test_the_network_is_not_run_again(case: Case, monkeypatch):
     assert jacobian[1:3].gram(jacobian, weights).isfinite().all()
 
 
+def test_what_all_points_share_is_counted_once():
+    (case,) = (case for case in CASES if case.name == "weight_norm")
+    engine = StructuredEngine(case.subject().frozen)
+    one, two, four = (engine.linearize(case.inputs(n)).nbytes for n in (1, 2, 4))
+    assert four - two == 2 * (two - one)
+    assert one - (two - one) >= 8 * 5 * WIDTH  # a derivative as large as the weight
+
+
 @pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.spectral_norm])
 def test_gram_matrices_take_at_most_twice_the_flops(wrap):
     def flops(layer: nn.Module) -> float:
@@ -301,6 +327,31 @@ def test_gram_matrices_take_at_most_twice_the_flops(wrap):
         return jacobian.gram_cost(jacobian)
 
     assert flops(wrap(nn.Linear(100, 100))) <= 2 * flops(nn.Linear(100, 100))
+
+
+class Squared(torch.autograd.Function):
+    """A user's, which computes without a graph, and gives the result one."""
+
+    @staticmethod
+    def forward(ctx, w):
+        ctx.save_for_backward(w)
+        return w * w
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (w,) = ctx.saved_tensors
+        return 2 * w * gradient
+
+
+@pytest.mark.parametrize("is_compared_alone", [False, True])
+def test_what_a_users_autograd_function_computes_is_no_constant(monkeypatch, is_compared_alone: bool):
+    """Neither where calls are followed, nor, should they be lost there, where gradients are compared."""
+    if is_compared_alone:
+        monkeypatch.setattr(tracked, "_state", version_of)
+    case = computing("squared", lambda net, x: F.linear(x, Squared.apply(net.w).T.T), set(), w=(5, 4))
+    served = case.subject().check(case.inputs(4), case.inputs(3, seed=7))
+    assert served["w"] == "autodiff" and served["last.weight"] != "autodiff"
 
 
 class TestWhatDependsOnTheInputs:

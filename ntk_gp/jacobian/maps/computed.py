@@ -49,6 +49,7 @@ class Computed:
     kwargs: dict[str, Any]
     leaves: Mapping[str, tuple[ParameterView, Tensor]]
     _locals: dict[str, LocalDerivative | None] = field(default_factory=dict)
+    _denses: dict[str, DenseDerivative | None] = field(default_factory=dict)
 
     @property
     def view(self) -> ParameterView:
@@ -90,7 +91,11 @@ class Computed:
 
     def dense(self, name: str) -> DenseDerivative | None:
         """The derivative by a parameter as a matrix, (q, p), where it is not too large."""
-        view, leaf = self.leaves[name]
+        if name not in self._denses:
+            self._denses[name] = self._find_dense(name, *self.leaves[name])
+        return self._denses[name]
+
+    def _find_dense(self, name: str, view: ParameterView, leaf: Tensor) -> DenseDerivative | None:
         if self.size * leaf.numel() > _DENSE:
             return None
         eye = torch.eye(self.size, dtype=self.value.dtype, device=self.value.device)

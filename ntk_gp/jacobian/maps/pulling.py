@@ -22,6 +22,8 @@ from ..terms import (
 from .computed import Computed
 from .registry import Pull, ScaleTerm, UnsupportedMap, find_map
 
+# Parts that a use is taken apart into: a tensor that many ways lead to would have one for each.
+_MOST_PARTS = 16
 # What is one matrix of rank one but for rounding, in units of it.
 _ROUNDING = 16.0
 
@@ -31,14 +33,18 @@ def pull_back(terms: Iterable[Term], computed: Mapping[str, Computed], squared: 
 
     :param squared: The terms are of squares, and so are those that are returned.
     """
-    pending, done = list(terms), []
-    while pending:
-        term = pending.pop(0)
-        if not any(view.name in computed for view in term.views):
-            done.append(term)
-            continue
-        parts = _Pulling(computed, squared).parts(term)
-        pending = parts + pending
+    pulling, done = _Pulling(computed, squared), []
+    for term in terms:
+        pending, found = [term], 0
+        while pending:
+            part = pending.pop(0)
+            if not any(view.name in computed for view in part.views):
+                done.append(part)
+                found += 1
+            elif found + len(pending) < _MOST_PARTS:
+                pending = pulling.parts(part) + pending
+            else:
+                pending = pulling.whole(part) + pending
     return done
 
 
@@ -53,6 +59,12 @@ class _Pulling:
             return self._matrix(term)
         if isinstance(term, FeatureTerm) and len(term.views) == 1:
             return self._features(term)
+        return self.whole(term)
+
+    def whole(self, term: Term) -> list[Term]:
+        """The same for all calls that lead to the computed tensor, by autograd."""
+        if isinstance(term, MatrixTerm) and term.bias is not None:
+            return [term.with_bias(None), term.bias_term()]
         (name,) = {view.name for view in term.views}
         node = self.computed[name]
         return self._by_graph(term, node, list(node.leaves))

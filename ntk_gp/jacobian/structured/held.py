@@ -34,7 +34,9 @@ class StructuredJacobian(Jacobian):
 
     @property
     def nbytes(self) -> int:
-        return sum(term.nbytes for term in self.terms) + (0 if self.rest is None else self.rest.nbytes)
+        return sum(term.nbytes + term.shared_nbytes for term in self.terms) + (
+            0 if self.rest is None else self.rest.nbytes
+        )
 
     def __getitem__(self, points: Tensor | slice) -> StructuredJacobian:
         terms = [term.map(lambda t: t[:, points]) for term in self.terms]

@@ -208,9 +208,8 @@ def _try(function: NetworkFunction, rows: Tensor, names: tuple[str, ...]) -> _Tr
     failed = dict.fromkeys(whole.unseen, "it is used in ways that no rule knows") | reasons
     silent: set[str] = set()
     if not failed:
-        names_in_uses = {name for use in whole.uses for name in use.names}
         failed |= misplaced(passes)
-        wrong, silent = wrong_products(function, rows, passes, names_in_uses)
+        wrong, silent = wrong_products(function, rows, passes, names)  # those without uses, too: one may be lost
         failed |= wrong
     return _Trial(names, passes, terms, failed, silent, spread)
 

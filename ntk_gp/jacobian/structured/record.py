@@ -68,13 +68,15 @@ class RecordedUse:
     @property
     def is_own(self) -> bool:
         """Whether the rule, and the maps by which computed tensors were made, came with the package."""
-        pending = [view.name for view in self.parameters]
+        pending, seen = [view.name for view in self.parameters], set()
         while pending:
-            node = self.computed.get(pending.pop())
-            if node is not None:
-                if not is_own(node.function):
-                    return False
-                pending += node.sources
+            name = pending.pop()
+            if name in seen or name not in self.computed:
+                continue
+            seen.add(name)
+            if not is_own(self.computed[name].function):
+                return False
+            pending += self.computed[name].sources
         return self.rule.is_own
 
     def label(self, name: str) -> str:

@@ -47,15 +47,15 @@ class Tracker:
         self.shapes: list[tuple[torch.Size, ...] | None] = []
         self._leaves = leaves
         self._spread = spread
-        # Tensors by their ids, with the version that is known. They are held, so that no other gets that id.
-        self._known: dict[int, tuple[Tensor, int]] = {}
+        # Tensors by their ids, with what is known of them. They are held, so that no other gets that id.
+        self._known: dict[int, tuple[Tensor, tuple[int, bool]]] = {}
         self._places = {id(leaf): (view, leaf) for view, leaf in leaves.values()}
         if spread is not None:
             for tensor in (*constants, *(leaf for _, leaf in leaves.values())):
                 self._learn(tensor)
 
     def _learn(self, tensor: Tensor) -> None:
-        self._known[id(tensor)] = (tensor, version_of(tensor))
+        self._known[id(tensor)] = (tensor, _state(tensor))
 
     def knows(self, function: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether a call gives what does not depend on the inputs, so that :meth:`add` is to be told of its results."""
@@ -73,7 +73,7 @@ class Tracker:
     def _is_known(self, value: Any) -> bool:
         if isinstance(value, Tensor):
             found = self._known.get(id(value))
-            return found is not None and found[1] == version_of(value)
+            return found is not None and found[1] == _state(value)
         if isinstance(value, (tuple, list)):
             return all(map(self._is_known, value))
         if isinstance(value, dict):
@@ -87,11 +87,11 @@ class Tracker:
         found = list(_tensors(results))
         if any(map(_requires_grad, _tensors((args, *kwargs.values())))):
             self.shapes.append(tuple(tensor.shape for tensor in found))
-        for i, tensor in enumerate(found):
+        for tensor in found:
             changed = id(tensor) in self._known and not self._is_known(tensor)
             self._learn(tensor)
             if tensor.requires_grad and tensor.is_floating_point() and (changed or self.view(tensor) is None):
-                name = f"~{len(self.shapes) - 1}.{i}"
+                name = f"~{len(self.computed)}"
                 operands = (self._operands(args), self._operands(kwargs))
                 leaves = {name: self._leaves[name] for name in self._leaf_names(operands)}
                 node = self.computed[name] = Computed(name, tensor, function, *operands, leaves)
@@ -138,6 +138,12 @@ class Tracker:
             for each in value.values() if isinstance(value, dict) else value:
                 names |= self._leaf_names(each)
         return names
+
+
+def _state(tensor: Tensor) -> tuple[int, bool]:
+    """What a tensor that is known has to stay: unwritten, and with or without a graph. A user's autograd function gives
+    what it has computed without one its own."""
+    return version_of(tensor), tensor.requires_grad
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

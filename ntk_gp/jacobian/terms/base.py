@@ -169,6 +169,11 @@ class Term(ABC):
         return None
 
     @property
+    def shared_nbytes(self) -> int:
+        """What is held beside :attr:`nbytes`, whatever the number of points."""
+        return 0
+
+    @property
     def nbytes(self) -> int:
         return sum(once(getattr(self, name)).nbytes for name in self.tensors)
 

@@ -63,3 +63,7 @@ class CombinedTerm(RowsTerm):
     @property
     def nbytes(self) -> int:
         return sum(term.nbytes for term in self.uses)
+
+    @property
+    def shared_nbytes(self) -> int:
+        return sum(term.shared_nbytes for term in self.uses)

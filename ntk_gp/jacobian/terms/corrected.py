@@ -125,6 +125,11 @@ class CorrectedTerm(CombinedTerm):
         products = None if self.products is None else function(self.products)
         return CorrectedTerm(self.matrix.map(function), self.shared.map(function), products)  # type: ignore[arg-type]
 
+    def by_output(self, batches: Tensor, outputs: Tensor) -> CorrectedTerm:
+        products = None if self.products is None else self.products[batches, :, outputs].unsqueeze(2)
+        matrix, shared = (use.by_output(batches, outputs) for use in (self.matrix, self.shared))
+        return CorrectedTerm(matrix, shared, products)  # type: ignore[arg-type]
+
     def concatenate(self, others: Sequence[CorrectedTerm]) -> CorrectedTerm:  # type: ignore[override]
         products = None
         if self.products is not None:

@@ -7,7 +7,8 @@ Jacobian columns for θ is one for w by H: :math:`J_w = J_\theta H`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -26,6 +27,16 @@ class Derivative(ABC):
     @abstractmethod
     def views(self) -> tuple[ParameterView, ...]:
         """The parameters, whole."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """q."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """What is held, whatever the number of points."""
 
     @abstractmethod
     def pull(self, vectors: Tensor, out: Tensor) -> None:
@@ -62,6 +73,14 @@ class OfOne(Derivative):
     @property
     def views(self) -> tuple[ParameterView, ...]:
         return (self.view,)
+
+    @property
+    def size(self) -> int:
+        return self.matrix.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return self.matrix.nbytes
 
     def squared(self) -> OfOne:
         return replace(self, matrix=self.matrix.square())
@@ -127,6 +146,15 @@ class GraphDerivative(Derivative):
     def views(self) -> tuple[ParameterView, ...]:
         return self.parameters
 
+    @property
+    def size(self) -> int:
+        return self.value.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """At least: what the graph keeps beside θ is not known."""
+        return self.value.nbytes
+
     def pull(self, vectors: Tensor, out: Tensor) -> None:
         if self.of_squares:
             vectors = vectors.sqrt() * random_signs(vectors)
@@ -137,11 +165,10 @@ class GraphDerivative(Derivative):
         """Hᵀ v of each of the parameters, (..., *shape)."""
 
         def pull(some: Tensor) -> list[Tensor]:
-            cotangents = some.reshape(len(some), *self.value.shape)
-            return _grad(self.value, self.leaves, cotangents)
+            return _grad([self.value], self.leaves, [some.reshape(len(some), *self.value.shape)])
 
         with _recordable(vectors):
-            parts = _in_blocks(pull, _plain(vectors).flatten(0, -2), self._size)
+            parts = _in_blocks(pull, _plain(vectors).flatten(0, -2), self._vectors_at_once)
         return [part.unflatten(0, vectors.shape[:-1]) for part in parts]
 
     def push(self, tangents: Tensor) -> Tensor:
@@ -159,15 +186,14 @@ class GraphDerivative(Derivative):
                 return _grad([rows[i] for i in used], (v,), given)
 
             if not used:
-                return tangents.new_zeros(*tangents.shape[:-1], self.value.numel())
+                return tangents.new_zeros(*tangents.shape[:-1], self.size)
             flat = _plain(torch.cat(pieces, dim=-1)).flatten(0, -2)
-            (part,) = _in_blocks(push, flat, self._size)
-        return part.flatten(1).unflatten(0, tangents.shape[:-1])
+            (part,) = _in_blocks(push, flat, self._vectors_at_once)
+        return part.reshape(*tangents.shape[:-1], self.size)
 
     @property
-    def _size(self) -> int:
-        """How many vectors go through the graph at once."""
-        numbers = self.value.numel() + sum(leaf.numel() for leaf in self.leaves)
+    def _vectors_at_once(self) -> int:
+        numbers = self.size + sum(leaf.numel() for leaf in self.leaves)
         return max(1, cached_elements(self.value.device) // numbers)
 
     def squared(self) -> GraphDerivative:
@@ -185,29 +211,24 @@ def random_signs(like: Tensor) -> Tensor:
     return signs.to(like)
 
 
-def _grad(outputs: Tensor | list[Tensor], inputs: Sequence[Tensor], cotangents: Tensor | list[Tensor]) -> list[Tensor]:
+def _grad(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
     """The gradients for as many cotangents as their first dimension is long, zero where there is no way."""
-    first = cotangents if isinstance(cotangents, Tensor) else cotangents[0]
-    found: Sequence[Tensor | None]
-    if len(first) == 1:
-        one = first[0] if isinstance(cotangents, Tensor) else [cotangent[0] for cotangent in cotangents]
-        found = torch.autograd.grad(outputs, inputs, one, retain_graph=True, allow_unused=True)
-        return [
-            (torch.zeros_like(tensor) if g is None else g).unsqueeze(0) for g, tensor in zip(found, inputs, strict=True)
-        ]
-    try:
+    number = len(cotangents[0])
+
+    def pull(some: Sequence[Tensor], is_batch: bool) -> list[Tensor]:
         found = torch.autograd.grad(
-            outputs, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
+            outputs, inputs, some, retain_graph=True, allow_unused=True, is_grads_batched=is_batch
         )
-    except RuntimeError:  # an operator that vmap cannot differentiate: one vector after the other
-        rows = []
-        for i in range(len(first)):
-            one = first[i] if isinstance(cotangents, Tensor) else [cotangent[i] for cotangent in cotangents]
-            rows.append(torch.autograd.grad(outputs, inputs, one, retain_graph=True, allow_unused=True))
-        found = [None if part[0] is None else torch.stack(part) for part in zip(*rows, strict=True)]
-    return [
-        first.new_zeros(len(first), *tensor.shape) if g is None else g for g, tensor in zip(found, inputs, strict=True)
-    ]
+        batch = (number,) if is_batch else ()
+        return [x.new_zeros(*batch, *x.shape) if g is None else g for g, x in zip(found, inputs, strict=True)]
+
+    if number > 1:
+        try:
+            return pull(cotangents, True)
+        except RuntimeError:  # an operator that vmap cannot differentiate: one vector after the other
+            pass
+    rows = [pull([cotangent[i] for cotangent in cotangents], False) for i in range(number)]
+    return [torch.stack(part) for part in zip(*rows, strict=True)]
 
 
 def _in_blocks(function: Callable[[Tensor], list[Tensor]], vectors: Tensor, size: int) -> list[Tensor]:
@@ -220,17 +241,8 @@ def _plain(vectors: Tensor) -> Tensor:
     return normal_tensor(vectors.detach())
 
 
-class _recordable:
-    """A context in which autograd can walk, and extend, a graph, whatever the user's mode: outside inference mode and
-    autocast."""
-
-    def __init__(self, like: Tensor):
-        self._contexts = (torch.inference_mode(False), torch.enable_grad(), full_precision(like.device.type))
-
-    def __enter__(self) -> None:
-        for context in self._contexts:
-            context.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        for context in reversed(self._contexts):
-            context.__exit__(*error)
+@contextmanager
+def _recordable(like: Tensor) -> Iterator[None]:
+    """Where autograd can walk, and extend, a graph, whatever the user's mode: outside inference mode and autocast."""
+    with torch.inference_mode(False), torch.enable_grad(), full_precision(like.device.type):
+        yield

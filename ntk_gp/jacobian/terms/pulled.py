@@ -44,21 +44,16 @@ class PulledTerm(RowsTerm):
     def check(self, n: int, outputs: int) -> None:
         self.inner.check(n, outputs)
 
-    @property
-    def num_inner(self) -> int:
-        """q."""
-        return max(view.end for view in self.inner.views)
-
     def jvp(self, tangents: Tensor) -> Tensor:
         return self.inner.jvp(reduce(torch.add, [each.push(tangents) for each in self.derivatives]))
 
     def vjp(self, cotangents: Tensor, out: Tensor) -> None:
-        vectors = cotangents.new_zeros(*cotangents.shape[:2], self.num_inner)
+        vectors = cotangents.new_zeros(*cotangents.shape[:2], self.derivatives[0].size)
         self.inner.vjp(cotangents, vectors)
         self._pull(vectors, out)
 
     def add_rows(self, out: Tensor) -> None:
-        rows = out.new_zeros(*out.shape[:3], self.num_inner)
+        rows = out.new_zeros(*out.shape[:3], self.derivatives[0].size)
         self.inner.add_rows(rows)
         self._pull(rows, out)
 
@@ -84,6 +79,14 @@ class PulledTerm(RowsTerm):
         new.inner = self.inner.concatenate([other.inner for other in others])
         return new
 
+    def merge(self, others: Sequence[Term]) -> Term | None:
+        inner = self.inner.merge([other.inner for other in others if isinstance(other, PulledTerm)])
+        if inner is None:
+            return None
+        new = copy.copy(self)
+        new.inner = inner
+        return new
+
     def relocate(self, shifts: Mapping[str, int]) -> PulledTerm:
         new = copy.copy(self)
         new.derivatives = tuple(each.relocate(shifts) for each in self.derivatives)
@@ -92,6 +95,10 @@ class PulledTerm(RowsTerm):
     @property
     def nbytes(self) -> int:
         return self.inner.nbytes
+
+    @property
+    def shared_nbytes(self) -> int:
+        return sum(each.nbytes for each in self.derivatives)
 
 
 class ElementwiseTerm(PulledTerm):
