@@ -22,6 +22,7 @@ from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor
 
 from .operators import NTKLinearOperator
+from .operators._roots import root_by_eigenvalues
 
 _WHITENED = (VariationalStrategy, LargeBatchVariationalStrategy)
 _SERVED = (*_WHITENED, UnwhitenedVariationalStrategy)
@@ -69,7 +70,7 @@ class VariationalWeights:
         q = strategy.variational_distribution
         mean = q.mean.double()
         covariance = to_dense(q.lazy_covariance_matrix).double() if isinstance(q, MultivariateNormal) else None
-        root = None if covariance is None else _symmetric_root(covariance)
+        root = None if covariance is None else root_by_eigenvalues(covariance)
         if not isinstance(strategy, _WHITENED):
             mean = self._whitened((mean - prior_mean).unsqueeze(-1)).squeeze(-1)
             root = None if root is None else self._whitened(root)
@@ -140,9 +141,3 @@ def _checked_strategy(model: ApproximateGP) -> VariationalStrategy:
             f"{tuple(points.shape)} and a variational mean of shape {tuple(mean.shape)}. Call model(x) instead."
         )
     return strategy
-
-
-def _symmetric_root(covariance: Tensor) -> Tensor:
-    """R with R Rᵀ = S, (M, M), for S that may be singular."""
-    values, vectors = torch.linalg.eigh(covariance)
-    return vectors * values.clamp(min=0.0).sqrt()

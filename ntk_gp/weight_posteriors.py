@@ -122,7 +122,9 @@ class ExactPosterior(_OfSystem):
         self.strategy = strategy
 
     def mean(self) -> Tensor:
-        return self.strategy.weights_for(self._residual()).squeeze(1)
+        if self.strategy._missing.any():
+            return self.strategy.weights_for(self._residual()).squeeze(1)
+        return self.strategy.mean_weights.reshape(len(self.system.x), -1)
 
     def draws(self, number: int, normals: Normals) -> Tensor:
         system, outputs = self.system, len(self.system.x)

@@ -104,3 +104,8 @@ def test_projected_posterior():
 def test_projections_refuse_one_feature():
     with pytest.raises(ValueError, match="2 or more"):
         RandomProjectionNTKKernel(network(), 1)
+
+
+def test_a_batch_of_outputs_is_not_projected():
+    with pytest.raises(NotImplementedError, match="output='batch'"):
+        RandomProjectionNTKKernel(torch.nn.Linear(2, 3), num_features=4, output="batch")

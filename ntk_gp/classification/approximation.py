@@ -73,6 +73,8 @@ class LatentPrior:
         ranks = len(self.mean) * density.rank
         if self.system is not None and _takes_weight_space(self.system, rows, ranks):
             assert self.variances is not None
+            parameters = self.system.num_parameters
+            _check_memory(WeightSpace.nbytes_needed(parameters), f"{parameters}×{parameters}", self.mean.device)
             return WeightSpace(self.system), self.variances
         _check_memory(FunctionSpace.nbytes_needed(rows), f"{rows}×{rows}", self.mean.device)
         kernel_matrix = in_double(matrix)
@@ -165,7 +167,8 @@ def _weights_penalty(prior: LatentPrior) -> Tensor:
 
 def _is_network(mean: Tensor, system: System) -> bool:
     """Whether the prior mean is the network."""
-    values = system.linearization.of_network.network(system.x[0])
+    of_network = system.linearization.of_network
+    values = of_network.keep("network values", (system.x,), lambda x: of_network.network(x[0]))
     return torch.allclose(values.reshape(mean.shape), mean, rtol=1e-4, atol=1e-5)
 
 
@@ -235,6 +238,7 @@ def _check_memory(needed: float, size: str, device: torch.device) -> None:
     if needed > memory.SYSTEM.bytes(device):
         raise MemoryError(
             f"Laplace's approximation needs {readable_bytes(needed)} for its {size} matrices, more than "
-            "ntk_gp.settings.memory_budget. Raise it, or take fewer points; a kernel that is an NTKKernel alone, or "
-            "with GainKernel and ConstantKernel beside it, is solved by its weights where these are fewer."
+            "ntk_gp.settings.memory_budget. Raise it, leave ntk_gp.settings.solver unset, or take fewer points; a "
+            "kernel that is an NTKKernel alone, or with GainKernel and ConstantKernel beside it, is solved by its "
+            "weights where these are fewer."
         )

@@ -81,11 +81,11 @@ class FunctionSpaceCurvature(Curvature):
         points, outputs = self.root.shape[:2]
         matrix = self.space.matrix
         prior = matrix.view(points, outputs, points, outputs).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        half = self._whitened(matrix).unflatten(-1, (points, outputs))
+        half = self.explained(matrix).unflatten(-1, (points, outputs))
         return prior - torch.einsum("knc,knd->ncd", half, half)
 
-    def _whitened(self, cross: Tensor) -> Tensor:
-        """L⁻¹ Rᵀ K(X, x), (*batch, n·r, M)."""
+    def explained(self, cross: Tensor) -> Tensor:
+        """L⁻¹ Rᵀ K(X, x) for any kernel, (*batch, n·r, M), from K(X, x), (*batch, N, M)."""
         return torch.linalg.solve_triangular(self.cholesky, self._transposed_root(cross), upper=False)
 
     def evidence_by_prior(self, position: Position, pull: Tensor) -> Tensor:
@@ -123,11 +123,7 @@ class FunctionSpaceCurvature(Curvature):
         return len(self.cholesky)
 
     def whitened_cross(self, jacobian: Jacobian) -> Tensor:
-        return self._whitened(self._of_weights.cross(jacobian))
-
-    def explained(self, cross: Tensor) -> Tensor:
-        """L⁻¹ Rᵀ K(X, x) for any kernel, from K(X, x), (*batch, N, M)."""
-        return self._whitened(cross)
+        return self.explained(self._of_weights.cross(jacobian))
 
 
 def too_large(largest: float) -> RuntimeError:

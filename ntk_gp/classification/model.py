@@ -10,12 +10,11 @@ from gpytorch.distributions import MultivariateNormal
 from gpytorch.likelihoods import Likelihood
 from gpytorch.models import GP
 from linear_operator import to_linear_operator
-from linear_operator.operators import ZeroLinearOperator
 from torch import Tensor
 
 from .. import settings
 from .approximation import LaplaceApproximation, LatentPrior
-from .log_densities import LogDensity, log_density
+from .log_densities import log_density
 from .posterior import LatentPosterior
 from .probabilities import Link
 
@@ -119,8 +118,6 @@ class LaplaceGP(GP):
         covariance = to_linear_operator(joint.lazy_covariance_matrix)
         shift, posterior_covariance = posterior.prediction(covariance[..., rows:, rows:], covariance[..., rows:, :rows])
         mean = (joint.loc[..., rows:] + shift).reshape(*x.shape[:-1], *joint.event_shape[1:])
-        if gpytorch_settings.skip_posterior_variances.on():
-            posterior_covariance = ZeroLinearOperator(*posterior_covariance.shape)
         return type(joint)(mean, posterior_covariance)
 
     @property
@@ -135,15 +132,12 @@ class LaplaceGP(GP):
         kept = self._posterior
         if kept is None or not _are_equal(kept[0], state):
             with torch.inference_mode(False), torch.no_grad():
-                density = self._density(self.train_targets)
+                density = log_density(self.likelihood, self.train_targets)
                 prior = LatentPrior(super().__call__(*self.train_inputs), density)
                 approximation = LaplaceApproximation(prior, density, self.expand_at == "prior_mean")
                 made = LatentPosterior(approximation)
                 kept = self._posterior = ([tensor.detach().clone() for tensor in state], made)
         return kept[1]
-
-    def _density(self, labels: Tensor) -> LogDensity:
-        return log_density(self.likelihood, labels)
 
     def predict_proba(
         self,
@@ -179,7 +173,8 @@ class LaplaceGP(GP):
 
     def _marginals(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The latent posterior at each of some points by itself: mean, (m, C), and covariance, (m, C, C)."""
-        found = self.latent_posterior().marginals(super().__call__(x))
+        posterior = self.latent_posterior()
+        found = None if posterior.covariance is None else posterior.marginals(super().__call__(x))
         if found is not None:
             return found
         distribution = self(x)

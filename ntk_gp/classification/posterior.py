@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from gpytorch import settings as gpytorch_settings
 from gpytorch.distributions import MultivariateNormal
 from linear_operator import to_linear_operator
-from linear_operator.operators import LinearOperator
+from linear_operator.operators import LinearOperator, ZeroLinearOperator
 from torch import Tensor
 
 from .. import memory
@@ -121,7 +122,10 @@ class LatentPosterior:
         matrix = without_constants(test_test_covar.evaluate_kernel())
         self.check_networks(matrix)
         if self.covariance is not None and isinstance(matrix, NTKLinearOperator):
-            return self.shift(matrix.x1), NTKPosteriorLinearOperator(matrix.x1, matrix.x1, source=self.covariance)
+            shift = self.shift(matrix.x1)
+            if gpytorch_settings.skip_posterior_variances.on():
+                return shift, ZeroLinearOperator(*matrix.shape)
+            return shift, NTKPosteriorLinearOperator(matrix.x1, matrix.x1, source=self.covariance)
         return self._by_kernel(matrix, test_train_covar)
 
     def points_per_block(self) -> int:
@@ -154,7 +158,9 @@ class LatentPosterior:
         if not isinstance(curvature, FunctionSpaceCurvature):
             raise TypeError("The model's forward returns other kernels at test inputs than at training inputs.")
         cross = in_double(test_train_covar)
+        shift = (cross @ self.approximation.position.coordinates).to(matrix.dtype)
+        if gpytorch_settings.skip_posterior_variances.on():
+            return shift, ZeroLinearOperator(*matrix.shape)
         explained = curvature.explained(cross.mT)
         covariance = in_double(matrix) - explained.mT @ explained
-        shift = cross @ self.approximation.position.coordinates
-        return shift.to(matrix.dtype), NTKPosteriorEntries(covariance.to(matrix.dtype))
+        return shift, NTKPosteriorEntries(covariance.to(matrix.dtype))

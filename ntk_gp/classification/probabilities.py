@@ -8,6 +8,7 @@ import torch
 from gpytorch.likelihoods import BernoulliLikelihood
 from torch import Tensor, nn
 
+from ..operators._roots import root_by_eigenvalues
 from .likelihoods import LogisticLikelihood
 
 METHODS = ("probit", "monte_carlo")
@@ -57,8 +58,7 @@ class Link:
 
     def _averaged(self, mean: Tensor, covariance: Tensor) -> Tensor:
         """From a root of each covariance, which may be singular."""
-        values, vectors = torch.linalg.eigh(covariance)
-        root = vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2)
+        root = root_by_eigenvalues(covariance)
         normals = self._drawn(mean)
         total = torch.zeros_like(self._conditional(mean))
         for normal in normals:

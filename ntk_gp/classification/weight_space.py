@@ -118,12 +118,7 @@ class WeightSpaceCurvature(Curvature):
         system, u = self.space.system, position.coordinates
         shrinkage = 1 - torch.cholesky_inverse(self.cholesky).diagonal()
         by_parameter = 0.5 * (u * u - shrinkage) + u * self._solve(self.space.transposed(pull))
-        function = system.jacobian.function
-        by_group = torch.zeros_like(system.variances)
-        scaled = (by_parameter / system.parameter_variances).reshape(-1)
-        for piece, group in zip(scaled.split(function.sizes), function.group_indices, strict=True):
-            by_group[0, group] += piece.sum()
-        return by_group
+        return system.jacobian.function.sum_by_group(by_parameter / system.parameter_variances)
 
     def mean_weights(self, position: Position) -> Tensor:
         return (self.space.system.root_variances * position.coordinates).reshape(-1)

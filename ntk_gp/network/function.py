@@ -220,6 +220,13 @@ class NetworkFunction:
         groups = torch.tensor(self.group_indices, device=variances.device).repeat_interleave(sizes)
         return variances[..., groups]
 
+    def sum_by_group(self, values: Tensor) -> Tensor:
+        """One number per parameter, (..., P), to their sum in each group, (..., G)."""
+        sums = values.new_zeros(*values.shape[:-1], self.num_groups)
+        for piece, group in zip(values.split(self.sizes, dim=-1), self.group_indices, strict=True):
+            sums[..., group] += piece.sum(-1)
+        return sums
+
     @contextmanager
     def tracing(self, input_gradients: bool = False) -> Iterator[None]:
         """Whatever the user's mode, backends that can be differentiated twice, in full precision, outside autocast.

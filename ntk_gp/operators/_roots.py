@@ -18,6 +18,11 @@ def square_root(matrix: Tensor) -> Tensor:
         return factor
     if matrix.requires_grad:  # equal eigenvalues have no derivative
         return psd_safe_cholesky(matrix)
+    return root_by_eigenvalues(matrix)
+
+
+def root_by_eigenvalues(matrix: Tensor) -> Tensor:
+    """R with R Rᵀ equal to a positive semidefinite matrix, which may be singular."""
     values, vectors = torch.linalg.eigh(matrix)
     return vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2)
 

@@ -223,7 +223,7 @@ class _MarginalTerms(torch.autograd.Function):
     def forward(ctx, variances: Tensor, noise: Tensor, rhs: Tensor, solver: Solver) -> tuple[Tensor, Tensor]:
         alpha = solver.solve(rhs)
         ctx.solver = solver
-        ctx.save_for_backward(alpha, variances)
+        ctx.save_for_backward(alpha)
         return (rhs * alpha).sum(-2), solver.logdet().expand(rhs.shape[0])
 
     @staticmethod
@@ -234,13 +234,10 @@ class _MarginalTerms(torch.autograd.Function):
                 "many parameters each, with a learned noise for each point, or with ntk_gp.settings.solver set. Take "
                 "differences of its gradients instead."
             )
-        alpha, variances = ctx.saved_tensors
+        (alpha,) = ctx.saved_tensors
         solver, function = ctx.solver, ctx.solver.system.jacobian.function
         by_variance, by_noise = solver.logdet_derivatives()
-        squares = solver.system.jacobian.vjp(alpha.mT).square()
-        quadratic = torch.zeros(*squares.shape[:-1], variances.shape[-1], dtype=squares.dtype, device=squares.device)
-        for piece, group in zip(squares.split(function.sizes, dim=-1), function.group_indices, strict=True):
-            quadratic[..., group] += piece.sum(-1)
+        quadratic = function.sum_by_group(solver.system.jacobian.vjp(alpha.mT).square())
         grad_variances = grad_logdet.unsqueeze(-1) * by_variance - (grad_inv_quad.unsqueeze(-1) * quadratic).sum(-2)
         grad_noise = grad_logdet.unsqueeze(-1) * by_noise - (grad_inv_quad.unsqueeze(-2) * alpha.square()).sum(-1)
         return grad_variances, grad_noise, 2 * alpha * grad_inv_quad.unsqueeze(-2), None

@@ -136,12 +136,8 @@ class IterativeSolver(Solver):
         if system.variances.shape[1] == 1:  # s tr(A⁻¹K) = N − tr(A⁻¹D)
             by_variance = (system.num_rows - (inverse_diagonal * system.noise[0]).sum()) / system.variances[0, 0]
             return by_variance.reshape(1, 1), inverse_diagonal.unsqueeze(0)
-        function = system.jacobian.function
         products = (system.jacobian.vjp(probes.mT.unsqueeze(0)) * system.jacobian.vjp(solved.mT.unsqueeze(0))).mean(-2)
-        by_group = torch.zeros_like(system.variances)
-        for piece, group in zip(products.split(function.sizes, dim=-1), function.group_indices, strict=True):
-            by_group[:, group] += piece.sum(-1)
-        return by_group, inverse_diagonal.unsqueeze(0)
+        return system.jacobian.function.sum_by_group(products), inverse_diagonal.unsqueeze(0)
 
     @property
     def nbytes(self) -> int:

@@ -100,7 +100,7 @@ class WeightSpaceSolver(Solver):
         """Adds m rows to the precision: a rank-m update, and a new factor."""
         if self.is_orthogonalised or not system.fits(2.0 * system.batch * system.num_parameters**2):
             return None
-        precision = feature_moment(system.rows_after(self.system)) + self.cholesky @ self.cholesky.mT
+        precision = feature_moment(system.rows_after(self.system), keep=False) + self.cholesky @ self.cholesky.mT
         return WeightSpaceSolver(system, precision)
 
     def _whiten(self, rows: Tensor) -> Tensor:
@@ -148,12 +148,7 @@ class WeightSpaceSolver(Solver):
         if not (system.variances > 0).all():  # a group without weight is not in Φ
             return FunctionSpaceSolver(system).logdet_derivatives()
         shrinkage = 1 - torch.cholesky_inverse(self.cholesky).diagonal(dim1=-2, dim2=-1)
-        by_parameter = shrinkage / system.parameter_variances
-        by_group = torch.zeros(
-            *by_parameter.shape[:-1], function.num_groups, dtype=torch.float64, device=system.x.device
-        )
-        for piece, group in zip(by_parameter.split(function.sizes, dim=-1), function.group_indices, strict=True):
-            by_group[..., group] += piece.sum(-1)
+        by_group = function.sum_by_group(shrinkage / system.parameter_variances)
         size, outputs = system.jacobian.points_per_block(), function.num_outputs
         leverages = [
             self.variance(system.jacobian[slice(i, i + size)]) for i in range(0, system.num_rows // outputs, size)
@@ -180,21 +175,21 @@ class WeightSpaceSolver(Solver):
         return self.whitened_cross(jacobian).square().sum(-2)
 
 
-def feature_moment(system: System, factor: Tensor | None = None) -> Tensor:
+def feature_moment(system: System, factor: Tensor | None = None, keep: bool = True) -> Tensor:
     """Φᵀ D⁻¹ Φ, (B, P, P), block of training points by block; in float64, since float32 sums lose definiteness.
 
     Where the noise is one number in each batch, this is JᵀJ up to factors. That is kept, where there is room: the
     eigenvalues that serve fitting, and the factor for predictions, come from one sum over the data.
 
     :param factor: M, (B, P, P), for M⁻¹ Φᵀ D⁻¹ Φ M⁻ᵀ instead.
+    :param keep: Whether these data will be asked for again.
     """
     noise, roots = system.noise, system.root_variances
     has_room = system.fits(4.0 * system.batch * system.num_parameters**2)
-    if factor is None and has_room and bool((noise == noise[:, :1]).all()):
+    if factor is None and keep and has_room and bool((noise == noise[:, :1]).all()):
         moment = system.linearization.keep("feature moment", (system.x,), lambda _: _accumulated(system, len(system.x)))
         moment = moment * (roots.unsqueeze(-1) * noise[:, :1, None].reciprocal())
-        moment = moment.mul_(roots.unsqueeze(-2)) if len(moment) >= len(roots) else moment * roots.unsqueeze(-2)
-        return moment.expand(system.batch, -1, -1) if len(moment) == system.batch else moment.repeat(system.batch, 1, 1)
+        return moment.mul_(roots.unsqueeze(-2))
     moment = _accumulated(system, system.batch, noise.rsqrt(), factor)
     if factor is not None:
         return moment

@@ -153,6 +153,16 @@ class TestRefused:
         with ntk_gp.settings.memory_budget(1000), pytest.raises(MemoryError, match="24×24"):
             model(problem.test_x)
 
+    @pytest.mark.parametrize("solver", ["weight_space", "function_space"])
+    def test_too_little_memory_for_the_solver_that_is_set(self, problem, solver):
+        model = problem.model().eval()
+        with (
+            ntk_gp.settings.memory_budget(1000),
+            ntk_gp.settings.solver(solver),
+            pytest.raises(MemoryError, match=r"leave ntk_gp\.settings\.solver unset"),
+        ):
+            model(problem.test_x)
+
     def test_iteration(self, problem):
         with ntk_gp.settings.solver("iterative"), pytest.raises(ValueError, match="needs a factorisation"):
             problem.model().eval()(problem.test_x)
