@@ -352,7 +352,7 @@ class TestDerivatives:
 
         for shape in [(4,), (2, 3)]:
             test_x = data(shape[-1], *shape[:-1], seed=1)[0].requires_grad_()
-            assert torch.autograd.gradcheck(terms, test_x, atol=1e-6)
+            assert torch.autograd.gradcheck(terms, test_x, atol=1e-6, fast_mode=True)
 
     @pytest.mark.parametrize("n", [SMALL, LARGE])
     @pytest.mark.parametrize("fast", [False, True])
@@ -685,7 +685,7 @@ class TestSamples:
         def draw(test_x: Tensor) -> Tensor:
             return model(test_x).rsample(Size([2]), base_samples=base)
 
-        assert torch.autograd.gradcheck(draw, data(3, seed=1)[0].requires_grad_(), atol=1e-5)
+        assert torch.autograd.gradcheck(draw, data(3, seed=1)[0].requires_grad_(), atol=1e-5, fast_mode=True)
 
 
 class TestErrors:

@@ -103,7 +103,7 @@ class TestFunctions:
     def test_differentiable(self):
         net, (x, y) = network(), data(SMALL)
         functions = draw_functions(model_of(net, x, y), 3, generator=seeded())
-        assert torch.autograd.gradcheck(functions, data(4, seed=1)[0].requires_grad_(), atol=1e-6)
+        assert torch.autograd.gradcheck(functions, data(4, seed=1)[0].requires_grad_(), atol=1e-6, fast_mode=True)
 
     def test_active_dims(self):
         net, (x, y), test_x = network(), data(SMALL), data(5, seed=1)[0]
@@ -211,7 +211,7 @@ class TestAdaptedNetwork:
         net, (x, y) = network(), data(SMALL)
         adapted = adapted_network(model_of(net, x, y))
         test_x = data(4, seed=1)[0]
-        assert torch.autograd.gradcheck(adapted, test_x.clone().requires_grad_(), atol=1e-6)
+        assert torch.autograd.gradcheck(adapted, test_x.clone().requires_grad_(), atol=1e-6, fast_mode=True)
         assert adapted(test_x.float()).dtype == torch.float32
         assert_close(adapted(test_x.float()).double(), adapted(test_x), 1e-5)
         assert not list(adapted.parameters())

@@ -87,7 +87,7 @@ def test_quantiles_are_differentiable():
         parts = [MultivariateNormal(m, c) for m, c in zip(means, covariances, strict=True)]
         return Mixture(weights, parts).quantile(0.3)
 
-    assert torch.autograd.gradcheck(quantile, (means,), atol=1e-6)
+    assert torch.autograd.gradcheck(quantile, (means,), atol=1e-6, fast_mode=True)
 
 
 def test_samples_are_joint():

@@ -194,7 +194,7 @@ def test_derivatives_with_respect_to_test_inputs(way):
         return solver.variance(jacobian), solver.covariance(jacobian, jacobian)
 
     # Products come from the engine until storing K has paid, and then from K: not to the last bit.
-    assert torch.autograd.gradcheck(terms, x, atol=1e-6, nondet_tol=1e-6)
+    assert torch.autograd.gradcheck(terms, x, atol=1e-6, nondet_tol=1e-6, fast_mode=True)
 
 
 @pytest.mark.parametrize("n", [SMALL, LARGE])
