@@ -25,10 +25,10 @@ test: $(VENV)/.test $(VENV)/.docs
 	$(call seeded,1) --ignore $(NOTEBOOKS)
 	$(call seeded,2) --ignore $(NOTEBOOKS) $(ENGINE_NAMED:%=--ignore %) --engine autodiff
 
-# Every suite with each Jacobian engine forced in turn.
+# Every test there is, with each Jacobian engine forced in turn.
 test-engines: $(VENV)/.test
-	$(call seeded,1) --ignore $(NOTEBOOKS) $(ENGINE_NAMED:%=--ignore %) --engine structured
-	$(call seeded,2) --ignore $(NOTEBOOKS) $(ENGINE_NAMED:%=--ignore %) --engine autodiff
+	$(call seeded,1) --ignore $(NOTEBOOKS) $(ENGINE_NAMED:%=--ignore %) --engine structured --thorough
+	$(call seeded,2) --ignore $(NOTEBOOKS) $(ENGINE_NAMED:%=--ignore %) --engine autodiff --thorough
 
 # On the oldest and the newest versions that pyproject.toml allows, each in an environment of its own in build/versions.
 test-versions:

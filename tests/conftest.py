@@ -25,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("structured", "autodiff"),
         help="the Jacobian engine wherever a test names none; tests that name theirs are left out",
     )
+    parser.addoption("--thorough", action="store_true", help="tests that show again what others do, too")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,11 +42,15 @@ def pytest_collection_finish() -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With an engine forced, tests that name theirs would be run once more for nothing."""
-    if config.getoption("--engine") is None:
-        return
-    named = [item for item in items if _names_engine(item)]
-    config.hook.pytest_deselected(items=named)
-    items[:] = [item for item in items if not _names_engine(item)]
+    if config.getoption("--engine") is not None:
+        _leave_out(config, items, _names_engine)
+    if not config.getoption("--thorough"):
+        _leave_out(config, items, lambda item: item.get_closest_marker("thorough") is not None)
+
+
+def _leave_out(config: pytest.Config, items: list[pytest.Item], is_left_out: Callable[[pytest.Item], bool]) -> None:
+    config.hook.pytest_deselected(items=[item for item in items if is_left_out(item)])
+    items[:] = [item for item in items if not is_left_out(item)]
 
 
 def _names_engine(item: pytest.Item) -> bool:

@@ -1,23 +1,42 @@
 """The demo runs from top to bottom, in a small version."""
 
+import importlib.util
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.engine_independent
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+DEMO = Path(__file__).parents[1] / "notebooks" / "adaptation.py"
 
 
-def test_demo_prints_its_tables_and_draws_its_figure(tmp_path):
-    pytest.importorskip("matplotlib", reason="the extra 'demo' is not installed")
-    options = ["--tasks", "1", "--labels", "10", "--steps", "200", "--output", tmp_path / "demo.png"]
-    command = [sys.executable, NOTEBOOKS / "adaptation.py", *options]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    table, looks = result.stdout.split("one input")
+@pytest.fixture
+def demo(monkeypatch):
+    """Its module, with fewer methods, less to average, and fewer points to draw."""
+    pytest.importorskip("matplotlib", reason="the extra 'demo' is not installed").use("Agg")
+    spec = importlib.util.spec_from_file_location("demo", DEMO)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "demo", module)
+    monkeypatch.syspath_prepend(DEMO.parent)
+    spec.loader.exec_module(module)
+    module.DRAWS, module.GRID = 3, module.GRID[::10]
+    for name in ("RBF from scratch (ARD)", "RBF on network and gain", "untrained network's NTK"):
+        del module.METHODS[name]
+    before = torch.get_default_dtype(), torch.get_num_threads()
+    yield module
+    torch.set_default_dtype(before[0])
+    torch.set_num_threads(before[1])
+
+
+@pytest.mark.filterwarnings("ignore")  # an average from few draws is rough, and says so
+def test_demo_prints_its_tables_and_draws_its_figure(demo, tmp_path, monkeypatch, capsys):
+    options = ["--tasks", "1", "--labels", "10", "--steps", "100", "--output", str(tmp_path / "demo.png")]
+    monkeypatch.setattr("sys.argv", [str(DEMO), *options])
+    demo.main()
+    table, looks = capsys.readouterr().out.split("one input")
     (row,) = [line.split() for line in table.splitlines() if "ntk_gp.AdaptedGP" in line]
     error, density = float(row[1]), float(row[4])
     assert 0 < error < 1, "worse than the mean of the task would be"

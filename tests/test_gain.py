@@ -160,7 +160,13 @@ class TestAlone:
         assert_close(kernel(x).to_dense(), gain(kernel, other(x), other(x)))
 
 
-@pytest.mark.parametrize("names", SUMS.values(), ids=SUMS)
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(names, id=key, marks=pytest.mark.thorough if key in ("gain", "constant") else ())
+        for key, names in SUMS.items()
+    ],
+)
 @pytest.mark.parametrize("n", [SMALL, LARGE])
 class TestSums:
     def test_are_one_operator(self, names, n):

@@ -56,6 +56,7 @@ class TestTangentMatern(_KernelSuite, unittest.TestCase):
         return TangentMaternKernel(AnyWidth(), **kwargs)
 
 
+@pytest.mark.thorough
 class TestTangentRBF(_KernelSuite, unittest.TestCase):
     def create_kernel_no_ard(self, **kwargs) -> Kernel:
         return TangentRBFKernel(AnyWidth(), **kwargs)
@@ -83,6 +84,7 @@ class TestSumWithGain(_CompositeSuite, unittest.TestCase):
         return NTKKernel(AnyWidth(), **kwargs) + GainKernel(AnyWidth(), **kwargs)
 
 
+@pytest.mark.thorough
 class TestSum(_CompositeSuite, unittest.TestCase):
     def create_kernel_no_ard(self, **kwargs) -> Kernel:
         return NTKKernel(AnyWidth(), **kwargs) + RBFKernel(**kwargs)

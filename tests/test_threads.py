@@ -138,7 +138,10 @@ def make(network: str, engine: str, operation: str) -> tuple[Callable[[Tensor], 
 @pytest.mark.parametrize("engine", ["structured", "autodiff"])
 @pytest.mark.parametrize(
     ("network", "warm"),
-    [("mlp", True), ("mlp", False), ("attention", False), ("recurrent", False)],
+    [
+        ("mlp", True), ("mlp", False), ("attention", False),
+        pytest.param("recurrent", False, marks=pytest.mark.thorough),
+    ],
     ids=["mlp-warm", "mlp-cold", "attention-cold", "recurrent-cold"],
 )
 def test_answers_are_those_of_one_thread(network, engine, operation, warm):

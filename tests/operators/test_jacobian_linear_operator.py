@@ -41,6 +41,7 @@ class _Suite(RectangularLinearOperatorTestCase):
         return jacobian.mT if self.transposed else jacobian
 
 
+@pytest.mark.thorough
 class TestJacobianLinearOperator(_Suite, unittest.TestCase):
     pass
 
@@ -49,6 +50,7 @@ class TestJacobianLinearOperatorTransposed(_Suite, unittest.TestCase):
     transposed = True
 
 
+@pytest.mark.thorough
 class TestJacobianLinearOperatorBatch(_Suite, unittest.TestCase):
     x_shape = (3, 5, 2)
 
@@ -58,6 +60,7 @@ class TestJacobianLinearOperatorMultiBatchTransposed(_Suite, unittest.TestCase):
     transposed = True
 
 
+@pytest.mark.thorough
 class TestJacobianLinearOperatorMultiOutput(_Suite, unittest.TestCase):
     outputs = 3
     x_shape = (4, 2)

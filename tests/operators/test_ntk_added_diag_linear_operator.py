@@ -49,6 +49,7 @@ class TestNTKAddedDiagLinearOperator(_Suite, LinearOperatorTestCase, unittest.Te
     pass
 
 
+@pytest.mark.thorough
 class TestNTKAddedDiagLinearOperatorBatch(_Suite, LinearOperatorTestCase, unittest.TestCase):
     x_shape = (3, 5, 3)
     noise_shape = (3, 5)
@@ -90,9 +91,9 @@ def make(n: int, x_batch=(), variance_batch=(), noise_batch=(), constant: bool =
 BATCHES = [
     {},
     {"x_batch": (3,)},
-    {"variance_batch": (3,)},
+    pytest.param({"variance_batch": (3,)}, marks=pytest.mark.thorough),
     {"noise_batch": (3,)},
-    {"x_batch": (2, 1), "noise_batch": (3,)},
+    pytest.param({"x_batch": (2, 1), "noise_batch": (3,)}, marks=pytest.mark.thorough),
     {"x_batch": (2, 3), "variance_batch": (2, 1), "noise_batch": (3,)},
 ]
 

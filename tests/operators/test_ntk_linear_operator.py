@@ -2,6 +2,7 @@ import copy
 import pickle
 import unittest
 
+import pytest
 import torch
 from linear_operator.test.linear_operator_test_case import LinearOperatorTestCase, RectangularLinearOperatorTestCase
 from torch import nn
@@ -58,6 +59,7 @@ class TestNTKLinearOperator(_Suite, LinearOperatorTestCase, unittest.TestCase):
     pass
 
 
+@pytest.mark.thorough
 class TestNTKLinearOperatorBatch(_Suite, LinearOperatorTestCase, unittest.TestCase):
     x_shape = (3, 5, 4)
 
@@ -68,6 +70,7 @@ class TestNTKLinearOperatorMultiBatch(_Suite, LinearOperatorTestCase, unittest.T
     skip_slq_tests = True  # as upstream's own multi-batch cases
 
 
+@pytest.mark.thorough
 class TestNTKLinearOperatorGroups(_Suite, LinearOperatorTestCase, unittest.TestCase):
     variances_shape = (1, 2)
 
@@ -82,6 +85,7 @@ class TestNTKLinearOperatorMultiOutput(_Suite, LinearOperatorTestCase, unittest.
     x_shape = (3, 4)
 
 
+@pytest.mark.thorough
 class TestNTKLinearOperatorRectangular(_Suite, RectangularLinearOperatorTestCase, unittest.TestCase):
     x2_shape = (4, 4)
 

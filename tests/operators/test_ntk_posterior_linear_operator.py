@@ -65,6 +65,7 @@ class TestFunctionSpace(_Suite, LinearOperatorTestCase, unittest.TestCase):
     pass
 
 
+@pytest.mark.thorough
 class TestWeightSpace(_Suite, LinearOperatorTestCase, unittest.TestCase):
     solver = WeightSpaceSolver
 
@@ -74,6 +75,7 @@ class TestBatch(_Suite, LinearOperatorTestCase, unittest.TestCase):
     skip_slq_tests = True
 
 
+@pytest.mark.thorough
 class TestRectangular(_Suite, RectangularLinearOperatorTestCase, unittest.TestCase):
     x2_shape = (4, 3)
 

@@ -45,6 +45,7 @@ class _Suite:
         return (references.jacobian(net, x1) * variances) @ references.jacobian(net, x2).mT + other
 
 
+@pytest.mark.thorough
 class TestNTKSumLinearOperator(_Suite, LinearOperatorTestCase, unittest.TestCase):
     pass
 
@@ -74,6 +75,7 @@ class TestNTKProductLinearOperator(_Suite, LinearOperatorTestCase, unittest.Test
         return (references.jacobian(net, x1) * variances) @ references.jacobian(net, x2).mT * other
 
 
+@pytest.mark.thorough
 class TestNTKProductLinearOperatorBatch(TestNTKProductLinearOperator):
     x_shape = (3, 5, 3)
 

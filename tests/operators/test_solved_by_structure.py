@@ -65,6 +65,7 @@ class TestKronecker(_Suite, LinearOperatorTestCase, unittest.TestCase):
         return product + torch.diag_embed(noise.expand(*self.batch, 8))
 
 
+@pytest.mark.thorough
 class TestKroneckerBatch(TestKronecker):
     batch = (3,)
 
