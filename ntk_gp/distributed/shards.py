@@ -88,8 +88,3 @@ class RowsOfRanks(Shards):
 
 
 ALL_HERE = Shards()
-
-
-def zeros_where_padded(matrix: Tensor, rows: int) -> Tensor:
-    """A matrix (…, m, k) with rows of zeros below, to so many."""
-    return torch.nn.functional.pad(matrix, (0, 0, 0, rows - matrix.shape[-2]))
