@@ -11,13 +11,17 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from functools import partial
 from itertools import accumulate
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# The name that newer versions of torch have for it comes first.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 #: Seconds that a rank waits for the others.
 DEFAULT_TIMEOUT = 600.0
 
@@ -34,6 +38,7 @@ class Group:
 
     :ivar int rank: Of this process in the group, from 0.
     :ivar int size: R, how many ranks there are.
+    :ivar dict least_memory: Bytes, by the kind of device: what the rank has that has least.
     :ivar Counter traffic: Bytes that this rank has sent, by operation: what a ring sends, the least that there can be.
     """
 
@@ -43,13 +48,15 @@ class Group:
                 "ntk_gp.settings.distributed needs process groups: call torch.distributed.init_process_group first, in "
                 "a script that torchrun starts."
             )
-        self.process_group = process_group
+        self.process_group = dist.group.WORLD if process_group is None else process_group
         self.timeout = timeout
         self.rank = dist.get_rank(process_group)
         self.size = dist.get_world_size(process_group)
         if self.rank < 0:
             raise RuntimeError("This process is not in the group that ntk_gp.settings.distributed was given.")
+        self.least_memory: dict[str, int] = {}
         self.traffic: Counter[str] = Counter()
+        self._agreed_on: WeakSet[Any] = WeakSet()
 
     def slices(self, count: int) -> list[slice]:
         """Which of so many items belong to each rank: contiguous, as equal as can be, the first ones longer."""
@@ -69,7 +76,7 @@ class Group:
         if self.size == 1 or tensor.numel() == 0:
             return tensor
         tensor = tensor.detach().contiguous()
-        self._wait(name, lambda: dist.all_reduce(tensor, operation, group=self.process_group, async_op=True))
+        self._wait(name, partial(dist.all_reduce, tensor, operation, self.process_group, async_op=True))
         # Each rank's share goes once round the ring to be added up, and once more to be handed out.
         self.traffic[name] += 2 * (self.size - 1) * tensor.nbytes // self.size
         return tensor
@@ -91,10 +98,11 @@ class Group:
         if len(local) < longest:  # backends gather pieces of one length
             padded = local.new_zeros(longest, *shape)
             padded[: len(local)] = local
-        pieces = list(local.new_empty(self.size, longest, *shape))
-        self._wait("gather", lambda: dist.all_gather(pieces, padded, group=self.process_group, async_op=True))
+        whole = local.new_empty(self.size * longest, *shape)
+        self._wait("gather", partial(_all_gather, whole, padded, self.process_group, async_op=True))
         self.traffic["gather"] += (self.size - 1) * padded.nbytes
-        whole = torch.cat([piece[:size] for piece, size in zip(pieces, sizes, strict=True)])
+        if min(sizes) < longest:
+            whole = torch.cat([piece[:size] for piece, size in zip(whole.split(longest), sizes, strict=True)])
         return whole.movedim(0, dim)
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
@@ -107,7 +115,7 @@ class Group:
             return tensor
         tensor = tensor.detach().contiguous()
         origin = self.global_rank(source)
-        self._wait("broadcast", lambda: dist.broadcast(tensor, origin, group=self.process_group, async_op=True))
+        self._wait("broadcast", partial(dist.broadcast, tensor, origin, self.process_group, async_op=True))
         self.traffic["broadcast"] += tensor.nbytes * (self.rank == source)
         return tensor
 
@@ -117,38 +125,41 @@ class Group:
         :param outgoing: Ranks and what they get.
         :param incoming: Ranks and memory for what comes from them, contiguous.
         """
-        outgoing = [(rank, tensor.detach().contiguous()) for rank, tensor in outgoing]
-        calls: list[Callable[[], Any]] = []
-        for rank, tensor in outgoing:
-            calls.append(lambda t=tensor, r=rank: dist.isend(t, self.global_rank(r), group=self.process_group))
-        for rank, tensor in incoming:
-            calls.append(lambda t=tensor, r=rank: dist.irecv(t, self.global_rank(r), group=self.process_group))
+        sent = [(rank, tensor.detach().contiguous()) for rank, tensor in outgoing]
+        calls = [partial(dist.isend, tensor, self.global_rank(rank), group=self.process_group) for rank, tensor in sent]
+        calls += [
+            partial(dist.irecv, tensor, self.global_rank(rank), group=self.process_group) for rank, tensor in incoming
+        ]
         self._wait("exchange", *calls)
-        self.traffic["exchange"] += sum(tensor.nbytes for _, tensor in outgoing)
+        self.traffic["exchange"] += sum(tensor.nbytes for _, tensor in sent)
 
-    def agree(self, what: str, value: int | Tensor) -> None:
-        """Checks that all ranks have the same value.
+    def agree_on(self, owner: Any, what: str, values: Iterable[Tensor]) -> None:
+        """Checks, once for this owner, that all ranks have the same tensors.
 
-        :param what: What it is called, for the error.
-        :param value: A number below 2⁶³, or a tensor, of which a digest goes round.
+        :param owner: What the tensors belong to and do not change in.
+        """
+        if owner not in self._agreed_on:
+            self.agree(what, *values)
+            self._agreed_on.add(owner)
+
+    def agree(self, what: str, *values: int | Tensor) -> None:
+        """Checks that all ranks have the same values.
+
+        :param what: What they are called, for the error.
+        :param values: Numbers, or tensors: a digest of all of them goes round.
         :raises RuntimeError: On every rank, if they have not: it names the ranks that differ from the first one.
         """
         if self.size == 1:
             return
-        number = value if isinstance(value, int) else digest(value)
-        mine = torch.tensor([number], dtype=torch.int64, device=self.device)
-        values = self.gather(mine, 0, [1] * self.size).tolist()
-        other = [rank for rank, each in enumerate(values) if each != values[0]]
-        if other:
-            shape = (
-                f" (here of shape {tuple(value.shape)}, {value.dtype})"
-                if isinstance(value, Tensor)
-                else f" (here {value})"
-            )
+        mine = torch.tensor([digest(*values)], dtype=torch.int64, device=self.device)
+        found = self.gather(mine, 0, [1] * self.size).tolist()
+        others = [str(rank) for rank, each in enumerate(found) if each != found[0]]
+        if others:
+            here = ", ".join(map(_described, values))
             raise RuntimeError(
-                f"Ranks must have the same {what}, but rank{'s' * (len(other) > 1)} {', '.join(map(str, other))} of "
-                f"{self.size} differ{'s' * (len(other) == 1)} from rank 0 (here {shape}). Every rank runs the same script on "
-                "the same data: seed the random numbers alike, or broadcast what they differ in."
+                f"Ranks must have the same {what}, but of {self.size} ranks {', '.join(others)} differ "
+                f"from rank 0 (here: {here}). Every rank runs the same script on the same data: seed random numbers "
+                "alike, or broadcast what they differ in."
             )
 
     @property
@@ -158,7 +169,12 @@ class Group:
 
     def global_rank(self, rank: int) -> int:
         """The number in the world of a rank of this group."""
-        return rank if self.process_group is None else dist.get_global_rank(self.process_group, rank)
+        group: Any = self.process_group
+        return dist.get_global_rank(group, rank)
+
+    def is_of(self, process_group: Any) -> bool:
+        """Whether it is the group of these ranks, and they still are one."""
+        return self.process_group is process_group
 
     def _wait(self, name: str, *calls: Callable[[], Any]) -> None:
         """Starts operations and waits for all of them."""
@@ -169,16 +185,23 @@ class Group:
                     raise RuntimeError("it did not complete")
         except RuntimeError as error:
             raise RuntimeError(
-                f"Rank {self.rank} of {self.size} waited for the others in ntk_gp's {name!r} and they did not come: one "
+                f"Rank {self.rank} of {self.size} waited for others in ntk_gp's {name!r}, and they did not come: one "
                 f"of them has failed (its own message is the one to read), or is more than {self.timeout:g} s behind "
                 "(the timeout of ntk_gp.settings.distributed), or the ranks do not run the same script. The process "
                 f"group is of no more use. From torch.distributed: {error}"
             ) from error
 
 
-def digest(tensor: Tensor) -> int:
-    """63 bits that tell tensors of other contents, shape or dtype apart."""
-    data = tensor.detach().cpu().contiguous()
-    code = hashlib.blake2b(f"{tuple(data.shape)} {data.dtype}".encode(), digest_size=8)
-    code.update(data.flatten().view(torch.uint8).numpy() if data.numel() else b"")
+def digest(*values: int | Tensor) -> int:
+    """63 bits that tell other numbers, and tensors of other contents, shape or dtype, apart."""
+    code = hashlib.blake2b(digest_size=8)
+    for value in values:
+        code.update(f"{_described(value)};".encode())
+        if isinstance(value, Tensor) and value.numel():
+            data = value.detach().cpu().contiguous().flatten()
+            code.update(data.view(torch.uint8).numpy())  # type: ignore[arg-type]
     return int.from_bytes(code.digest(), "big") >> 1
+
+
+def _described(value: int | Tensor) -> str:
+    return f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else str(value)
