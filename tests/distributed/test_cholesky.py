@@ -1,7 +1,7 @@
 """The Cholesky factor over ranks, against dense algebra in one process."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,12 +16,6 @@ pytestmark = pytest.mark.engine_independent
 BLOCK, COLUMNS = 16, 3
 # Rows of each of two ranks: whole blocks, others, fewer than a block, none.
 SIZES = [(64, 64), (51, 50), (70, 33), (5, 4), (1, 0), (0, 20)]
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    with ranks(2) as started:
-        yield started
 
 
 def matrix_of(size: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -12,16 +12,10 @@ import ntk_gp
 from ntk_gp.jacobian import linearization
 from tests.adapted import LARGE, SMALL
 from tests.distributed import problems
-from tests.distributed.harness import Ranks, ranks
+from tests.distributed.harness import Ranks
 from tests.distributed.problems import Results
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    with ranks(2) as started:
-        yield started
 
 
 def differences(engine: str | None, compute: Callable[[], Results], tolerance: float, **settings: object) -> list[str]:
