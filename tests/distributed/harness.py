@@ -17,8 +17,9 @@ import torch.distributed as dist
 _SECONDS = 60.0  # that a rank may take to answer
 
 # A server that has imported torch once, and has used neither its threads nor autograd's, forks ranks in milliseconds.
+# What torch imports late takes as long again.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["ntk_gp"])
+_CONTEXT.set_forkserver_preload(["ntk_gp", "torch.fx.experimental.symbolic_shapes"])
 
 
 class Ranks:
