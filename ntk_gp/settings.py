@@ -64,8 +64,8 @@ class distributed(ValueSetting):
         """The same object for a process group as the last time, which what is kept belongs to."""
         new = Group(process_group, timeout)
         if cls._last is None or not cls._last.is_of(new.process_group):
-            cls._last = new
             new.least_memory = _least_memory(new)
+            cls._last = new
         cls._last.timeout = timeout
         return cls._last
 

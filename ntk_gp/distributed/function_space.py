@@ -183,8 +183,8 @@ def _shards(system: System) -> RowsOfRanks:
 
 def _layout(system: System) -> Layout:
     shards = system.jacobian.shards
-    is_sharded = isinstance(shards, RowsOfRanks)
-    sizes = [rows.stop - rows.start for rows in shards.rows] if is_sharded else [system.num_rows]
+    whole = [slice(0, system.num_rows)]
+    sizes = [rows.stop - rows.start for rows in (shards.rows if isinstance(shards, RowsOfRanks) else whole)]
     return Layout(sizes, multiple=system.jacobian.function.num_outputs)
 
 

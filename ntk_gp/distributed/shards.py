@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .group import Group
@@ -90,8 +89,3 @@ class RowsOfRanks(Shards):
 
 
 ALL_HERE = Shards()
-
-
-def zeros_where_padded(matrix: Tensor, rows: int) -> Tensor:
-    """A matrix (…, m, k) with rows of zeros below, to so many."""
-    return torch.nn.functional.pad(matrix, (0, 0, 0, rows - matrix.shape[-2]))

@@ -30,6 +30,8 @@ def _solver_of(system: System) -> Solver:
 
 
 def _extended(system: System, kind: type[Solver]) -> Solver | None:
+    if not system.jacobian.shards.is_whole:
+        return None  # which solvers are still in use is not the same on all ranks
     for known in system.linearization.solvers:
         if type(known) is kind and system.starts_with(known.system):
             return known.extended(system)

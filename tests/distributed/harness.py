@@ -17,8 +17,8 @@ import torch.distributed as dist
 _SECONDS = 60.0  # that a rank may take to answer
 
 # A server that has imported torch once, and has used neither its threads nor autograd's, forks ranks in milliseconds.
-# What torch imports late takes as long again.
 _CONTEXT = multiprocessing.get_context("forkserver")
+# The second module is what autograd imports when it is first used.
 _CONTEXT.set_forkserver_preload(["ntk_gp", "torch.fx.experimental.symbolic_shapes"])
 
 
@@ -48,19 +48,23 @@ class Ranks:
 
         :raises AssertionError: With the traceback of the first rank that raised.
         """
-        for end in self._ends:
-            end.send((function, args))
-        answers = [self._answer(end) for end in self._ends]
+        self.start(function, *args)
+        answers = [self.answer(rank) for rank in range(self.size)]
         for rank, (is_fine, answer) in enumerate(answers):
             if not is_fine:
                 raise AssertionError(f"On rank {rank}:\n{answer}")
         return [answer for _, answer in answers]
 
-    @staticmethod
-    def _answer(end: Connection) -> tuple[bool, Any]:
-        if not end.poll(_SECONDS):
+    def start(self, function: Callable, *args: Any) -> None:
+        """Has each rank call it; :meth:`answer` has what comes of that."""
+        for end in self._ends:
+            end.send((function, args))
+
+    def answer(self, rank: int) -> tuple[bool, Any]:
+        """Whether it returned, and what; or the traceback."""
+        if not self._ends[rank].poll(_SECONDS):
             return False, f"no answer in {_SECONDS:g} s"
-        return end.recv()
+        return self._ends[rank].recv()
 
     def close(self) -> None:
         for end in self._ends:

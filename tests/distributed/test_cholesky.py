@@ -1,7 +1,7 @@
 """The Cholesky factor over ranks, against dense algebra in one process."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,19 +9,13 @@ from torch import Tensor
 
 from ntk_gp.distributed.cholesky import BlockRows, DistributedCholesky, Layout, traffic
 from ntk_gp.distributed.group import Group
-from tests.distributed.harness import Ranks, ranks
+from tests.distributed.harness import Ranks
 
 pytestmark = pytest.mark.engine_independent
 
 BLOCK, COLUMNS = 16, 3
 # Rows of each of two ranks: whole blocks, others, fewer than a block, none.
 SIZES = [(64, 64), (51, 50), (70, 33), (5, 4), (1, 0), (0, 20)]
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    with ranks(2) as started:
-        yield started
 
 
 def matrix_of(size: int) -> Tensor:
@@ -117,10 +111,9 @@ def test_two_ranks(two, sizes):
     check(two, sizes)
 
 
-def test_four_ranks():
-    with ranks(4) as four:
-        check(four, (40, 39, 39, 39))
-        check(four, (20, 0, 7, 1))
+@pytest.mark.parametrize("sizes", [(40, 39, 39, 39), (20, 0, 7, 1)])
+def test_four_ranks(four, sizes):
+    check(four, sizes)
 
 
 def failure(position: int, value: float) -> int:

@@ -3,8 +3,8 @@
 import pickle
 import re
 import warnings
-from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,31 +18,24 @@ from ntk_gp.distributed.function_space import DistributedFunctionSpaceSolver
 from ntk_gp.solvers import System, choose_solver, solver_class
 from ntk_gp.solvers.function_space import FunctionSpaceSolver
 from ntk_gp.testing import SolverProblem as Problem
-from tests.distributed.harness import Ranks, ranks
+from tests.distributed.harness import Ranks
 
 pytestmark = pytest.mark.engine_independent
 
 BLOCK = 8
 
 
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    with ranks(2) as started:
-        yield started
-
-
-def small_blocks() -> None:
-    """So that each rank has several of few rows."""
-    cholesky._SMALLEST_BLOCK = BLOCK
+# So that each rank has several of few rows.
+small_blocks = patch.object(cholesky, "_SMALLEST_BLOCK", BLOCK)
 
 
 def sharded(problem: Problem) -> DistributedFunctionSpaceSolver:
-    small_blocks()
     solver = choose_solver(problem.system)
     assert isinstance(solver, DistributedFunctionSpaceSolver), solver
     return solver
 
 
+@small_blocks
 def answers(n: int, batches: tuple[int, int, int], outputs: int, noise: float) -> dict[str, Tensor]:
     """All that a solver gives."""
     problem = Problem(n, batches, outputs, noise)
@@ -118,11 +111,11 @@ def test_two_ranks(two, n, batches, outputs):
     check(two, n, batches, outputs, 0.1)
 
 
-def test_four_ranks():
-    with ranks(4) as four:
-        check(four, 60, (1, 1, 1), 1, 0.1)
+def test_four_ranks(four):
+    check(four, 60, (1, 1, 1), 1, 0.1)
 
 
+@small_blocks
 def with_little_noise(noise: float) -> dict[str, Any]:
     problem = Problem(60, noise=noise)
     with settings.distributed(), settings.solver("distributed"), warnings.catch_warnings(record=True) as caught:
@@ -163,6 +156,7 @@ def test_what_is_lost_is_said(two):
         assert "not orthogonalised over ranks" in answer["warnings"][0]
 
 
+@small_blocks
 def refusal(noise: float, value: float | None) -> str:
     problem = Problem(60, noise=noise)
     if value is not None:
