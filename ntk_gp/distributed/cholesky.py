@@ -195,6 +195,11 @@ class BlockRows:
         """The entries of a block of this rank's."""
         return next(piece for own, piece in zip(self.blocks, self.pieces, strict=True) if own.index == block.index)
 
+    def add_to_diagonal(self, local: Tensor) -> None:
+        """Adds numbers for this rank's rows, (N_r,), to the diagonal."""
+        for block, piece in zip(self.blocks, self.pieces, strict=True):
+            piece[:, block.columns].diagonal().add_(local[block.rows])
+
     def local_diagonal(self) -> Tensor:
         """That of this rank's rows, (N_r,)."""
         like = self.pieces[0] if self.pieces else torch.zeros(0, dtype=torch.float64, device=self.group.device)
@@ -324,6 +329,11 @@ class DistributedCholesky:
     def logdet(self) -> Tensor:
         """log |A|, a number; on all ranks."""
         return self.group.sum(2 * self.rows.local_diagonal().log().sum())
+
+    def local_trace(self) -> Tensor:
+        """The sum of squares of this rank's rows of L: its part of the trace of L Lᵀ."""
+        squares = [piece.square().sum() for piece in self.rows.pieces]
+        return torch.stack([*squares, self._buffer(1)[0].zero_()]).sum()
 
     def inverse(self) -> BlockRows:
         """A⁻¹, in the same layout, in memory of its own.

@@ -18,6 +18,7 @@ class Shards:
     """All rows in one process."""
 
     is_whole = True
+    ranks = 1
 
     def most_rows(self, rows: int) -> int:
         """How many of so many rows the rank has that has most."""
@@ -58,6 +59,7 @@ class RowsOfRanks(Shards):
 
     def __init__(self, group: Group, rows: Sequence[slice]):
         self.group = group
+        self.ranks = group.size
         self.rows = rows
         self.mine = rows[group.rank]
         self._sizes = [each.stop - each.start for each in rows]

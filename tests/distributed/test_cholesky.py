@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ntk_gp.distributed.cholesky import BlockRows, DistributedCholesky, Layout, traffic
 from ntk_gp.distributed.group import Group
-from tests.distributed.harness import Ranks, ranks
+from tests.distributed.harness import Ranks
 
 pytestmark = pytest.mark.engine_independent
 
@@ -111,10 +111,9 @@ def test_two_ranks(two, sizes):
     check(two, sizes)
 
 
-def test_four_ranks():
-    with ranks(4) as four:
-        check(four, (40, 39, 39, 39))
-        check(four, (20, 0, 7, 1))
+@pytest.mark.parametrize("sizes", [(40, 39, 39, 39), (20, 0, 7, 1)])
+def test_four_ranks(four, sizes):
+    check(four, sizes)
 
 
 def failure(position: int, value: float) -> int:
