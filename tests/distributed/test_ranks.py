@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -180,6 +182,26 @@ def test_a_checkpoint_serves_one_process(two):
         adapted = ntk_gp.adapted_network(model)
         adapted.load_state_dict(state["adapted"])
         assert_close(adapted(x), found["adapted"], 1e-10)
+
+
+def example(source: str, folder: str) -> torch.Tensor:
+    """What the script of the guide predicts, within a group that there is already."""
+    names: dict = {}
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        exec(source.replace("dist.init_process_group", "str"), names)
+    finally:
+        os.chdir(before)
+    return torch.stack([names["mean"], names["variance"]])
+
+
+def test_the_guide(two, tmp_path):
+    page = Path(ntk_gp.__file__).parents[1] / "docs" / "distributed.md"
+    (source,) = re.findall(r"^```py\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    one, other = two.run(example, source, str(tmp_path))
+    assert torch.equal(one, other)
+    assert set(torch.load(tmp_path / "adapted.pt", weights_only=True)) == {"model", "adapted"}
 
 
 def classified(space: str) -> float:
