@@ -23,6 +23,7 @@ QUESTIONS = [
     "uci",
     "large",
     "variational",
+    "distributed",
 ]
 DEFAULT = ["engines", "posterior"]
 

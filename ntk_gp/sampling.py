@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ._compat import children_in
 from .classification import LaplaceGP
+from .distributed.draws import same_on_all_ranks
 from .jacobian.columns import Column, sizes_of
 from .jacobian.columns import products as products_of_columns
 from .linearized import LinearizedModule, owned
@@ -294,4 +295,4 @@ def _is_mean_of(network: FrozenNetwork, active_dims: Tensor | None, mean: nn.Mod
 
 def _normal(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
     source = torch.device("cpu") if generator is None else generator.device
-    return torch.randn(shape, generator=generator, dtype=torch.float64, device=source).to(device)
+    return same_on_all_ranks(torch.randn(shape, generator=generator, dtype=torch.float64, device=source)).to(device)

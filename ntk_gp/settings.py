@@ -14,8 +14,60 @@ from typing import Any, TypeVar
 import torch
 
 from ._compat import FeatureFlag, ValueSetting
+from .distributed.group import DEFAULT_TIMEOUT, Group
 
 T = TypeVar("T")
+
+
+class distributed(ValueSetting):
+    """Whether the rows of Jacobians, and what is made of them, are sharded over the ranks of a process group.
+
+    Every rank runs the same script with the same inputs, started by `torchrun`, and makes the same calls within this
+    context. Results are replicated, the same bits on all ranks. The memory budget is each rank's. Training inputs, and
+    others that are kept between computations, are sharded where there is a point for each rank.
+
+    Entering it gives the :class:`~ntk_gp.distributed.group.Group`, which counts the bytes that go between ranks:
+
+    >>> with ntk_gp.settings.distributed() as group:  # doctest: +SKIP
+    ...     mean = model(test_x).mean
+    ...     print(group.rank, group.size, group.traffic)
+
+    (Default: off.)
+
+    :param group: A process group of `torch.distributed`; None for the world, False for none: each rank by itself.
+    :param timeout: Seconds that a rank waits for the others in one operation, before it raises.
+    :raises RuntimeError: If `torch.distributed` has not been initialised, or ranks differ in what must be equal, or do
+        not answer in time, because one of them has failed.
+    """
+
+    _global_value: Group | None = None
+    _last: Group | None = None
+
+    def __init__(self, group: Any = None, timeout: float = DEFAULT_TIMEOUT):
+        super().__init__(None if group is False else self._known(group, _positive(timeout, "timeout")))
+
+    def __enter__(self) -> Group | None:
+        super().__enter__()
+        return self.group()
+
+    @classmethod
+    def group(cls) -> Group | None:
+        """The ranks that work together at the moment; None where each process works by itself."""
+        return cls.value()
+
+    @classmethod
+    def _set_value(cls, value: Any) -> None:
+        super()._set_value(value if value is None or isinstance(value, Group) else cls._known(value, DEFAULT_TIMEOUT))
+
+    @classmethod
+    def _known(cls, process_group: Any, timeout: float) -> Group:
+        """The same object for a process group as the last time, which what is kept belongs to."""
+        new = Group(process_group, timeout)
+        if cls._last is None or not cls._last.is_of(new.process_group):
+            new.least_memory = _least_memory(new)
+            cls._last = new
+        cls._last.timeout = timeout
+        return cls._last
 
 
 class memory_budget(ValueSetting):
@@ -24,7 +76,8 @@ class memory_budget(ValueSetting):
     Work is cut into chunks that fit, and what does not fit is recomputed instead of stored: a smaller budget costs
     time, never accuracy.
 
-    (Default: a quarter of the memory of the inputs' device.)
+    (Default: a quarter of the memory of the inputs' device. Within :class:`distributed` that of each rank, of the
+    smallest device among them, and of a CPU's memory its share among the ranks on one machine.)
 
     :param value: A number of bytes, or text such as `"1GB"`, `"512 MiB"` or `"2e9"`; None for the default.
     :raises ValueError: If it is not positive, or a text of another form.
@@ -43,7 +96,11 @@ class memory_budget(ValueSetting):
     def bytes(cls, device: torch.device) -> int:
         """The budget in force for computations on `device`."""
         value = cls.value()
-        return int(value) if value is not None else _device_memory(torch.device(device)) // 4
+        if value is not None:
+            return int(value)
+        device, group = torch.device(device), distributed.group()
+        known = None if group is None else group.least_memory.get(device.type)
+        return (_device_memory(device) if known is None else known) // 4
 
 
 class allow_tf32(FeatureFlag):
@@ -184,6 +241,16 @@ def _positive(value: float, name: str) -> float:
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value!r}.")
     return value
+
+
+def _least_memory(group: Group) -> dict[str, int]:
+    """For each kind of device, the least memory that any rank has of it: what is decided by it is decided alike."""
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    found = {"cpu": _device_memory(torch.device("cpu")) // max(1, beside)}
+    if torch.cuda.is_available():
+        found["cuda"] = _device_memory(torch.device("cuda", torch.cuda.current_device()))
+    least = -group.largest(-torch.tensor(list(found.values()), dtype=torch.int64, device=group.device))
+    return dict(zip(found, least.tolist(), strict=True))
 
 
 @functools.cache  # it is asked for in every prediction

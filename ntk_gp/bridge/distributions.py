@@ -13,6 +13,7 @@ from linear_operator.operators import LinearOperator
 from torch import Size, Tensor
 
 from .._compat import check_sample
+from ..distributed.draws import same_on_all_ranks
 from ..operators import NTKLinearOperator
 from .exactly_solved import exactly_solved, without_constants
 from .recognised import contains_ntk
@@ -55,4 +56,5 @@ def rsample(
     covariance = without_constants(distribution.lazy_covariance_matrix)
     if base_samples is not None or not isinstance(covariance, NTKLinearOperator):  # they need a square root
         covariance = exactly_solved(covariance)
-    return default(MultivariateNormal(distribution.loc, covariance), sample_shape, base_samples)
+    drawn = default(MultivariateNormal(distribution.loc, covariance), sample_shape, base_samples)
+    return drawn if drawn.requires_grad else same_on_all_ranks(drawn)

@@ -8,6 +8,7 @@ import torch
 from gpytorch.likelihoods import BernoulliLikelihood
 from torch import Tensor, nn
 
+from ..distributed.draws import same_on_all_ranks
 from ..operators._roots import root_by_eigenvalues
 from .likelihoods import LogisticLikelihood
 
@@ -70,5 +71,6 @@ class Link:
         if self._normals is None:
             device = torch.device("cpu") if self.generator is None else self.generator.device
             shape = (self.samples, like.shape[-1])
-            self._normals = torch.randn(shape, generator=self.generator, dtype=torch.float64, device=device).to(like)
+            drawn = torch.randn(shape, generator=self.generator, dtype=torch.float64, device=device)
+            self._normals = same_on_all_ranks(drawn).to(like)
         return self._normals

@@ -25,8 +25,10 @@ class WeightSpace(Space):
         self.system = system
         self.num_coordinates = system.num_parameters
         self._features: Tensor | None = None
-        if system.fits(3.0 * self.num_coordinates**2 + 2.0 * system.num_rows * self.num_coordinates):
-            self._features = self._whitened(system.jacobian.rows()[0])
+        self.shards = system.jacobian.shards
+        held = self.shards.most_rows(system.num_rows)
+        if system.fits(3.0 * self.num_coordinates**2 + 2.0 * held * self.num_coordinates):
+            self._features = self._whitened(system.jacobian.own.rows()[0])
 
     @staticmethod
     def nbytes_needed(parameters: int) -> float:
@@ -37,23 +39,24 @@ class WeightSpace(Space):
         return rows * self.system.root_variances
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Some points after others, and their rows of Φ, (m·C, P)."""
+        """Some of the own points after others, and their rows of Φ, (m·C, P)."""
+        own = self.system.jacobian.own
         if self._features is not None:
-            yield slice(0, self.system.jacobian.num_points), self._features
+            yield slice(0, own.num_points), self._features
             return
-        for points, rows in self.system.jacobian.row_blocks():
+        for points, rows in own.row_blocks():
             yield points, self._whitened(rows[0])
 
     def at(self, coordinates: Tensor) -> Position:
         if self._features is not None:
-            return Position(coordinates, self._features @ coordinates)
+            return Position(coordinates, self.shards.gathered(self._features @ coordinates, 0))
         weights = (self.system.root_variances * coordinates).unsqueeze(0)
         return Position(coordinates, self.system.jacobian.jvp(weights).reshape(-1))
 
     def transposed(self, vector: Tensor) -> Tensor:
         """Φᵀ v, (N,) to (P,)."""
         if self._features is not None:
-            return self._features.mT @ vector
+            return self.shards.summed(self._features.mT @ self.shards.own(vector, 0))
         return (self.system.root_variances * self.system.jacobian.vjp(vector.reshape(1, 1, -1))).reshape(-1)
 
     def inner(self, left: Position, right: Position) -> Tensor:
@@ -76,11 +79,14 @@ class WeightSpaceCurvature(Curvature):
         self.space = space
         self.root = root
         size = space.num_coordinates
-        precision = torch.eye(size, dtype=root.dtype, device=root.device)
+        precision = torch.zeros(size, size, dtype=root.dtype, device=root.device)
+        own_root = space.shards.own(root.flatten(0, 1), 0).unflatten(0, (-1, root.shape[1]))
         for points, rows in space.blocks():
-            own = root[points]
+            own = own_root[points]
             features = (own.mT @ rows.unflatten(0, own.shape[:2])).flatten(0, 1)
             precision.addmm_(features.mT, features)
+        precision = space.shards.summed(precision)
+        precision.diagonal().add_(1.0)
         diagonal = precision.diagonal().clone()
         self.cholesky, info = factorise_in_place(precision)
         if info.any():
@@ -111,7 +117,8 @@ class WeightSpaceCurvature(Curvature):
         for _, rows in self.space.blocks():
             half = torch.linalg.solve_triangular(self.cholesky, rows.mT, upper=False).unflatten(-1, (-1, outputs))
             blocks.append(torch.einsum("pnc,pnd->ncd", half, half))
-        return torch.cat(blocks)
+        own = torch.cat(blocks)
+        return self.space.shards.gathered(own.flatten(0, 1), 0).unflatten(0, (-1, outputs))
 
     def evidence_by_prior(self, position: Position, pull: Tensor) -> Tensor:
         """By each group's variance, (1, G): Φᵀ R B⁻¹ Rᵀ Φ = I − Λ⁻¹, Φᵀ a = u and Φᵀ t = Λ⁻¹ Φᵀ s."""

@@ -17,6 +17,7 @@ from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor, nn
 
 from .. import memory
+from ..distributed.draws import same_on_all_ranks
 from ..sampling import LinearizedFunctions, LinearizedNetwork
 from .expansions import Eigenvectors, Expansion, KrylovExpansion
 from .filters import Descent, Filter, Flow
@@ -162,7 +163,7 @@ class LinearizedTraining(ABC):
         drawn = torch.randn(
             num_functions, len(problem.variances), dtype=torch.float64, generator=generator, device=source
         )
-        start = drawn.to(problem.x) * problem.variances.sqrt()
+        start = same_on_all_ranks(drawn).to(problem.x) * problem.variances.sqrt()
         with torch.no_grad():
             residuals = problem.residual.unsqueeze(-1) - problem.jacobian() @ start.mT
         weights = start + problem.weights_of(self._learned(residuals, filter).mT)

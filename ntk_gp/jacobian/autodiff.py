@@ -198,6 +198,8 @@ class AutodiffJacobian(Jacobian):
         return rows if few == 1 or is_finite(rows) else plain.rows(self.function, points)
 
     def gram(self, other: Jacobian, variances: Tensor) -> Tensor:
+        if not other.shards.is_whole:  # its rows are shared among processes
+            return other.gram(self, variances).mT
         batch = max(self.x.shape[0], other.x.shape[0], variances.shape[0])
         out = self.x.new_zeros(batch, self.num_rows, other.num_rows)
         outputs = self.function.num_outputs

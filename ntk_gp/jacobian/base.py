@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import memory
+from ..distributed.shards import ALL_HERE, Shards
 from ..network import FrozenNetwork, NetworkFunction
 
 
@@ -34,6 +35,16 @@ class Jacobian(ABC):
         self.x = x
         self.num_points = x.shape[-2]
         self.num_rows = self.num_points * function.num_outputs
+
+    @property
+    def own(self) -> Jacobian:
+        """The rows that this process works on, where several share them (:mod:`ntk_gp.distributed`): all of them."""
+        return self
+
+    @property
+    def shards(self) -> Shards:
+        """Which rows these are, and the way from them to all rows."""
+        return ALL_HERE
 
     @property
     @abstractmethod

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from ..distributed.jacobian import ShardedJacobian
 from .base import Jacobian
 from .contents_cache import ContentsCache
 
@@ -35,9 +37,16 @@ class KeptGrams:
 
     def fits(self, jacobian1: Jacobian, jacobian2: Jacobian) -> bool:
         """Whether the cache has room for the Gram matrix of these two, one for each group."""
+        return self._fits(jacobian1, jacobian2, jacobian1.num_rows)
+
+    def fits_own(self, jacobian1: Jacobian, jacobian2: Jacobian) -> bool:
+        """The same for the rows that one process works on, where several share them: for the one with most."""
+        return self._fits(jacobian1, jacobian2, jacobian1.shards.most_rows(jacobian1.num_rows))
+
+    def _fits(self, jacobian1: Jacobian, jacobian2: Jacobian, rows: int) -> bool:
         groups = self.num_groups
         batch = max(jacobian1.x.shape[0], jacobian2.x.shape[0])
-        size = groups * batch * jacobian1.num_rows * jacobian2.num_rows * jacobian1.x.element_size()
+        size = groups * batch * rows * jacobian2.num_rows * jacobian1.x.element_size()
         return (groups == 1 or batch == 1) and size <= ContentsCache.capacity(jacobian1.x.device)
 
     def pays(self, jacobian1: Jacobian, jacobian2: Jacobian) -> bool:
@@ -69,21 +78,46 @@ class KeptGrams:
         """
 
         def compute(*_: Tensor) -> Tensor:
-            eye = torch.eye(self.num_groups, dtype=jacobian1.x.dtype, device=jacobian1.x.device)
             with torch.no_grad():
-                return jacobian1.gram(jacobian2, eye)
+                return jacobian1.gram(jacobian2, self._each_group(jacobian1))
 
         pair = self._pair(jacobian1, jacobian2)
         gram = None if pair.gram is None else pair.gram()
+        if not (jacobian1.shards.is_whole and jacobian2.shards.is_whole):
+            gram = None  # whether it is still in memory may not decide: other ranks collect garbage at other times
         if gram is None:
             gram = keep("gram", (jacobian1.x, jacobian2.x), compute, jacobian1.function.state)
             pair.gram = weakref.ref(gram)
         return gram
 
+    def own_rows(self, jacobian1: ShardedJacobian, jacobian2: Jacobian, keep: Callable[..., OwnRows]) -> Tensor:
+        """Of the matrices of :meth:`matrix`, the rows that this rank works on."""
+
+        def compute(*_: Tensor) -> OwnRows:
+            rows = jacobian1.own_gram(jacobian2, self._each_group(jacobian1))
+            return OwnRows(rows, rows[:, :1].nbytes * jacobian1.shards.most_rows(jacobian1.num_rows))
+
+        return keep("own gram", (jacobian1.x, jacobian2.x), compute, jacobian1.function.state).rows
+
+    def _each_group(self, jacobian: Jacobian) -> Tensor:
+        return torch.eye(self.num_groups, dtype=jacobian.x.dtype, device=jacobian.x.device)
+
     def _pair(self, jacobian1: Jacobian, jacobian2: Jacobian) -> _Pair:
         with self._lock:
             partners = self._pairs.setdefault(jacobian1, WeakKeyDictionary())
             return partners.setdefault(jacobian2, _Pair())
+
+
+@dataclass(frozen=True)
+class OwnRows:
+    """A rank's rows of a Gram matrix.
+
+    :param rows: Them.
+    :param nbytes: What they take on the rank that has most: all ranks forget alike.
+    """
+
+    rows: Tensor
+    nbytes: int
 
 
 class _Pair:

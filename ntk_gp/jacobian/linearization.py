@@ -6,12 +6,15 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..network import FrozenNetwork, full_precision
+from .. import settings
+from ..distributed.jacobian import ShardedJacobian
+from ..network import FrozenNetwork, NetworkFunction, full_precision
 from . import rules
 from .autodiff import AutodiffEngine
 from .base import Jacobian, JacobianEngine
@@ -125,7 +128,14 @@ class Linearization:
         x = x.detach()
         if not keep:
             return self.engine.linearize(x, function)
-        return self.keep("jacobian", (x,), lambda copied: self.engine.linearize(copied, function), function.state)
+        return self.keep("jacobian", (x,), partial(self._capture, function), function.state)
+
+    def _capture(self, function: NetworkFunction, x: Tensor) -> Jacobian:
+        """J(x), by the ranks together where there are several and points for each."""
+        group = settings.distributed.group()
+        if group is None or group.size == 1 or x.shape[1] < group.size:
+            return self.engine.linearize(x, function)
+        return ShardedJacobian.at_inputs(function, x, group, partial(self.engine.linearize, function=function))
 
     @_in_full_precision
     def gram(self, jacobian1: Jacobian, jacobian2: Jacobian, variances: Tensor, keep: bool = True) -> Tensor:
@@ -168,13 +178,31 @@ class Linearization:
         """
         if jacobian1.x.requires_grad or jacobian2.x.requires_grad:
             return kernel_product(jacobian1, jacobian2, rhs, variances)
-        if self._grams.fits(jacobian1, jacobian2) and self._grams.pays_for_product(jacobian1, jacobian2, rhs.shape[-1]):
-            return self.gram(jacobian1, jacobian2, variances) @ rhs
+        if self._grams.fits_own(jacobian1, jacobian2) and self._grams.pays_for_product(
+            jacobian1, jacobian2, rhs.shape[-1]
+        ):
+            if not isinstance(jacobian1, ShardedJacobian):
+                return self.gram(jacobian1, jacobian2, variances) @ rhs
+            if not (torch.is_grad_enabled() and (rhs.requires_grad or variances.requires_grad)):
+                return self._own_rows_matmul(jacobian1, jacobian2, rhs, variances)
         return jacobian1.kernel_matmul(jacobian2, rhs, variances)
+
+    def _own_rows_matmul(
+        self, jacobian1: ShardedJacobian, jacobian2: Jacobian, rhs: Tensor, variances: Tensor
+    ) -> Tensor:
+        """(J₁ Σ_w J₂ᵀ) rhs by this rank's rows of the Gram matrix, which are kept; without a graph."""
+        with torch.no_grad():
+            gram = self._grams.own_rows(jacobian1, jacobian2, self.keep)
+            if self.network.num_groups > 1:
+                product = torch.einsum("wg,gnm,wmr->wnr", variances, gram, rhs.expand(len(variances), -1, -1))
+            else:
+                product = (gram @ rhs) * variances.unsqueeze(-1)
+            return jacobian1.shards.gathered(product, 1)
 
     def _state(self, network: int | None = None) -> Hashable:
         """What results belong to: the state of the network (the present one by default), the engine and its rules."""
-        return (self.network.fingerprint() if network is None else network, type(self.engine), rules.version())
+        state = self.network.fingerprint() if network is None else network
+        return (state, type(self.engine), rules.version(), settings.distributed.group())
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_cache": None, "_grams": None, "_solvers": None, "_at_inputs": None}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import memory
+from ..distributed.jacobian import ShardedJacobian
 from ..network import FrozenNetwork, NetworkFunction
 from .base import Jacobian
 from .derived import DerivedLinearization
@@ -68,10 +69,17 @@ class OneOutputJacobian(Jacobian):
         return OneOutputJacobian(self.function, self.x[:, points], self.features[:, points])
 
 
-def one_output(jacobian: Jacobian) -> OneOutputJacobian | None:
+def one_output(jacobian: Jacobian) -> Jacobian | None:
     """Ψ, where J is Ψ ⊗ I_C at all of its points; None where it is not, or does not say so."""
     if len(jacobian.function.parameters) > 2:  # more than a matrix and its bias
         return None
+    if isinstance(jacobian, ShardedJacobian):
+        return jacobian.transformed(_one_output_here)
+    return _one_output_here(jacobian)
+
+
+def _one_output_here(jacobian: Jacobian) -> OneOutputJacobian | None:
+    """The same, of one that is not sharded."""
     if isinstance(jacobian, ChunkedJacobian):
         return _of_chunks(jacobian)
     term = _only_term(jacobian)
@@ -88,7 +96,7 @@ def _of_chunks(jacobian: ChunkedJacobian) -> OneOutputJacobian | None:
         return None
     parts = []
     for chunk in jacobian.chunks():
-        part = one_output(chunk)
+        part = _one_output_here(chunk)
         if part is None:
             return None
         parts.append(part)
@@ -102,7 +110,7 @@ def one_output_at(jacobian: Jacobian, like: Jacobian) -> OneOutputJacobian | Non
     :param like: One at other inputs, of which :func:`one_output` says that it is of that form.
     """
     if not jacobian.x.requires_grad:
-        return one_output(jacobian)
+        return _one_output_here(jacobian)
     term = _only_term(like)
     assert term is not None
     outputs = jacobian.function.num_outputs
@@ -149,6 +157,7 @@ def one_output_function(function: NetworkFunction, term: MatrixTerm) -> NetworkF
 
 def _only_term(jacobian: Jacobian) -> MatrixTerm | None:
     """The one term of a Jacobian, where that is a matrix with a row for each output."""
+    jacobian = jacobian.own
     if isinstance(jacobian, ChunkedJacobian):
         jacobian = next(jacobian.chunks())
     if not isinstance(jacobian, StructuredJacobian) or jacobian.rest is not None or len(jacobian.terms) != 1:
@@ -184,7 +193,7 @@ class OneOutputLinearization(DerivedLinearization):
     def label(self) -> str:
         return "of one output"
 
-    def jacobian(self, x: Tensor, keep: bool = True) -> OneOutputJacobian:
+    def jacobian(self, x: Tensor, keep: bool = True) -> Jacobian:
         found = one_output(self.base.jacobian(x.detach(), keep))
         if found is None:
             raise RuntimeError("The network does other things at these inputs than at those before.")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed.shards import Shards
 from ..network import FrozenNetwork, NetworkFunction, full_precision
 from .base import Jacobian
 from .columns import Column, features, sizes_of
@@ -37,6 +38,17 @@ class WidenedJacobian(Jacobian):
         super().__init__(function, base.x)
         self.base = base
         self.columns = columns
+
+    @property
+    def own(self) -> WidenedJacobian:
+        own = self.base.own
+        if own is self.base:
+            return self
+        return WidenedJacobian(own, self.shards.own(self.columns, 1), self.function)
+
+    @property
+    def shards(self) -> Shards:
+        return self.base.shards
 
     @property
     def nbytes(self) -> int:

@@ -7,7 +7,7 @@ from ..stock import chosen_cholesky_size
 from .base import Solver
 from .one_output import OneOutputSolver, system_of_one_output
 from .system import System
-from .table import SOLVERS
+from .table import OVER_RANKS, SOLVERS, solvers_for
 
 
 def choose_solver(system: System) -> Solver:
@@ -30,6 +30,8 @@ def _solver_of(system: System) -> Solver:
 
 
 def _extended(system: System, kind: type[Solver]) -> Solver | None:
+    if not system.jacobian.shards.is_whole:
+        return None  # which solvers are still in use is not the same on all ranks
     for known in system.linearization.solvers:
         if type(known) is kind and system.starts_with(known.system):
             return known.extended(system)
@@ -53,7 +55,7 @@ def _kind(system: System) -> type[Solver]:
     name = settings.solver.value()
     if name is not None:
         return _forced(system, name)
-    able = [kind for kind in SOLVERS if kind.obstacle(system) is None]
+    able = [kind for kind in solvers_for(system) if kind.obstacle(system) is None]
     exact = [kind for kind in able if kind.is_exact]
     iterating = [kind for kind in able if not kind.is_exact]
     candidates = (iterating or exact) if is_too_large_to_factorise(system) else (exact or iterating)
@@ -66,7 +68,7 @@ def _kind(system: System) -> type[Solver]:
 
 
 def _forced(system: System, name: str) -> type[Solver]:
-    (kind,) = (kind for kind in SOLVERS if kind.name == name)
+    (kind,) = (kind for kind in (*SOLVERS, *OVER_RANKS) if kind.name == name)
     obstacle = kind.obstacle(system)
     if obstacle is None:
         return kind

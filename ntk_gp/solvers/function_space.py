@@ -51,9 +51,9 @@ class FunctionSpaceSolver(Solver):
 
     @classmethod
     def cost(cls, system: System) -> float:
-        """The Gram matrix and its factor."""
+        """The Gram matrix and its factor; over ranks, of all together, each of which factorises."""
         jacobian = system.jacobian
-        return jacobian.gram_cost(jacobian) + system.batch * system.num_rows**3 / 3
+        return jacobian.gram_cost(jacobian) + jacobian.shards.ranks * system.batch * system.num_rows**3 / 3
 
     @classmethod
     def nbytes_needed(cls, system: System) -> float:
@@ -140,7 +140,7 @@ class FunctionSpaceSolver(Solver):
         for jacobian, whitened in ((jacobian1, whitened1), (jacobian2, whitened2)):
             if self._cancels(jacobian.diagonal(self.system.variances), whitened).any():
                 return self._refined_covariance(jacobian1, jacobian2)
-        return prior - whitened1.mT @ whitened2
+        return prior - self._explained(whitened1, whitened2)
 
     def variance(self, jacobian: Jacobian) -> Tensor:
         if self._is_projected:
@@ -148,7 +148,7 @@ class FunctionSpaceSolver(Solver):
         prior = jacobian.diagonal(self.system.variances)
         whitened = self.whitened_cross(jacobian)
         # What rounding leaves below zero is zero as far as float64 can tell.
-        variance = (prior - whitened.square().sum(-2)).clamp_min(0.0)
+        variance = (prior - self._explained_variance(whitened)).clamp_min(0.0)
         outputs = jacobian.function.num_outputs
         points = self._cancels(prior, whitened).any(0).reshape(-1, outputs).any(-1).nonzero().squeeze(-1)
         if len(points) == 0:
@@ -161,6 +161,14 @@ class FunctionSpaceSolver(Solver):
         remainder = torch.cat(pieces, dim=-1)
         return variance.expand(max(len(remainder), len(variance)), -1).index_copy(-1, rows, remainder)
 
+    def _explained(self, whitened1: Tensor, whitened2: Tensor) -> Tensor:
+        """What the data explain of the prior covariance, (B, M₁, M₂)."""
+        return whitened1.mT @ whitened2
+
+    def _explained_variance(self, whitened: Tensor) -> Tensor:
+        """The diagonal of that, (B, M)."""
+        return whitened.square().sum(-2)
+
     @property
     def _is_projected(self) -> bool:
         """Whether every covariance comes from what least squares leave."""
@@ -169,7 +177,7 @@ class FunctionSpaceSolver(Solver):
     def _cancels(self, prior: Tensor, whitened: Tensor) -> Tensor:
         """Where the variance is so small a part of the prior one that their difference may have lost its digits."""
         rounding = self._rounding / CANCELLED.get(self.system.dtype, CANCELLED[torch.float32])
-        return prior.detach() - whitened.detach().square().sum(-2) < rounding * prior.detach()
+        return prior.detach() - self._explained_variance(whitened.detach()) < rounding * prior.detach()
 
     def _projected_points(self, outputs: int) -> int:
         """How many test points may be projected at once: an eighth of the memory budget for what they leave."""

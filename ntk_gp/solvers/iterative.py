@@ -14,6 +14,7 @@ from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor
 
 from .. import memory, settings
+from ..distributed.shards import ALL_HERE, Shards
 from ..jacobian.base import Jacobian
 from ..stock import is_stock
 from .base import Solver
@@ -93,15 +94,16 @@ class IterativeSolver(Solver):
     def cost(cls, system: System) -> float:
         """The preconditioner, and as many steps with one column as are usual; each further column takes as many."""
         rows, jacobian = system.num_rows, system.jacobian
-        landmarks = cls.nbytes_needed(system) / (8 * _COPIES * rows)
+        landmarks = cls.nbytes_needed(system) / (8 * _COPIES * jacobian.shards.most_rows(rows))
         cross = 2 * landmarks / rows * jacobian.gram_cost(jacobian)  # that is for one triangle of N²
         return cross + 2 * rows * landmarks**2 + _USUAL_STEPS * jacobian.product_cost(jacobian)
 
     @classmethod
     def nbytes_needed(cls, system: System) -> float:
         """The preconditioner, of as many landmarks as are useful and the memory budget has room for."""
-        useful = 8.0 * _COPIES * system.num_rows * min(_LANDMARKS, max(1, system.num_rows // 2))
-        least = 8.0 * _COPIES * system.num_rows
+        held = system.jacobian.shards.most_rows(system.num_rows)
+        useful = 8.0 * _COPIES * held * min(_LANDMARKS, max(1, system.num_rows // 2))
+        least = 8.0 * _COPIES * held
         return max(least, min(useful, _COPIES * memory.PRECONDITIONER.bytes(system.x.device)))
 
     @classmethod
@@ -141,7 +143,7 @@ class IterativeSolver(Solver):
 
     @property
     def nbytes(self) -> int:
-        return self.preconditioner.basis.nbytes
+        return self.preconditioner.nbytes
 
     def whitened_size(self) -> int:
         return self.system.num_rows
@@ -179,41 +181,51 @@ class NystromPreconditioner:
     eigenvalue there (Frangella, Tropp and Udell, "Randomized Nyström preconditioning", SIAM J. Matrix Anal. Appl.
     2023).
 
-    :param cross: The landmarks' columns of K, (N, m), in float64; overwritten.
+    Where rows are shared among ranks, each holds its own of U.
+
+    :param cross: The landmarks' columns of K, (N, m), in float64, or the own rows of them; overwritten.
     :param core: Of these, the landmarks' rows, (m, m).
     :param noise: The diagonal of D, (N,). Positive.
+    :param shards: Which rows are whose.
     """
 
     @classmethod
     def of(cls, system: System) -> NystromPreconditioner:
         """For K + D without batches."""
-        jacobian, outputs = system.jacobian, system.jacobian.function.num_outputs
-        rank = max(1, most_landmarks(system.num_rows, system.x.device) // outputs)
+        jacobian, shards, outputs = system.jacobian, system.jacobian.shards, system.jacobian.function.num_outputs
+        rows = system.num_rows
+        rank = max(1, most_landmarks(rows, system.x.device, held=shards.most_rows(rows)) // outputs)
         chosen = jacobian[drawn_landmarks(jacobian.num_points, rank).to(system.x.device)]
-        cross = jacobian.gram(chosen, system.variances)[0]
-        system.check_finite(cross)
-        return cls(cross, chosen.gram(chosen, system.variances)[0], system.noise[0])
+        cross = jacobian.own.gram(chosen, system.variances)[0]
+        system.check_finite(shards.summed(torch.stack(cross.aminmax())))
+        return cls(cross, chosen.gram(chosen, system.variances)[0], system.noise[0], shards)
 
-    def __init__(self, cross: Tensor, core: Tensor, noise: Tensor):
+    def __init__(self, cross: Tensor, core: Tensor, noise: Tensor, shards: Shards = ALL_HERE):
         self.noise = noise
         self.scale = noise.rsqrt().unsqueeze(0)
-        cross.mul_(self.scale.mT)
+        self.shards = shards
+        cross.mul_(shards.own(self.scale, 1).mT)
         size = core.diagonal().mean()  # jitter is for matrices of size one
         core = psd_safe_cholesky(core / size) * size.sqrt()
         factor = torch.linalg.solve_triangular(core.mT, cross, upper=True, left=False)
         del cross
-        values, vectors = torch.linalg.eigh(factor.mT @ factor)
+        values, vectors = torch.linalg.eigh(shards.summed(factor.mT @ factor))
         values = values.clamp_min(values[-1] * 1e-14)
         self.basis = factor @ (vectors * values.rsqrt())
         self.factors = (values[0] + 1) / (values + 1)  # what M⁻¹ multiplies the directions U by
 
     def __call__(self, rhs: Tensor) -> Tensor:
         """M⁻¹ rhs for a whitened rhs (N, r)."""
-        return rhs + self.basis @ ((self.factors - 1).unsqueeze(-1) * (self.basis.mT @ rhs))
+        return rhs + self._scaled(rhs, self.factors - 1)
 
     def root(self, rhs: Tensor) -> Tensor:
         """M^{-1/2} rhs."""
-        return rhs + self.basis @ ((self.factors.sqrt() - 1).unsqueeze(-1) * (self.basis.mT @ rhs))
+        return rhs + self._scaled(rhs, self.factors.sqrt() - 1)
+
+    def _scaled(self, rhs: Tensor, factors: Tensor) -> Tensor:
+        """U diag(factors) Uᵀ rhs."""
+        inside = self.shards.summed(self.basis.mT @ self.shards.own(rhs, 0))
+        return self.shards.gathered(self.basis @ (factors.unsqueeze(-1) * inside), 0)
 
     def logdet(self) -> Tensor:
         """log |D^{1/2} M D^{1/2}|."""
@@ -221,12 +233,21 @@ class NystromPreconditioner:
 
     def inverse_diagonal(self) -> Tensor:
         """The diagonal of D^{-1/2} M⁻¹ D^{-1/2}."""
-        return (1 + self.basis.square() @ (self.factors - 1)) / self.noise
+        return (1 + self.shards.gathered(self.basis.square() @ (self.factors - 1), 0)) / self.noise
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, by the rank that has most rows."""
+        return self.basis[:1].nbytes * self.shards.most_rows(len(self.basis))
 
 
-def most_landmarks(rows: int, device: torch.device) -> int:
-    """How many landmarks are useful for so many rows, and fit in the memory budget."""
-    return max(1, min(_LANDMARKS, rows // 2, memory.PRECONDITIONER.bytes(device) // (8 * rows)))
+def most_landmarks(rows: int, device: torch.device, held: int | None = None) -> int:
+    """How many landmarks are useful for so many rows, and fit in the memory budget.
+
+    :param held: Of how many rows this process holds them; of all by default.
+    """
+    held = rows if held is None else held
+    return max(1, min(_LANDMARKS, rows // 2, memory.PRECONDITIONER.bytes(device) // (8 * held)))
 
 
 def drawn_landmarks(points: int, rank: int) -> Tensor:

@@ -26,7 +26,7 @@ class PivotedCholesky:
     :param system: K + D, without batches.
     :param limit: The most landmarks that there may be.
 
-    :ivar Tensor factor: F, (m, N).
+    :ivar Tensor factor: F, (m, N); where rows are shared among ranks, the own columns of it.
     :ivar Tensor rows: The landmarks, (m,).
     :ivar Tensor remainder: The diagonal of K − Fᵀ F, (N,).
     :ivar Tensor checked: Some rows, (k,), drawn at random.
@@ -40,7 +40,10 @@ class PivotedCholesky:
         self.remainder = jacobian.diagonal(system.variances)[0].clone()
         system.check_finite(self.remainder)
         self.limit = min(limit, len(self.remainder))
-        self._memory = self.remainder.new_empty(self.limit, len(self.remainder))  # row by row: touched as it is filled
+        self.shards = jacobian.shards
+        self._memory = self.remainder.new_empty(
+            self.limit, jacobian.own.num_rows
+        )  # row by row: touched as it is filled
         self._blocks: list[Tensor] = []
         self.rows = torch.empty(0, dtype=torch.long, device=self.remainder.device)
         eps = torch.finfo(self.remainder.dtype).eps
@@ -65,6 +68,10 @@ class PivotedCholesky:
     def factor(self) -> Tensor:
         return self._memory[: self.rank]
 
+    def columns(self, rows: Tensor) -> Tensor:
+        """F at some rows, (m, k), whosever they are."""
+        return self.shards.picked(self.factor, rows, 1)
+
     @property
     def is_exhausted(self) -> bool:
         """Whether nothing but rounding is left."""
@@ -84,10 +91,10 @@ class PivotedCholesky:
         start, stop = self.rank, self.rank + len(accepted)
         used = torch.isin(points, accepted // self.outputs)
         block = self._kernel_rows(points[used])[torch.isin(self._rows_of(points[used]), accepted)]
-        block.addmm_(self.factor[:, accepted].mT, self.factor, alpha=-1)
+        block.addmm_(self.columns(accepted).mT, self.factor, alpha=-1)
         new = self._memory[start:stop]
         new.copy_(torch.linalg.solve_triangular(factor, block, upper=False))
-        self.remainder.sub_(new.square().sum(0)).clamp_min_(0.0)
+        self.remainder.sub_(self.shards.gathered(new.square().sum(0), 0)).clamp_min_(0.0)
         self.rows = torch.cat([self.rows, accepted])
         self.remainder[self.rows] = 0.0  # but for the jitter
         self._blocks.append(factor)
@@ -110,9 +117,9 @@ class PivotedCholesky:
         return keys.topk(count).indices.to(self.remainder.device)
 
     def _kernel_rows(self, points: Tensor) -> Tensor:
-        """The rows of K of some points, (·, N), in memory of its own."""
+        """The own entries of the rows of K of some points, (·, N), in memory of its own."""
         jacobian = self.system.jacobian
-        return jacobian[points].gram(jacobian, self.system.variances)[0]
+        return jacobian[points].gram(jacobian.own, self.system.variances)[0]
 
     def _accept(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Which of the proposed rows become landmarks, (k,), and the Cholesky factor of what is left of them, (k, k).
@@ -122,7 +129,7 @@ class PivotedCholesky:
         was left when it was drawn: the landmarks are distributed as if drawn one by one ("rejection sampling").
         """
         chosen = self.system.jacobian[rows[:: self.outputs] // self.outputs]
-        known = self.factor[:, rows]
+        known = self.columns(rows)
         matrix = (chosen.gram(chosen, self.system.variances)[0] - known.mT @ known).cpu()
         proposed = matrix.diagonal().clone()
         chances = torch.rand(len(rows), generator=self._generator, dtype=matrix.dtype, device="cpu")
@@ -165,7 +172,7 @@ class PivotedCholesky:
     def root(self) -> Tensor:
         """L, (m, m), lower triangular, with L Lᵀ the landmarks' kernel matrix, a jitter added; F is L⁻¹ k(Z, X), for
         landmarks Z and training inputs X."""
-        root = self.factor[:, self.rows].mT.tril(-1)
+        root = self.columns(self.rows).mT.tril(-1)
         start = 0
         for block in self._blocks:
             stop = start + len(block)

@@ -246,7 +246,8 @@ def _system_of_rows(system: System, rows: Tensor) -> tuple[System, Tensor]:
 
 def _landmark_limit(system: System) -> int:
     """As many landmarks as leave F three quarters of the memory budget, and the triangles the rest."""
-    beside_rows = memory.LANDMARKS.bytes(system.x.device) // (8 * system.num_rows)
+    held = system.jacobian.shards.most_rows(system.num_rows)
+    beside_rows = memory.LANDMARKS.bytes(system.x.device) // (8 * held)
     return max(1, min(system.num_rows, beside_rows, int((memory.TRIANGLE.bytes(system.x.device) / 8) ** 0.5)))
 
 
@@ -288,7 +289,7 @@ def _bounded(cholesky: PivotedCholesky) -> tuple[float, Tensor, float]:
     :math:`I + (1 + \eta) F D^{-1} F^\top` and :math:`1 + (1 + 1/\eta) \epsilon` for the rest.
     """
     residual, probes = _CAUTION * cholesky.residual(), cholesky.checked[:_PROBES]
-    known, rest = cholesky.factor[:, probes], cholesky.left_if_new(probes)
+    known, rest = cholesky.columns(probes), cholesky.left_if_new(probes)
     precision = _precision(cholesky)
     lost, gained = _splits(residual, float((rest / cholesky.checked_variances[:_PROBES]).mean()))
 
@@ -308,12 +309,13 @@ def _bounded(cholesky: PivotedCholesky) -> tuple[float, Tensor, float]:
 
 def _precision(cholesky: PivotedCholesky) -> Tensor:
     """The lower triangle of F D⁻¹ Fᵀ, (m, m). Leaves D^{-1/2} in F."""
-    factor = cholesky.factor.mul_(cholesky.system.noise[0].rsqrt())
+    shards = cholesky.shards
+    factor = cholesky.factor.mul_(shards.own(cholesky.system.noise[0].rsqrt(), 0))
     out = factor.new_zeros(len(factor), len(factor))
     for start in range(0, len(factor), _TRIANGLE_ROWS):
         stop = min(start + _TRIANGLE_ROWS, len(factor))
         torch.mm(factor[start:stop], factor[:stop].mT, out=out[start:stop, :stop])
-    return out
+    return shards.summed(out)
 
 
 def _factor(precision: Tensor, share: float) -> Tensor:

@@ -38,15 +38,20 @@ def weight_space_factor(system: System, rhs: Tensor | None = None) -> tuple[Tens
 
     :param rhs: (B, N, r); none by default.
     """
-    jacobian, outputs, size = system.jacobian, system.jacobian.function.num_outputs, system.num_parameters
+    jacobian, shards = system.jacobian.own, system.jacobian.shards
+    outputs, size = jacobian.function.num_outputs, system.num_parameters
     block = max(-(-size // outputs), min(jacobian.points_per_block(), _ROWS // outputs))
     rhs = system.x.new_zeros(1, system.num_rows, 0) if rhs is None else rhs
-    scale, roots = system.noise.rsqrt().unsqueeze(-1), system.root_variances.unsqueeze(-2)
+    rhs = shards.own(rhs, 1)
+    scale, roots = shards.own(system.noise, 1).rsqrt().unsqueeze(-1), system.root_variances.unsqueeze(-2)
     triangle = rhs.new_zeros(max(system.batch, len(rhs)), 0, size + rhs.shape[-1])
     for i in settings.progress(range(0, jacobian.num_points, block), "Orthogonalising features"):
         here = slice(i * outputs, (i + block) * outputs)
         features = jacobian[slice(i, i + block)].rows() * roots
         triangle = _triangle(triangle, _beside(features, rhs[:, here]) * scale[:, here])
+    if not shards.is_whole:  # those of all ranks, one on another: of one shape
+        width = triangle.shape[-1]
+        triangle = shards.stacked(torch.nn.functional.pad(triangle, (0, 0, 0, width - triangle.shape[-2])), -2)
     prior = torch.eye(size, size + rhs.shape[-1], dtype=rhs.dtype, device=rhs.device)
     triangle = _triangle(triangle, prior.unsqueeze(0))[..., :size, :]
     triangle = triangle * _signs(triangle[..., :size]).unsqueeze(-1)

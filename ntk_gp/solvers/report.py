@@ -9,7 +9,7 @@ from .base import Solver, readable_bytes
 from .choice import is_too_large_to_factorise, solver_class
 from .one_output import OneOutputSolver, system_of_one_output
 from .system import System
-from .table import SOLVERS
+from .table import solvers_for
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def report_on(system: System, used: Solver | None = None) -> SolverReport:
         num_parameters=system.num_parameters,
         batch=system.batch,
         memory_budget=memory.SYSTEM.bytes(system.x.device),
-        candidates=tuple(_candidate(system, kind, taken, chosen) for kind in SOLVERS),
+        candidates=tuple(_candidate(system, kind, taken, chosen) for kind in solvers_for(system)),
     )
 
 
@@ -104,7 +104,7 @@ def _choice(system: System) -> tuple[type[Solver] | None, str]:
     if not chosen.is_exact:
         limited = is_too_large_to_factorise(system)
         return chosen, "gpytorch.settings.max_cholesky_size is less than N and P" if limited else "nothing exact fits"
-    rivals = [kind for kind in SOLVERS if kind.is_exact and kind.obstacle(system) is None]
+    rivals = [kind for kind in solvers_for(system) if kind.is_exact and kind.obstacle(system) is None]
     return chosen, "exact, with the least flops" if len(rivals) > 1 else "exact, and the only such one that can serve"
 
 

@@ -26,9 +26,13 @@ def rounding_error(cholesky: Tensor) -> float:
 
     :param cholesky: L, (B, N, N).
     """
-    diagonal = cholesky.diagonal(dim1=-2, dim2=-1)
+    return rounding_error_by(cholesky.diagonal(dim1=-2, dim2=-1))
+
+
+def rounding_error_by(diagonal: Tensor) -> float:
+    """The same, from the diagonal of the factor, (B, N)."""
     condition = (diagonal.amax(-1) / diagonal.amin(-1)).square()
-    return torch.finfo(cholesky.dtype).eps * float(condition.amax())
+    return torch.finfo(diagonal.dtype).eps * float(condition.amax())
 
 
 def digits_lost(cholesky: Tensor) -> float:
@@ -39,9 +43,13 @@ def digits_lost(cholesky: Tensor) -> float:
 
     :param cholesky: L, (B, N, N).
     """
-    smallest = cholesky.diagonal(dim1=-2, dim2=-1).amin(-1).square()
-    trace = cholesky.square().sum((-2, -1))
-    return torch.finfo(cholesky.dtype).eps * float((trace / smallest).amax())
+    return digits_lost_by(cholesky.diagonal(dim1=-2, dim2=-1), cholesky.square().sum((-2, -1)))
+
+
+def digits_lost_by(diagonal: Tensor, trace: Tensor) -> float:
+    """The same, from the diagonal of the factor, (B, N), and the trace of L Lᵀ, (B,)."""
+    smallest = diagonal.amin(-1).square()
+    return torch.finfo(diagonal.dtype).eps * float((trace / smallest).amax())
 
 
 def needs_orthogonalisation(system: System, factor: Tensor | None) -> bool:
@@ -49,17 +57,28 @@ def needs_orthogonalisation(system: System, factor: Tensor | None) -> bool:
 
     :param factor: L, (B, N, N), if the factorisation has found one.
     """
-    return factor is None or not digits_lost(factor) <= MENDABLE.get(system.dtype, MENDABLE[torch.float32])
+    return factor is None or is_beyond_repair(system, digits_lost(factor))
 
 
-def not_positive_definite(system: System) -> NotPSDError:
-    """What is raised where nothing that fits in the memory budget solves."""
+def is_beyond_repair(system: System, lost: float) -> bool:
+    """Whether that many digits lost, a relative error, are more than a step of refinement restores."""
+    return not lost <= MENDABLE.get(system.dtype, MENDABLE[torch.float32])
+
+
+def not_positive_definite(system: System, way_out: str | None = None) -> NotPSDError:
+    """What is raised where nothing that fits in the memory budget solves.
+
+    :param way_out: What else could be done; by default that memory for orthogonalisation is lacking.
+    """
+    if way_out is None:
+        way_out = (
+            f"The features could be orthogonalised instead, but {system.num_rows} rows of {system.num_parameters} "
+            "features do not fit in ntk_gp.settings.memory_budget. Raise it, or the noise, or lower the outputscale."
+        )
     return NotPSDError(
         f"K + D of {system.num_rows} rows is not positive definite in float64: the largest prior variance is "
         f"{float(system.jacobian.diagonal(system.variances).amax()):.1e}, the smallest noise "
-        f"{float(system.noise.amin()):.1e}. The features could be orthogonalised instead, but {system.num_rows} rows "
-        f"of {system.num_parameters} features do not fit in ntk_gp.settings.memory_budget. Raise it, or the noise, or "
-        "lower the outputscale."
+        f"{float(system.noise.amin()):.1e}. {way_out}"
     )
 
 
@@ -70,10 +89,20 @@ def accuracy(system: System) -> float:
 
 def warn_of_rounding(cholesky: Tensor) -> None:
     """Says that a posterior made with this factor, (B, N, N), has lost digits."""
+    reason = "there is no memory for a more exact factorisation. Give ntk_gp.settings.memory_budget more, or the "
+    _warn(cholesky.diagonal(dim1=-2, dim2=-1), f"{reason}likelihood more noise")
+
+
+def warn_of_rounding_over_ranks(diagonal: Tensor) -> None:
+    """The same, of a factor over ranks, from its diagonal, (B, N)."""
+    reason = "features are not orthogonalised over ranks. Give the likelihood more noise, or set "
+    _warn(diagonal, f"{reason}ntk_gp.settings.solver('weight_space')")
+
+
+def _warn(diagonal: Tensor, reason: str) -> None:
     warnings.warn(
-        f"With so little noise, rounding leaves a relative error of up to about {10 * rounding_error(cholesky):.0e} in "
-        "the posterior, and there is no memory for a more exact factorisation. Give ntk_gp.settings.memory_budget "
-        "more, or the likelihood more noise.",
+        f"With so little noise, rounding leaves a relative error of up to about {10 * rounding_error_by(diagonal):.0e} "
+        f"in the posterior, and {reason}.",
         NumericalWarning,
-        stacklevel=2,
+        stacklevel=3,
     )

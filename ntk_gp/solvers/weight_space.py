@@ -149,11 +149,11 @@ class WeightSpaceSolver(Solver):
             return FunctionSpaceSolver(system).logdet_derivatives()
         shrinkage = 1 - torch.cholesky_inverse(self.cholesky).diagonal(dim1=-2, dim2=-1)
         by_group = function.sum_by_group(shrinkage / system.parameter_variances)
-        size, outputs = system.jacobian.points_per_block(), function.num_outputs
-        leverages = [
-            self.variance(system.jacobian[slice(i, i + size)]) for i in range(0, system.num_rows // outputs, size)
-        ]
-        return by_group, (1 - torch.cat(leverages, dim=-1) / system.noise) / system.noise
+        own = system.jacobian.own
+        size = own.points_per_block()
+        leverages = [self.variance(own[slice(i, i + size)]) for i in range(0, own.num_points, size)]
+        leverage = system.jacobian.shards.gathered(torch.cat(leverages, dim=-1), -1)
+        return by_group, (1 - leverage / system.noise) / system.noise
 
     @property
     def nbytes(self) -> int:
@@ -202,8 +202,9 @@ def _accumulated(system: System, batch: int, scale: Tensor | None = None, factor
     :param scale: By which rows of J are multiplied, (B or 1, N).
     :param factor: M, (B, P, P), where they are M⁻¹ Φᵀ.
     """
-    jacobian, outputs = system.jacobian, system.jacobian.function.num_outputs
+    jacobian, shards, outputs = system.jacobian.own, system.jacobian.shards, system.jacobian.function.num_outputs
     size, block = system.num_parameters, jacobian.points_per_block()
+    scale = None if scale is None else shards.own(scale, -1)
     edges = torch.linspace(0, size, min(_BLOCK_COLUMNS, size) + 1, device="cpu").long().tolist()
     columns = [slice(a, b) for a, b in pairwise(edges)]
     roots = system.root_variances
@@ -217,6 +218,9 @@ def _accumulated(system: System, batch: int, scale: Tensor | None = None, factor
         for j, left in enumerate(columns):
             for right in columns[: j + 1]:
                 moment[:, left, right] += features[..., left].mT @ features[..., right]
+    if not shards.is_whole:
+        for right in columns:  # of the lower triangle
+            moment[:, right.start :, right] = shards.summed(moment[:, right.start :, right])
     mirror_upper_triangle(moment.mT)
     system.check_finite(moment.diagonal(dim1=-2, dim2=-1))
     return moment

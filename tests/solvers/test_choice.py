@@ -74,7 +74,7 @@ class TestTable:
             cost = classmethod(lambda cls, system: 0.0)
             nbytes_needed = classmethod(lambda cls, system: 2000.0)
 
-        monkeypatch.setattr("ntk_gp.solvers.choice.SOLVERS", (*SOLVERS, Free))
+        monkeypatch.setattr("ntk_gp.solvers.table.SOLVERS", (*SOLVERS, Free))
         system = system_of(12, 8, 1, 1, torch.float64, 0.1)
         assert solver_class(system) is Free
         with settings.memory_budget(1999):
