@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.engine_independent
+pytestmark = [pytest.mark.engine_independent, pytest.mark.cpu_only]
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
