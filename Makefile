@@ -14,7 +14,7 @@ ENGINE_NAMED := tests/jacobian tests/replacements tests/test_network.py tests/te
 # Small versions of the notebooks are run by themselves: make notebooks QUICK=1
 NOTEBOOKS := tests/test_notebooks.py
 
-.PHONY: demo test test-engines test-versions test-peers fuzz lint notebooks benchmark docs clean
+.PHONY: demo test test-engines test-cuda test-versions test-peers fuzz lint notebooks benchmark docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python notebooks/adaptation.py
@@ -29,6 +29,10 @@ test: $(VENV)/.test $(VENV)/.docs
 test-engines: $(VENV)/.test
 	$(call seeded,1) --ignore $(NOTEBOOKS) $(ENGINE_NAMED:%=--ignore %) --engine structured --thorough
 	$(call seeded,2) --ignore $(NOTEBOOKS) $(ENGINE_NAMED:%=--ignore %) --engine autodiff --thorough
+
+# On a GPU; what is about the CPU is left out. One process: they would share the GPU's memory. Without a GPU all is skipped.
+test-cuda: $(VENV)/.test
+	$(BIN)/python -m pytest --device cuda --randomly-seed=$(firstword $(SEEDS))
 
 # On the oldest and the newest versions that pyproject.toml allows, each in an environment of its own in build/versions.
 test-versions:

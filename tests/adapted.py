@@ -65,7 +65,7 @@ def reference_kernel(net: nn.Module, x: Tensor) -> Tensor:
     """`references.kernel` of one of these networks, once for the same inputs and weights: at 800 points it takes longer
     than what it is compared with."""
     tensors = [x, *net.parameters()]
-    key = (str(net), *((t.dtype, t.shape, t.detach().numpy().tobytes()) for t in tensors))
+    key = (str(net), *((t.dtype, t.shape, t.detach().cpu().numpy().tobytes()) for t in tensors))
     if key not in _kernels:
         _kernels[key] = references.kernel(net, x)
     return _kernels[key]

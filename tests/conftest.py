@@ -26,12 +26,46 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="the Jacobian engine wherever a test names none; tests that name theirs are left out",
     )
     parser.addoption("--thorough", action="store_true", help="tests that show again what others do, too")
+    parser.addoption(
+        "--device",
+        default="cpu",
+        help="where tensors are made, such as cuda; tests that are about the CPU are left out, and all are skipped if there "
+        "is no such device",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     engine = config.getoption("--engine")
     if engine is not None:
         linearization.default_engine = engine
+    if _device(config) != "cpu" and _is_available(_device(config)):
+        torch.set_default_device(_device(config))  # of what modules of tests make when they are imported, too
+        torch.Generator = _Generator
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _device(config) != "cpu":
+        torch.set_default_device(None)
+        torch.Generator = _Generator.__base__
+
+
+class _Generator(torch.Generator):
+    """One for tensors where they are made: PyTorch's own are for the CPU if none is named."""
+
+    def __new__(cls, device: Any = None) -> "_Generator":
+        return super().__new__(cls, device=torch.get_default_device() if device is None else device)
+
+
+def _device(config: pytest.Config) -> str:
+    """What tests run on."""
+    return config.getoption("--device")
+
+
+def _is_available(device: str) -> bool:
+    try:
+        return torch.get_device_module(device).is_available()
+    except RuntimeError as error:
+        raise pytest.UsageError(f"--device {device}: {error}") from error
 
 
 def pytest_collection_finish() -> None:
@@ -41,16 +75,24 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With an engine forced, tests that name theirs would be run once more for nothing."""
-    if config.getoption("--engine") is not None:
-        _leave_out(config, items, _names_engine)
+    """With an engine forced, tests that name theirs would be run once more for nothing; on another device than the CPU,
+    those that are about the CPU; and what shows again what others do is run where it is asked for."""
     if not config.getoption("--thorough"):
         _leave_out(config, items, lambda item: item.get_closest_marker("thorough") is not None)
+    if config.getoption("--engine") is not None:
+        _leave_out(config, items, _names_engine)
+    device = _device(config)
+    if device == "cpu":
+        return
+    _leave_out(config, items, lambda item: item.get_closest_marker("cpu_only") is not None)
+    if not _is_available(device):
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason=f"--device {device}: there is none"))
 
 
-def _leave_out(config: pytest.Config, items: list[pytest.Item], is_left_out: Callable[[pytest.Item], bool]) -> None:
-    config.hook.pytest_deselected(items=[item for item in items if is_left_out(item)])
-    items[:] = [item for item in items if not is_left_out(item)]
+def _leave_out(config: pytest.Config, items: list[pytest.Item], which: Callable[[pytest.Item], bool]) -> None:
+    config.hook.pytest_deselected(items=[item for item in items if which(item)])
+    items[:] = [item for item in items if not which(item)]
 
 
 def _names_engine(item: pytest.Item) -> bool:

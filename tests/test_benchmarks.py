@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+pytestmark = pytest.mark.cpu_only
+
 report = pytest.importorskip("benchmarks.report", reason="benchmarks draw with matplotlib")
 
 

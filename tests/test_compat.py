@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from ntk_gp import _compat
 from tests.adapted import assert_close
 
-pytestmark = pytest.mark.engine_independent
+pytestmark = [pytest.mark.engine_independent, pytest.mark.cpu_only]
 
 F64 = torch.float64
 

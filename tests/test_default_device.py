@@ -18,6 +18,8 @@ from ntk_gp.solvers.function_space import FunctionSpaceSolver
 from ntk_gp.solvers.iterative import IterativeSolver
 from ntk_gp.solvers.weight_space import WeightSpaceSolver
 
+pytestmark = pytest.mark.cpu_only
+
 N = 30
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.engine_independent
+pytestmark = [pytest.mark.engine_independent, pytest.mark.cpu_only]
 
 DEMO = Path(__file__).parents[1] / "notebooks" / "adaptation.py"
 

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 import ntk_gp
 
+pytestmark = pytest.mark.cpu_only
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 MODULES = ["ntk_gp", *(module.name for module in pkgutil.walk_packages(ntk_gp.__path__, "ntk_gp."))]

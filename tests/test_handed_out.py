@@ -202,8 +202,8 @@ class TestTracing:
             program = torch.onnx.export(module, (x,), dynamo=True, dynamic_shapes=({0: Dim("n")},), verbose=False)
         program.save(tmp_path / "adapted.onnx")
         session = runtime.InferenceSession(tmp_path / "adapted.onnx")
-        (values,) = session.run(None, {session.get_inputs()[0].name: x[:3].numpy()})
-        assert_close(torch.from_numpy(values), module(x[:3]), 1e-10)
+        (values,) = session.run(None, {session.get_inputs()[0].name: x[:3].cpu().numpy()})
+        assert_close(torch.as_tensor(values), module(x[:3]), 1e-10)
 
 
 class TestTransforms:

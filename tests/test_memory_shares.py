@@ -9,6 +9,8 @@ import torch
 import ntk_gp
 from ntk_gp import memory, settings
 
+pytestmark = pytest.mark.cpu_only
+
 CPU = torch.device("cpu")
 SHARES = {name: share for name, share in vars(memory).items() if isinstance(share, memory.Share)}
 

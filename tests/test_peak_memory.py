@@ -12,6 +12,8 @@ from tests.jacobian.explicit import variances_for
 from tests.networks import CASES as NETWORKS
 from tests.peak_memory import measure_afresh
 
+pytestmark = pytest.mark.cpu_only
+
 BUDGET = 40 << 20  # bytes
 
 MEASURED = {

@@ -26,7 +26,7 @@ from ntk_gp.solvers.iterative import IterativeSolver, tolerance
 from ntk_gp.solvers.love import LanczosVariance
 from tests.adapted import LARGE, SMALL, AdaptedGP, assert_close, data, network
 
-pytestmark = pytest.mark.engine_independent
+pytestmark = [pytest.mark.engine_independent, pytest.mark.cpu_only]
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 OWN, ALL = PAGE.read_text().split("## Who decides")

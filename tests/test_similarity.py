@@ -42,7 +42,7 @@ def fisher_cosine(one, other):
 def dense_angles(one, other, left=False):
     """By dense decompositions and SciPy."""
     a, b = (torch.linalg.svd(part.mT if left else part).Vh[:4].mT for part in (one, other))
-    return torch.from_numpy(linalg.subspace_angles(a.numpy(), b.numpy())).flip(-1)
+    return torch.from_numpy(linalg.subspace_angles(a.cpu().numpy(), b.cpu().numpy())).to(a.device).flip(-1)
 
 
 def centred(kernel, outputs=1):

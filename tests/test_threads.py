@@ -21,6 +21,8 @@ from ntk_gp.jacobian.contents_cache import ContentsCache
 from ntk_gp.network.switches import Switch
 from tests.in_threads import THREADS, in_threads
 
+pytestmark = pytest.mark.cpu_only
+
 ROUNDS = 8
 MARK = 1e6  # an input for which the network raises
 

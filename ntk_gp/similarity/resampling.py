@@ -36,16 +36,16 @@ class Resampling:
         if resamples < 0 or resamples == 1:
             raise ValueError(f"Expected resamples=0 for no standard errors, or two at least, got {resamples}.")
         self.resamples = resamples
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator(device="cpu").manual_seed(seed)
 
     def weights(self, like: Tensor) -> Tensor:
         """How often each of the n points of `like` (n, …) is in each set, (1 + resamples, n); the first is the data."""
         n = len(like)
-        drawn = torch.randint(n, (self.resamples, n), generator=self._generator)
-        counts = torch.zeros(self.resamples, n, dtype=torch.float64).scatter_add_(
-            1, drawn, torch.ones(self.resamples, n, dtype=torch.float64)
-        )
-        return torch.cat([torch.ones(1, n, dtype=torch.float64), counts]).to(like.device)
+        drawn = torch.randint(n, (self.resamples, n), generator=self._generator, device="cpu")
+        counts = drawn.new_zeros(1 + self.resamples, n, dtype=torch.float64)
+        counts[0] = 1
+        counts[1:].scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+        return counts.to(like.device)
 
 
 def estimate(values: Tensor) -> Estimate:

@@ -80,7 +80,8 @@ def leading_eigenpairs(
     :param wanted: How many of them are to be exact.
     """
     n = len(like)
-    start = torch.randn(n, kept + _OVERSAMPLED, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    start = torch.randn(n, kept + _OVERSAMPLED, generator=generator, dtype=torch.float64, device="cpu")
     block = torch.linalg.qr(start.to(like)).Q
     basis, images = block, multiply(block)
     for _ in range(_STEPS):

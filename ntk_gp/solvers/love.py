@@ -127,7 +127,7 @@ class LanczosVariance(FastVariance):
 def _inverse_root(system: System, rank: int) -> Tensor:
     """R, (N, t), with R Rᵀ ≈ (K + D)⁻¹."""
     generator = torch.Generator(device="cpu").manual_seed(0)
-    points = torch.randperm(system.jacobian.num_points, generator=generator)[:_PROBES].to(system.x.device)
+    points = torch.randperm(system.jacobian.num_points, generator=generator, device="cpu")[:_PROBES].to(system.x.device)
     cross = system.jacobian.gram(system.jacobian[points], system.variances)[0]
     signs = torch.randint(0, 2, (cross.shape[-1],), generator=generator, device="cpu").mul(2).sub(1)
     image = cross @ signs.to(cross)

@@ -44,10 +44,10 @@ class SolverProblem:
     ):
         x_batch, weight_batch, noise_batch = batches
         self.network = _network(outputs)
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator(device="cpu").manual_seed(1)
 
         def uniform(*shape: int) -> Tensor:
-            return 0.5 + torch.rand(*shape, dtype=torch.float64, generator=generator)
+            return 0.5 + _here(torch.rand(*shape, dtype=torch.float64, generator=generator, device="cpu"))
 
         self.outputs = outputs
         self.x, self.test_x = _inputs(x_batch, n, seed=0), _inputs(x_batch, _TEST_POINTS, seed=2)
@@ -63,7 +63,7 @@ class SolverProblem:
         batch = max(batches)
         root = self.jacobian * self.parameter_variances.unsqueeze(-2)
         self.matrix = (root @ self.jacobian.mT + torch.diag_embed(self.noise)).expand(batch, -1, -1)
-        self.rhs = torch.randn(batch, n * outputs, 4, dtype=torch.float64, generator=generator)
+        self.rhs = _here(torch.randn(batch, n * outputs, 4, dtype=torch.float64, generator=generator, device="cpu"))
         cross = root @ self.test_jacobian.mT
         prior = (self.test_jacobian * self.parameter_variances.unsqueeze(-2)) @ self.test_jacobian.mT
         self.covariance = prior - cross.mT @ torch.linalg.solve(self.matrix, cross)
@@ -86,5 +86,10 @@ def _network(outputs: int) -> nn.Sequential:
 
 
 def _inputs(*shape: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, _INPUTS, dtype=torch.float64, generator=generator)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return _here(torch.randn(*shape, _INPUTS, dtype=torch.float64, generator=generator, device="cpu"))
+
+
+def _here(drawn: Tensor) -> Tensor:
+    """On the default device: the same numbers wherever a solver is tried."""
+    return drawn.to(torch.get_default_device())

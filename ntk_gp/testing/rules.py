@@ -137,12 +137,11 @@ class _Check:
 
     def every_operation(self) -> None:
         """All that the interface of Jacobians has; rows first, for they say the most."""
-        generator = torch.Generator().manual_seed(2)
-        random = partial(torch.randn, generator=generator, dtype=torch.float64)
-        u, v = (random(1, 3, size).to(self.dtype) for size in (self.J.shape[-1], self.J.shape[-2]))
-        weights = (0.5 + torch.rand(1, int(self.groups.max()) + 1, generator=generator, dtype=torch.float64)).to(
-            v.dtype
-        )
+        generator = torch.Generator(device="cpu").manual_seed(2)
+        options: dict[str, Any] = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+        like = self.J.to(self.dtype)
+        u, v = (torch.randn(1, 3, size, **options).to(like) for size in (self.J.shape[-1], self.J.shape[-2]))
+        weights = torch.rand(1, int(self.groups.max()) + 1, **options).add(0.5).to(like)
         j, k = self.jacobians
         self._check_rows("rows()", j.rows(), self.J)
         self._check_rows("rows() at the other inputs", k.rows(), self.K)

@@ -26,7 +26,7 @@ from ntk_gp.bridge import distributions, exact_variances, kernel_matrices, model
 from ntk_gp.bridge.prediction_strategies import NTKPredictionStrategy
 from tests.adapted import AdaptedGP, assert_close, data, network
 
-pytestmark = pytest.mark.engine_independent
+pytestmark = [pytest.mark.engine_independent, pytest.mark.cpu_only]
 
 # Models without an NTK, and the bytes of what they compute.
 STOCK = textwrap.dedent(

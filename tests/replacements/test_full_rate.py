@@ -8,6 +8,8 @@ from torch.func import jvp, vmap
 from ntk_gp.replacements import onednn
 from ntk_gp.replacements.full_rate import FullRateLayers
 
+pytestmark = pytest.mark.cpu_only
+
 
 @pytest.fixture(autouse=True)
 def however_small(monkeypatch):

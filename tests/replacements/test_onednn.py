@@ -10,6 +10,8 @@ from torch.func import jvp, vmap
 from ntk_gp.replacements import onednn as module
 from ntk_gp.replacements.onednn import matmul
 
+pytestmark = pytest.mark.cpu_only
+
 
 @pytest.fixture(autouse=True, scope="module")
 def however_small():

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from ntk_gp.replacements import onednn
 from ntk_gp.replacements.recorded import batch_norm, linear, tanh
 
+pytestmark = pytest.mark.cpu_only
+
 
 @pytest.fixture(autouse=True)
 def however_small(monkeypatch):
