@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..network import FrozenNetwork, full_precision
+from ..network import FrozenNetwork, full_precision, is_same_function
 from . import rules
 from .autodiff import AutodiffEngine
 from .base import Jacobian, JacobianEngine
@@ -94,6 +94,11 @@ class Linearization:
     def of_network(self) -> Linearization:
         """That of the network alone, without what stands beside it."""
         return self
+
+    def has_values_of(self, network: FrozenNetwork) -> bool:
+        """Whether f is that of another snapshot, which edits without a trace have just been looked for in."""
+        own = self.of_network.network
+        return isinstance(own, FrozenNetwork) and is_same_function(network, own)
 
     def add_solver(self, solver: Any) -> None:
         """Others may start from this one while it is in use."""
