@@ -230,13 +230,15 @@ def _wins(prediction: MultitaskMultivariateNormal, draws: int = 1000) -> Tensor:
     return (F.one_hot(values.argmax(-1), CLASSES).sum(0) + 0.5) / (draws + CLASSES / 2)
 
 
-class OfOneClass(gpytorch.models.ExactGP):
-    """The logarithm of one class's gamma variable, with the noise that Dirichlet classification gives each label."""
+class OfEachClass(gpytorch.models.ExactGP):
+    """The logarithms of the classes' gamma variables, and their noise in Dirichlet classification, (C, n)."""
 
-    def __init__(self, x: Tensor, y: Tensor, noise: Tensor, network: nn.Module, output: int):
-        super().__init__(x, y, FixedNoiseGaussianLikelihood(noise, learn_additional_noise=True))
-        self.mean_module = ConstantMean()
-        self.covar_module = ScaleKernel(NTKKernel(network, output=output, normalize=True))
+    def __init__(self, x: Tensor, y: Tensor, noise: Tensor, network: nn.Module):
+        classes = y.shape[:1]
+        super().__init__(x, y, FixedNoiseGaussianLikelihood(noise, learn_additional_noise=True, batch_shape=classes))
+        self.mean_module = ConstantMean(batch_shape=classes)
+        kernel = NTKKernel(network, output="batch", normalize=True, batch_shape=classes)
+        self.covar_module = ScaleKernel(kernel, batch_shape=classes)
         register_log_prior(self.covar_module, "outputscale", 10.0, width=1.5)
 
     def forward(self, x: Tensor) -> MultivariateNormal:
@@ -244,18 +246,16 @@ class OfOneClass(gpytorch.models.ExactGP):
 
 
 def dirichlet(network: nn.Sequential, x: Tensor, labels: Tensor, x_test: Tensor, draws: int = 1000) -> Tensor:
-    """Ten regressions, each of its class's kernel (Milios et al. 2018); probabilities from draws."""
+    """A regression of each class's kernel (Milios et al. 2018); probabilities from draws."""
     # One more of the last class, and left out again: the classes are counted by the largest label.
     likelihood = DirichletClassificationLikelihood(F.pad(labels, (0, 1), value=CLASSES - 1), dtype=x.dtype)
     targets, noises = likelihood.transformed_targets[:, :-1], likelihood.noise_covar.noise[:, :-1]
-    found = []
-    for c, (y, noise) in enumerate(zip(targets, noises, strict=True)):
-        model = OfOneClass(x, y, noise, network, c)
-        objective = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)
-        fit(model.train(), lambda model=model, objective=objective: objective(model(x), model.train_targets), 20)
-        with torch.no_grad():
-            found.append(model.eval()(x_test))
-    mean, deviation = (torch.stack([getattr(each, name) for each in found], -1) for name in ("mean", "stddev"))
+    model = OfEachClass(x, targets, noises, network)
+    objective = gpytorch.mlls.ExactMarginalLogLikelihood(model.likelihood, model)
+    fit(model.train(), lambda: objective(model(x), targets).sum(), 40)
+    with torch.no_grad():
+        found = model.eval()(x_test)
+    mean, deviation = found.mean.mT, found.stddev.mT
     return (mean + deviation * torch.randn(draws, *mean.shape, dtype=mean.dtype)).softmax(-1).mean(0).detach()
 
 
@@ -299,7 +299,7 @@ def by_leaving_one_out(network: nn.Sequential, x: Tensor, labels: Tensor, x_test
         model = Classifier(x, labels, network, parameters=part)
         for scale in SCALES:
             model.covar_module.outputscale = scale
-            log_probabilities = _left_out(model.eval()).log()
+            log_probabilities = model.eval().leave_one_out_proba().log()
             for power in POWERS:
                 loss = F.cross_entropy(power * log_probabilities, labels, reduction="sum")
                 loss = float(loss) + 0.5 * np.log(power) ** 2
@@ -309,22 +309,6 @@ def by_leaving_one_out(network: nn.Sequential, x: Tensor, labels: Tensor, x_test
     model = Classifier(x, labels, network, parameters=part)
     model.covar_module.outputscale = scale
     return (power * model.eval().predict_proba(x_test).log()).softmax(-1)
-
-
-@torch.no_grad()
-def _left_out(model: Classifier) -> Tensor:
-    """What the posterior without each label says of it, (n, C): the label's term is divided out of the posterior, and
-    MacKay's formula taken (Rasmussen and Williams 2006, section 3.6.2, has cavities)."""
-    (x,), labels = model.train_inputs, model.train_targets
-    posterior = model(x)
-    f, n = posterior.mean, len(labels)
-    covariance = posterior.covariance_matrix.reshape(n, CLASSES, n, CLASSES).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    p = f.softmax(-1)
-    curvature = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
-    without = torch.linalg.solve(torch.eye(CLASSES, dtype=f.dtype) - covariance @ curvature, covariance)
-    gradient = F.one_hot(labels, CLASSES) - p
-    mean = f - (without @ gradient.unsqueeze(-1)).squeeze(-1)
-    return (mean / (1 + torch.pi / 8 * without.diagonal(dim1=1, dim2=2)).sqrt()).softmax(-1)
 
 
 # ---- 6. The experiment ----

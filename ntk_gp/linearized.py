@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ._compat import BUFFERS, buffers_in, dual_level_number, innermost_transform
 from .jacobian.autodiff import AutodiffEngine
-from .jacobian.forward_mode import dual_level, value_and_tangent
+from .jacobian.forward_mode import dual_level, value_and_product
 from .jacobian.modes import Modes
 from .network import FrozenNetwork, NetworkFunction, check_finite, normal_tensor
 from .network.returned import tensor_of
@@ -191,14 +190,8 @@ def _is_dual(x: Tensor) -> bool:
 
 def _in_one_pass(function: NetworkFunction, x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
     """f and J w of a network that has forward mode, for one w (1, P)."""
-    tangents = function.split(directions[0])
-    pieces = []
-    with function.tracing(), torch.no_grad():
-        for chunk in normal_tensor(x).split(function.points_per_pass()):
-            at = functools.partial(function, x=chunk)
-            pieces.append(value_and_tangent(at, function.parameters, tangents))
-    values, products = pieces[0] if len(pieces) == 1 else (torch.cat(part) for part in zip(*pieces, strict=True))
-    return values, products.unsqueeze(0)
+    values, product = value_and_product(function, x, directions[0])
+    return values, product.unsqueeze(0)
 
 
 def _linearize_at(

@@ -6,7 +6,7 @@ import torch
 from gpytorch.means import Mean
 from torch import Tensor, nn
 
-from .network import FrozenNetwork, InputDtype, InputShape, Output
+from .network import FrozenNetwork, InputDtype, InputShape, Output, values_along
 from .replacements.full_rate import FullRateLayers
 
 
@@ -70,7 +70,8 @@ class NetworkMean(Mean):
         prefix = self._prefix  # other threads may put another in its place
         known = 0 if prefix is None else prefix.length_in(x, state)
         new = x[..., known:, :]
-        values = self.network.values(new, state, FullRateLayers())
+        along = values_along(self.network, new)
+        values = self.network.values(new, state, FullRateLayers()) if along is None else along
         if prefix is not None and known:
             begin = prefix.values[:known]
             new_values = values.reshape(*new.shape[:-1], values.shape[-1])

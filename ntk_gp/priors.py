@@ -187,9 +187,25 @@ def unexplained_variance(model: ExactGP) -> float:
     return v0
 
 
+def check_is_regression(model: Any) -> None:
+    """Raises where a model is no ExactGP: there are no residuals to take scales from, and no Gaussian likelihood to
+    average by."""
+    if isinstance(model, ExactGP):
+        return
+    targets = getattr(model, "train_targets", None)
+    if isinstance(targets, Tensor) and not targets.is_floating_point():
+        way_out = (
+            "Labels have no residuals: give its scales weak priors with register_log_prior(kernel, 'outputscale', "
+            "10.0, width=1.5), and fit them by LaplaceMarginalLogLikelihood or compare them by "
+            "model.leave_one_out_proba()."
+        )
+    else:
+        way_out = "Of a list of models, give each."
+    raise TypeError(f"Expected a gpytorch.models.ExactGP, got {type(model).__name__}. {way_out}")
+
+
 def _training_inputs(model: ExactGP) -> Tensor:
-    if not isinstance(model, ExactGP):
-        raise TypeError(f"Expected a gpytorch.models.ExactGP, got {type(model).__name__}.")
+    check_is_regression(model)
     for name in ("mean_module", "covar_module"):
         if not isinstance(getattr(model, name, None), nn.Module):
             raise TypeError(

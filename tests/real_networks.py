@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ntk_gp import pack
+
 
 class BasicBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int, stride: int = 1):
@@ -146,19 +148,8 @@ class BertClassifier(nn.Module):
         return self.classifier(self.dropout(torch.tanh(self.pooler(x[:, 0]))))
 
 
-class OfFloats(nn.Module):
-    """A network of token ids and a mask, given as the halves of a row of floats, as kernels take inputs."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network(*x.long().chunk(2, dim=-1))
-
-
 class Tagger(nn.Module):
-    """A tag for each word of a sentence, by an LSTM in both directions: rows of word ids to (n, length, tags)."""
+    """A tag for each word of a sentence, by an LSTM in both directions: ids (n, length) to (n, length, tags)."""
 
     def __init__(self, tags: int, vocabulary: int = 50, width: int = 8, hidden: int = 10):
         super().__init__()
@@ -167,7 +158,7 @@ class Tagger(nn.Module):
         self.hidden2tag = nn.Linear(2 * hidden, tags)
 
     def forward(self, sentence: Tensor) -> Tensor:
-        states, _ = self.lstm(self.word_embeddings(sentence.long()))
+        states, _ = self.lstm(self.word_embeddings(sentence))
         return self.hidden2tag(states)
 
 
@@ -258,21 +249,36 @@ class RealNetwork:
             return torch.randint(self.integers, (n, self.width), generator=generator).double()
         return torch.randn(n, self.width, generator=generator, dtype=torch.float64)
 
+    def call(self, network: nn.Module, x: Tensor) -> Tensor:
+        """The network at inputs (n, d), called as whoever trained it does."""
+        x = x.to(self.options.get("input_dtype", x.dtype))
+        return network(x.reshape(-1, *self.options.get("input_shape", x.shape[1:])))
+
 
 class Sentences(RealNetwork):
+    """Ids of words, and a mask that is 1 where there is one, 0 at padding: lengths from two on."""
+
     def inputs(self, n: int) -> Tensor:
-        """Ids of words, then 1 where there is one, 0 at padding: lengths from two on."""
-        ids, length = super().inputs(n)[:, : self.width // 2] + 1, self.width // 2
-        mask = (torch.arange(length) < 2 + torch.arange(n)[:, None] % (length - 1)).double()
-        return torch.cat([ids * mask, mask], dim=-1)
+        return pack(self.options["input_shape"], self._tokens(n), dtype=torch.float64)
+
+    def call(self, network: nn.Module, x: Tensor) -> Tensor:
+        return network(**self._tokens(len(x)))
+
+    def _tokens(self, n: int) -> dict[str, Tensor]:
+        """As a tokenizer gives them, int64."""
+        ids, length = super().inputs(n).long()[:, : self.width // 2] + 1, self.width // 2
+        mask = (torch.arange(length) < 2 + torch.arange(n)[:, None] % (length - 1)).long()
+        return {"ids": ids * mask, "mask": mask}
 
 
 IMAGE = {"input_shape": (3, 32, 32)}
+WORDS = {"input_dtype": torch.long}
+TOKENS = {"input_shape": {"ids": (12,), "mask": (12,)}, "input_dtype": torch.long}
 REAL_NETWORKS = {
     "resnet18": RealNetwork(lambda: ResNet18(10, width=16), 3 * 32 * 32, {**IMAGE, "output": 3}),
     "vit": RealNetwork(lambda: VisionTransformer(3), 3 * 32 * 32, {**IMAGE, "output": "all"}),
-    "bert": Sentences(lambda: OfFloats(BertClassifier(3)), 24, {"output": "all"}, integers=99),
-    "lstm_tagger": RealNetwork(lambda: Tagger(3), 4, {"output": "all"}, integers=50, autodiff=("lstm.*",)),
+    "bert": Sentences(lambda: BertClassifier(3), 24, {**TOKENS, "output": "all"}, integers=99),
+    "lstm_tagger": RealNetwork(lambda: Tagger(3), 4, {**WORDS, "output": "all"}, integers=50, autodiff=("lstm.*",)),
     "unet": RealNetwork(lambda: UNet(3), 3 * 16 * 16, {"input_shape": (3, 16, 16), "output": 16 * 9 + 5}),
     "pinn": RealNetwork(BurgersPINN, 2, {"output": "all"}, autodiff=("*.weight",)),
 }

@@ -36,7 +36,7 @@ def reference(name: str) -> Reference:
     network, x = case.network(), case.inputs(TRAIN + TEST)
     output = case.options.get("output")
     with torch.no_grad():
-        values = network(x.reshape(-1, *case.options.get("input_shape", x.shape[1:]))).reshape(len(x), -1)
+        values = case.call(network, x).reshape(len(x), -1)
     values = values if output == "all" else values[:, [output]]
     y = values[:TRAIN] + torch.randn(values[:TRAIN].shape, generator=torch.Generator().manual_seed(2)).double()
     return Reference(network, x, y, values.reshape(-1), explicit_jacobian(network, x, **case.options))
@@ -47,8 +47,7 @@ class Model(gpytorch.models.ExactGP):
         several = options["output"] == "all"
         likelihood = MultitaskGaussianLikelihood(y.shape[-1], rank=0, has_task_noise=False) if several else None
         super().__init__(x, y if several else y.squeeze(-1), (likelihood or GaussianLikelihood()).double())
-        mean_options = {key: value for key, value in options.items() if key in ("input_shape", "output")}
-        self.mean_module = NetworkMean(network, **mean_options)
+        self.mean_module = NetworkMean(network, **options)
         self.covar_module = NTKKernel(network, **options)
         self.distribution = MultitaskMultivariateNormal if several else MultivariateNormal
         self.likelihood.noise = torch.tensor(NOISE, dtype=torch.float64)  # a number would be rounded to float32

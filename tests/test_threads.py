@@ -141,7 +141,9 @@ def make(network: str, engine: str, operation: str) -> tuple[Callable[[Tensor], 
 @pytest.mark.parametrize(
     ("network", "warm"),
     [
-        ("mlp", True), ("mlp", False), ("attention", False),
+        ("mlp", True),
+        ("mlp", False),
+        ("attention", False),
         pytest.param("recurrent", False, marks=pytest.mark.thorough),
     ],
     ids=["mlp-warm", "mlp-cold", "attention-cold", "recurrent-cold"],

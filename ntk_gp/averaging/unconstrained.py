@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..bridge.recognised import contains_ntk
 from ..operators import NTKAddedDiagLinearOperator
 from ..operators.ntk_sum_linear_operator import NTKSumLinearOperator
+from ..priors import check_is_regression
 
 # Second differences of a gradient for each; beyond, an approximation of their posterior is another task.
 MOST = 200
@@ -317,10 +318,7 @@ def working_copy(model: ExactGP) -> ExactGP:
 
 
 def _check(model: ExactGP) -> None:
-    if not isinstance(model, ExactGP):
-        raise TypeError(
-            f"Expected a gpytorch.models.ExactGP, got {type(model).__name__}. Of a list of models, average each."
-        )
+    check_is_regression(model)
     ExactMarginalLogLikelihood(model.likelihood, model)  # refuses other likelihoods
     if any(getattr(model, name, None) is not None for name in ("input_transform", "outcome_transform")):
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
@@ -12,7 +13,9 @@ from gpytorch.models import GP
 from linear_operator.operators import DenseLinearOperator, LinearOperator
 
 from .._compat import is_interleaved
+from ..network import expecting
 from ..operators.ntk_sum_linear_operator import NTKSumLinearOperator
+from . import passes
 from .prediction_strategies import NTKInducingPointStrategy, NTKPredictionStrategy
 from .recognised import contains_ntk
 
@@ -48,8 +51,10 @@ def _own_strategy(matrix: LinearOperator) -> Callable[..., Any] | None:
 
 
 def call(default: Callable[..., Any], model: GP, *args: Any, **kwargs: Any) -> Any:
-    """Marks what `forward` has put together from dense tensors: they do not say what was in them, the model does."""
-    output = default(model, *args, **kwargs)
+    """Lets the mean have f(x) from a pass that the kernel needs, and marks what `forward` has put together from dense
+    tensors: they do not say what was in them, the model does."""
+    with expecting(partial(passes.values_along, model)):
+        output = default(model, *args, **kwargs)
     if type(output) not in (MultivariateNormal, MultitaskMultivariateNormal):
         return output
     if output.islazy and not isinstance(output.lazy_covariance_matrix, DenseLinearOperator):

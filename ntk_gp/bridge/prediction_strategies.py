@@ -13,7 +13,8 @@ from linear_operator.utils.memoize import cached, clear_cache_hook
 from torch import Size, Tensor
 
 from .._compat import without_diagonal
-from ..network import is_finite, normal_tensor
+from ..jacobian.one_output import is_of_last_layer
+from ..network import FrozenNetwork, check_finite, is_finite, normal_tensor
 from ..operators import NTKAddedDiagLinearOperator, NTKLinearOperator
 from ..operators._batches import FoldedColumns
 from ..operators._densely_solved import DenselySolved
@@ -43,6 +44,10 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
     def __init__(self, train_inputs, train_prior_dist, train_labels, likelihood, **kwargs):
         _check_targets(train_inputs[0], train_labels)
         self._networks: set[int] = set()  # the states of the networks in K
+        self._has_weights = False
+        self._last_shift: tuple[Tensor, Tensor] | None = (
+            None  # J(x) ŵ, (m·C,), at the test inputs x (1, m, d) seen last
+        )
         clear_cache_hook(self)  # made here, since threads that share this could each make their own later
         super().__init__(train_inputs, train_prior_dist, train_labels, likelihood, **kwargs)
 
@@ -104,7 +109,9 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
     def mean_weights(self) -> Tensor:
         """ŵ, (*batch, P) in float64."""
         with torch.inference_mode(False):
-            return self._mean_weights(normal_tensor(self.residual))
+            weights = self._mean_weights(normal_tensor(self.residual))
+        self._has_weights = True
+        return weights
 
     def _mean_weights(self, residual: Tensor) -> Tensor:
         batch = residual.shape[:-1]
@@ -151,11 +158,16 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
         derivatives by hyperparameters are not asked for."""
         return (
             isinstance(test_test_covar, NTKLinearOperator)
-            and isinstance(self._train_matrix, NTKAddedDiagLinearOperator)
-            and self._train_matrix._is_positive
+            and self._is_linear
             and without_diagonal(self._train_matrix).is_of_one_kernel_with(test_test_covar)
-            and gpytorch_settings.detach_test_caches.on()
         )
+
+    @property
+    def _is_linear(self) -> bool:
+        """Whether what was learned is ŵ, and derivatives by hyperparameters are not asked for."""
+        matrix = self._train_matrix
+        is_constant = gpytorch_settings.detach_test_caches.on()
+        return is_constant and isinstance(matrix, NTKAddedDiagLinearOperator) and matrix._is_positive
 
     def exact_prediction(self, test_mean, test_test_covar, test_train_covar):
         test_test_covar = without_constants(to_linear_operator(test_test_covar))
@@ -237,8 +249,47 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
         explained = MatmulLinearOperator(cross, -matrix.solve(cross.mT))
         return NTKSumLinearOperator(to_linear_operator(test_test_covar), explained)
 
+    def values_along(self, network: FrozenNetwork, x: Tensor) -> Tensor | None:
+        """f(x), (N, C), at test inputs (*batch, m, d), where one pass gives J(x) ŵ as well: that is kept for when it is
+        asked for, as is J(x) where it is what the last layer is given. None where it takes two."""
+        if not self._is_linear or not (self.solver.is_exact or self._has_weights):
+            return None  # GPyTorch sets the tolerance of iterations once it has f(x)
+        system, weights = self.solver.system, self.mean_weights
+        if weights.shape[:-1].numel() > 1:
+            return None
+        if (
+            not system.linearization.has_values_of(network)
+            or system.state != system.linearization.network.fingerprint()
+        ):
+            return None
+        check_finite(x)
+        flat = x.detach().reshape(1, -1, x.shape[-1])
+        with torch.no_grad():
+            if self._is_of_last_layer:
+                jacobian = system.linearization.jacobian(flat.double(), keep=False)
+                system.remember(jacobian)
+            else:
+                jacobian = system.linearization.autodiff.linearize(flat)
+            found = jacobian.values_and_product(weights.reshape(-1).to(jacobian.x))
+        if found is None:
+            return None
+        values, shift = (part[0].to(x.dtype) for part in found)
+        self._last_shift = (flat.clone(), shift)
+        return values.clone()
+
+    @property
+    @cached(name="is_of_last_layer")
+    def _is_of_last_layer(self) -> bool:
+        return is_of_last_layer(self.solver.system.jacobian)
+
     def _mean_shift(self, x: Tensor) -> Tensor:
         """J(x) ŵ: (*batch, m, d) to (*batch, m·C)."""
+        known = self._last_shift  # other threads may put another in its place
+        if known is not None and not x.requires_grad:
+            (seen, shift), flat = known, x.reshape(1, -1, x.shape[-1])
+            if seen.dtype == flat.dtype and torch.equal(seen, flat):
+                check_shift(shift.unsqueeze(0), x)
+                return shift
         linearization = self.solver.system.linearization
         weights = self.mean_weights.to(x.dtype)
         batch = torch.broadcast_shapes(x.shape[:-2], weights.shape[:-1])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import settings
 from .approximation import LaplaceApproximation, LatentPrior
+from .left_out import without_own_labels
 from .log_densities import log_density
 from .posterior import LatentPosterior
 from .probabilities import Link
@@ -170,6 +171,28 @@ class LaplaceGP(GP):
             blocks = settings.progress(x.reshape(-1, x.shape[-1]).split(size), "Probabilities")
             found = torch.cat([link(*self._marginals(block)) for block in blocks])
         return found.reshape(*x.shape[:-1], *found.shape[1:]).to(posterior.approximation.prior.dtype)
+
+    def leave_one_out_proba(
+        self, method: str = "probit", *, samples: int = 1000, generator: torch.Generator | None = None
+    ) -> Tensor:
+        r"""The probabilities of the classes at each training input, by the posterior without its own label.
+
+        Their logarithms at the labels, summed, are a score to choose a scale or the layers by, as
+        :class:`~gpytorch.mlls.LeaveOneOutPseudoLikelihood` is in regression. It has no gradients: compare a few values.
+        Each label's own term is divided out of the approximation, which is not expanded anew: no model is fitted again,
+        and for labels that decide much by themselves it is not what fitting without them would give.
+
+        Costs what one evaluation of :meth:`predict_proba` at the training inputs does.
+
+        :param method: As for :meth:`predict_proba`, and `samples` and `generator` with it.
+        :return: (n, C); for two classes with one output, the probability of label 1, (n,).
+        """
+        if self.training:
+            raise RuntimeError("The model is in train mode. Call model.eval() first.")
+        link = Link(self.likelihood, method, samples, generator)
+        approximation = self.approximation
+        with torch.no_grad():
+            return link(*without_own_labels(approximation)).to(approximation.prior.dtype)
 
     def _marginals(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The latent posterior at each of some points by itself: mean, (m, C), and covariance, (m, C, C)."""

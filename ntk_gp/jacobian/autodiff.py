@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,9 +25,12 @@ from .. import memory
 from ..network import FrozenNetwork, NetworkFunction, is_finite, normal_tensor, some_rows
 from . import plain, transforms
 from .base import Jacobian, JacobianEngine
+from .forward_mode import value_and_product
 from .modes import TRANSFORM_ERRORS, Modes, agree_at_random, is_transformed
 
 logger = logging.getLogger("ntk_gp")
+
+_Result = TypeVar("_Result")
 
 # Points at which the ways to differentiate a network are tried.
 _TRIED = 2
@@ -112,6 +115,18 @@ class AutodiffJacobian(Jacobian):
         return torch.stack([self._jvp_points(x, u) for x, u in zip(points, tangents, strict=True)]).reshape(
             tangents.shape[0], -1, self.x.shape[1] * function.num_outputs
         )
+
+    def values_and_product(self, tangent: Tensor) -> tuple[Tensor, Tensor] | None:
+        modes = self.modes
+        if (
+            self.x.requires_grad
+            or not len(self.x[0])
+            or is_transformed()
+            or not (modes.forward and modes.formulas_agree)
+        ):
+            return None
+        found = _tried(value_and_product, self.function, self.x.flatten(0, 1), tangent)
+        return None if found is None else (found[0].reshape(*self.x.shape[:2], -1), found[1].reshape(len(self.x), -1))
 
     def _jvp_points(self, x: Tensor, tangents: Tensor) -> Tensor:
         """(m, d) points and (r, P) tangents to (r, m·C)."""
@@ -273,7 +288,7 @@ class AutodiffJacobian(Jacobian):
             yield
 
 
-def _tried(compute: Callable[..., Tensor], *arguments: Any) -> Tensor | None:
+def _tried(compute: Callable[..., _Result], *arguments: Any) -> _Result | None:
     """By transforms, or None where they raise: a network may do something else here than where it was tried."""
     try:
         return compute(*arguments)

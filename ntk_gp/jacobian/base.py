@@ -36,6 +36,13 @@ class Jacobian(ABC):
         self.num_points = x.shape[-2]
         self.num_rows = self.num_points * function.num_outputs
 
+    values: Tensor | None = None
+    """f at the inputs, (B, n, C), where it was computed along with J. Not to be written to."""
+
+    def values_and_product(self, tangent: Tensor) -> tuple[Tensor, Tensor] | None:
+        """f, (B, n, C), and J u, (B, N), for one u (P,); None where these two take more than one pass."""
+        return None if self.values is None else (self.values, self.jvp(tangent.reshape(1, 1, -1))[:, 0])
+
     @property
     def own(self) -> Jacobian:
         """The rows that this process works on, where several share them (:mod:`ntk_gp.distributed`): all of them."""

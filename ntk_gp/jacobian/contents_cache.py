@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .. import memory
 
+# Where half of what may be kept is free, all that is held is counted at one insertion of so many.
+_COUNTED_EVERY = 16
+
 
 class ContentsCache:
     """Results keyed by the *contents* of tensors, the least recently used dropped first.
@@ -22,6 +25,7 @@ class ContentsCache:
     def __init__(self) -> None:
         self._entries: list[_Entry] = []  # the least recently used first
         self._lock = threading.Lock()  # never held while something is computed
+        self._bytes = self._since_counted = 0  # at most what the entries held when they were last looked at
 
     @staticmethod
     def capacity(device: torch.device) -> int:
@@ -75,8 +79,17 @@ class ContentsCache:
                 self._entries.remove(newest)
                 if newest.nbytes <= capacity:
                     self._entries.append(newest)
-            while sum(entry.nbytes for entry in self._entries) > capacity:
-                self._entries.remove(next(entry for entry in self._entries if entry.done.is_set()))
+            self._bytes += newest.nbytes
+            self._since_counted += 1
+            if 2 * self._bytes <= capacity and self._since_counted < _COUNTED_EVERY:
+                return
+            sizes = [entry.nbytes for entry in self._entries]  # solvers have grown meanwhile
+            total = sum(sizes)
+            while total > capacity:
+                oldest = next(i for i, entry in enumerate(self._entries) if entry.done.is_set())
+                self._entries.pop(oldest)
+                total -= sizes.pop(oldest)
+            self._bytes, self._since_counted = total, 0
 
 
 class _Entry:
@@ -89,6 +102,7 @@ class _Entry:
         self.label = label
         copies = {id(tensor): tensor.clone() for tensor in tensors}  # one of each: both sides of a matrix may be one
         self.keys = tuple(copies[id(tensor)] for tensor in tensors)
+        self._key_bytes = sum(key.nbytes for key in copies.values())
         self.done = threading.Event()
 
     def is_for(self, label: Hashable, tensors: tuple[Tensor, ...]) -> bool:
@@ -108,8 +122,7 @@ class _Entry:
         """Once it is done; some results, such as solvers, hold more as they are used."""
         if not self.done.is_set():
             return 0
-        keys = {id(key): key.nbytes for key in self.keys}
-        return sum(keys.values()) + (0 if self.failed else self.value.nbytes)
+        return self._key_bytes + (0 if self.failed else self.value.nbytes)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

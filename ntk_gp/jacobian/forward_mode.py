@@ -5,13 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import jvp
 
+from .. import settings
 from .._compat import dual_level_number, innermost_transform
+from ..network import NetworkFunction, normal_tensor
 from ..replacements.full_rate import FullRateLayers
 
 
@@ -98,3 +101,14 @@ def value_and_tangent(
         out = at(duals, mode=FullRateLayers())
         value, tangent = forward_ad.unpack_dual(out)
     return value, torch.zeros_like(value) if tangent is None else tangent
+
+
+def value_and_product(function: NetworkFunction, x: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
+    """f, (m, C), and J u, (m, C), for u (P,), at the points x (m, d) of a network that has forward mode."""
+    tangents = function.split(tangent)
+    pieces = []
+    with function.tracing(), torch.no_grad():
+        for chunk in settings.progress(normal_tensor(x).split(function.points_per_pass()), "Network"):
+            pieces.append(value_and_tangent(partial(function, x=chunk), function.parameters, tangents))
+    values, products = pieces[0] if len(pieces) == 1 else (torch.cat(part) for part in zip(*pieces, strict=True))
+    return values, products

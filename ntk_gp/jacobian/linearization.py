@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import settings
 from ..distributed.jacobian import ShardedJacobian
-from ..network import FrozenNetwork, NetworkFunction, full_precision
+from ..network import FrozenNetwork, NetworkFunction, full_precision, is_same_function
 from . import rules
 from .autodiff import AutodiffEngine
 from .base import Jacobian, JacobianEngine
@@ -97,6 +97,11 @@ class Linearization:
     def of_network(self) -> Linearization:
         """That of the network alone, without what stands beside it."""
         return self
+
+    def has_values_of(self, network: FrozenNetwork) -> bool:
+        """Whether f is that of another snapshot, which edits without a trace have just been looked for in."""
+        own = self.of_network.network
+        return isinstance(own, FrozenNetwork) and is_same_function(network, own)
 
     def add_solver(self, solver: Any) -> None:
         """Others may start from this one while it is in use."""

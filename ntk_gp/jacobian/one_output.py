@@ -26,6 +26,7 @@ from .derived import DerivedLinearization
 from .linearization import Linearization
 from .structured import ChunkedJacobian, StructuredJacobian
 from .terms import MatrixTerm
+from .widened import WidenedJacobian
 
 
 class OneOutputJacobian(Jacobian):
@@ -86,6 +87,23 @@ def _one_output_here(jacobian: Jacobian) -> OneOutputJacobian | None:
     if term is None or not _is_identity(term.gradients):
         return None
     return OneOutputJacobian(one_output_function(jacobian.function, term), jacobian.x, term.inputs[:, :, 0, 0])
+
+
+def is_of_last_layer(jacobian: Jacobian) -> bool:
+    """Whether J is what one linear layer is given, and f is what it returns: one pass forwards gives both.
+
+    Where there is one output, f = J w₀ is a sign of it; and of a few other layers, of which J takes a pass back too.
+    """
+    if isinstance(jacobian, WidenedJacobian):
+        return is_of_last_layer(jacobian.base)
+    if jacobian.values is None or jacobian.num_rows == 0 or len(jacobian.function.parameters) > 2:
+        return False
+    if jacobian.function.num_outputs > 1:
+        term = _only_term(jacobian)
+        return term is not None and _is_identity(term.gradients)
+    with torch.no_grad():
+        product = jacobian.jvp(jacobian.function.flatten(jacobian.function.parameters).reshape(1, 1, -1))
+    return torch.allclose(product.flatten(), jacobian.values.flatten(), rtol=1e-5, atol=1e-12)
 
 
 def _of_chunks(jacobian: ChunkedJacobian) -> OneOutputJacobian | None:

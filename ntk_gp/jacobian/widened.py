@@ -38,6 +38,12 @@ class WidenedJacobian(Jacobian):
         super().__init__(function, base.x)
         self.base = base
         self.columns = columns
+        self.values = base.values
+
+    def values_and_product(self, tangent: Tensor) -> tuple[Tensor, Tensor] | None:
+        first, own = self._split(tangent)
+        found = self.base.values_and_product(first)
+        return None if found is None else (found[0], found[1] + (self.columns @ own.unsqueeze(-1)).squeeze(-1))
 
     @property
     def own(self) -> WidenedJacobian:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from .. import settings
 from .._compat import CHILDREN, buffers_in, children_in
 from .checks import check_finite, check_inputs, check_tensor
-from .equality import same_module
 from .fingerprint import Fingerprint
 from .function import NO_MODE, Findings, NetworkFunction
 from .inputs import InputDtype, InputShape
@@ -131,6 +130,7 @@ class FrozenNetwork(nn.Module):
         self._exact_findings: dict[tuple, Findings] = {}
         self._places: _Places | None = None
         self._fingerprint = Fingerprint()
+        self.compared: tuple[int, int, bool] | None = None  # with which other one last, see :mod:`.same`
         self._lock = threading.RLock()  # held while functions are made and tried
         share_snapshot(source, self.tensors)
 
@@ -403,7 +403,7 @@ class FrozenNetwork(nn.Module):
 
     def __getstate__(self) -> dict:
         made_again: dict[str, Any] = {"_functions": {}, "_checked": set(), "_exact_findings": {}}
-        nothing = dict.fromkeys(("_places", "_lock"))
+        nothing = dict.fromkeys(("_places", "_lock", "compared"))
         return {**self.__dict__, **made_again, **nothing, "_fingerprint": Fingerprint()}
 
     def __setstate__(self, state: dict) -> None:
@@ -431,22 +431,6 @@ class FrozenNetwork(nn.Module):
         )
         new.tensors = self.tensors.shared_copy()
         return new
-
-
-def is_same_snapshot(one: FrozenNetwork, other: FrozenNetwork) -> bool:
-    """Whether two are of the same function, with the same parameters chosen, and share every tensor.
-
-    Snapshots of one module share what is equal (:mod:`.sharing`), so that the objects say it.
-    """
-    ours, theirs = dict(one.named_buffers()), dict(other.named_buffers())
-    same_tensors = ours.keys() == theirs.keys() and all(ours[name] is theirs[name] for name in ours)
-    return (
-        same_tensors
-        and one._presumed == other._presumed
-        and one.specification == other.specification
-        and one._aliases == other._aliases
-        and same_module(one._skeleton[0], other._skeleton[0])
-    )
 
 
 def _presumed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cached_property
 
 import torch
@@ -28,6 +29,8 @@ class System:
     :param dtype: The precision that is asked of solutions; that of the inputs by default.
     """
 
+    _at_test_inputs: tuple[Jacobian, Hashable] | None = None
+
     def __init__(
         self,
         linearization: Linearization,
@@ -47,7 +50,7 @@ class System:
         return {
             name: value
             for name, value in self.__dict__.items()
-            if name not in ("jacobian", "_single_precision", "state")
+            if name not in ("jacobian", "_single_precision", "_at_test_inputs", "state")
         }
 
     def __setstate__(self, state: dict) -> None:
@@ -84,8 +87,17 @@ class System:
         """The diagonal of Σ^{1/2}, (W, P): Φ = J Σ^{1/2}."""
         return self.parameter_variances.sqrt()
 
+    def remember(self, jacobian: Jacobian) -> None:
+        """J at test inputs, in float64: what comes next may be the variances there."""
+        if jacobian.nbytes <= memory.TEST_POINTS.bytes(self.x.device):
+            self._at_test_inputs = (jacobian, self.linearization.network.fingerprint())
+
     def jacobian_at(self, x: Tensor) -> Jacobian:
         """J at test inputs (B, m, d), in float64; differentiable where they require gradients."""
+        known = self._at_test_inputs  # other threads may put another in its place
+        is_valid = known is not None and not x.requires_grad and known[1] == self.linearization.network.fingerprint()
+        if known is not None and is_valid and torch.equal(known[0].x, x.double()):
+            return known[0]
         return self.linearization.jacobian(x.double(), keep=False)
 
     def starts_with(self, other: System) -> bool:

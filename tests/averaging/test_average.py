@@ -53,9 +53,7 @@ def quadrature(model: PlainGP, free: tuple[str, ...]) -> tuple[float, list[tuple
     return evidence.item(), moments
 
 
-@pytest.mark.parametrize(
-    "free", [("lengthscale",), ("noise", "outputscale")]
-)
+@pytest.mark.parametrize("free", [("lengthscale",), ("noise", "outputscale")])
 def test_evidence_and_predictions_against_quadrature(free):
     """With 128 draws: evidence within four of its standard errors, which are below 0.1; first and second moments within
     five of theirs, which are less than what they vary by with the hyperparameters."""

@@ -42,6 +42,11 @@ class Capture:
             return None
         return cls(function, plan, rows, RecordedPasses(recording, recording.gradients(), plan.layouts))
 
+    @property
+    def values(self) -> Tensor:
+        """f at the rows, (n, C), in memory of its own."""
+        return self.passes.recording.output.detach().clone()
+
     def telling_rows(self) -> Tensor:
         """Some of the rows at which the output depends on uses that it did not depend on where they were verified.
 

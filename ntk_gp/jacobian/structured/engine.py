@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from functools import partial
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,6 +25,13 @@ from .plan import Plan, make_plan
 from .verification import NUM_ROWS
 
 logger = logging.getLogger("ntk_gp")
+
+
+class _Part(NamedTuple):
+    """What was captured at a chunk of points: the terms, and f, (B, n, C), where the network was run for them."""
+
+    terms: list[Term]
+    values: Tensor | None = None
 
 
 class StructuredEngine(JacobianEngine):
@@ -100,41 +108,43 @@ class StructuredEngine(JacobianEngine):
         """
         plan = self.plan(function, x) if plan is None else plan
         while True:  # until the plan does not change: each time fewer parameters are served, or more rules proven
-            parts = self._parts(function, plan, x)
+            found = self._parts(function, plan, x)
             changed = self.plan(function, x)
             if changed is plan:
                 break
             plan = changed
-        if parts is None:
+        if found is None:
             logger.debug("The network does other things at these inputs than at those it was tried with: autodiff.")
             return StructuredJacobian(function, x, [], self.residual.linearize_function(function, x), {})
+        values = [part.values for part in found if part.values is not None]
+        terms = tidy(joined([part.terms for part in found]))
         rest = self.residual.linearize_function(function.restrict(plan.residual), x) if plan.residual else None
-        return StructuredJacobian(function, x, tidy(joined(parts)), rest, plan.labels)
+        return StructuredJacobian(function, x, terms, rest, plan.labels, torch.cat(values, dim=1) if values else None)
 
-    def _parts(self, function: NetworkFunction, plan: Plan, x: Tensor) -> list[list[Term]] | None:
-        """The terms of each chunk; None where the network does not do what the plan says, or the plan was revised."""
+    def _parts(self, function: NetworkFunction, plan: Plan, x: Tensor) -> list[_Part] | None:
+        """Each chunk; None where the network does not do what the plan says, or the plan was revised."""
         per_point = max(1, plan.bytes_per_point, function.bytes_per_point) * x.shape[0]
         size = max(1, memory.CAPTURE.bytes(x.device) // per_point)
-        parts: list[list[Term]] = []
+        parts: list[_Part] = []
         for chunk in x.split(size, dim=1):
             try:
-                terms = self._terms(function, plan, chunk)
+                part = self._part(function, plan, chunk)
             except Refuted as failure:
                 self._revise(function, plan, failure.reasons)
                 return None
             except Exception as error:  # the network's own will show again in autodiff
                 logger.debug("Recording the network failed (%s: %s).", type(error).__name__, error)
                 return None
-            if terms is None or self._kept_plan(function) is not plan:
+            if part is None or self._kept_plan(function) is not plan:
                 return None
-            parts.append(terms)
-            del terms
+            parts.append(part)
+            del part
         return parts
 
-    def _terms(self, function: NetworkFunction, plan: Plan, x: Tensor) -> list[Term] | None:
-        """Captured terms at x (B, n, d), or None where the network does not do what the plan says."""
+    def _part(self, function: NetworkFunction, plan: Plan, x: Tensor) -> _Part | None:
+        """Captured at x (B, n, d), or None where the network does not do what the plan says."""
         if not plan.served:
-            return []
+            return _Part([])
         with function.tracing(), torch.no_grad():
             capture = Capture.make(function, plan, x.reshape(-1, x.shape[-1]))
             if capture is None:
@@ -144,7 +154,8 @@ class StructuredEngine(JacobianEngine):
                 self._verify_again(function, plan, capture.telling_rows())
             capture.check(parts)
         terms = merge_terms([term for part in parts for term in part])
-        return terms if x.shape[0] == 1 else [term.in_batches(*x.shape[:2]) for term in terms]
+        values = capture.values.reshape(*x.shape[:2], -1)
+        return _Part(terms if x.shape[0] == 1 else [term.in_batches(*x.shape[:2]) for term in terms], values)
 
     def _verify_again(self, function: NetworkFunction, plan: Plan, rows: Tensor) -> None:
         """At more inputs, those that rules not yet put to the test have something to say about."""

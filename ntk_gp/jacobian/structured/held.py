@@ -22,26 +22,34 @@ class StructuredJacobian(Jacobian):
     :param terms: Blocks without cross terms between them.
     :param rest: The Jacobian of the other parameters, with these as its function's only parameters.
     :param labels: For each served parameter, by which rules.
+    :param values: f at the inputs, (B, n, C), where the pass that recorded the network gave them.
     """
 
     def __init__(
-        self, function: NetworkFunction, x: Tensor, terms: list[Term], rest: Jacobian | None, labels: Mapping[str, str]
+        self,
+        function: NetworkFunction,
+        x: Tensor,
+        terms: list[Term],
+        rest: Jacobian | None,
+        labels: Mapping[str, str],
+        values: Tensor | None = None,
     ):
         super().__init__(function, x)
+        self.values = values
         self.terms = terms
         self.rest = rest
         self.labels = labels
 
     @property
     def nbytes(self) -> int:
-        return sum(term.nbytes + term.shared_nbytes for term in self.terms) + (
-            0 if self.rest is None else self.rest.nbytes
-        )
+        others = (0 if part is None else part.nbytes for part in (self.rest, self.values))
+        return sum(term.nbytes + term.shared_nbytes for term in self.terms) + sum(others)
 
     def __getitem__(self, points: Tensor | slice) -> StructuredJacobian:
         terms = [term.map(lambda t: t[:, points]) for term in self.terms]
         rest = None if self.rest is None else self.rest[points]
-        return StructuredJacobian(self.function, self.x[:, points], terms, rest, self.labels)
+        values = None if self.values is None else self.values[:, points]
+        return StructuredJacobian(self.function, self.x[:, points], terms, rest, self.labels, values)
 
     def jvp(self, tangents: Tensor) -> Tensor:
         if len(self.x) == 1 and len(tangents) > 1:  # one batch of points: all vectors go through one product
