@@ -72,7 +72,14 @@ def test_a_quick_run_of_each_kind_fills_the_file_and_the_table(name, data, tmp_p
     assert "Matérn" in (tmp_path / "table" / "adaptation.md").read_text()
 
 
-@pytest.mark.parametrize("name", [name for name in methods.available() if name not in methods.PEERS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.thorough if name.endswith(", averaged") else ())
+        for name in methods.available()
+        if name not in methods.PEERS
+    ],
+)
 def test_every_method_predicts_densities(name, task):
     before = copy.deepcopy(task.network.state_dict())
     with warnings.catch_warnings():

@@ -22,6 +22,8 @@ from ntk_gp.dynamics.ridge import best_ridge
 from tests import references
 from tests.adapted import data, network
 
+pytestmark = pytest.mark.engine_independent
+
 TIMES = torch.tensor([0.0, 0.01, 0.3, 5.0, 200.0], dtype=torch.float64)
 FACTORS = {"half_sum": lambda N: 1.0, "sum": lambda N: 2.0, "half_mse": lambda N: 1 / N, "mse": lambda N: 2 / N}
 

@@ -13,6 +13,8 @@ from torch import Size, Tensor, nn
 
 from ntk_gp import FeatureKernel, GainKernel, NetworkMean, NTKKernel, TangentMaternKernel, TangentRBFKernel
 
+pytestmark = pytest.mark.engine_independent
+
 
 class AnyWidth(nn.Module):
     """A network for inputs of any width up to ten: the suites make their kernels before they say which."""

@@ -178,7 +178,9 @@ class TestTracing:
         assert_close(gradient(compiled, x), gradient(module, x), 1e-10)
         assert_close(compiled(x[:3]), module(x[:3]), 1e-12)
 
-    @pytest.mark.parametrize("name", ["transformer_batch_first", "weight_norm"])
+    @pytest.mark.parametrize(
+        "name", [pytest.param("transformer_batch_first", marks=pytest.mark.thorough), "weight_norm"]
+    )
     def test_compile_other_networks(self, name):
         torch._dynamo.reset()
         (case,) = [case for case in CASES if case.name == name]

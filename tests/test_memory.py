@@ -129,8 +129,9 @@ class AdaptedGP(gpytorch.models.ExactGP):
         return distribution(self.mean_module(x), self.covar_module(x))
 
 
-@pytest.mark.parametrize("outputs", [1, 3])
-@pytest.mark.parametrize("love", [True, False])
+@pytest.mark.parametrize(
+    ("outputs", "love"), [(1, True), (1, False), pytest.param(3, True, marks=pytest.mark.thorough)]
+)
 def test_prediction(outputs, love):
     x = inputs(outputs)
     y = torch.sin(x.sum(-1)) if outputs == 1 else torch.sin(x)

@@ -13,6 +13,8 @@ from ntk_gp.similarity import resampling, subspaces
 
 from . import references
 
+pytestmark = pytest.mark.engine_independent
+
 
 def make_network(outputs=1, width=6, seed=0):
     torch.manual_seed(seed)

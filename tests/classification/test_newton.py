@@ -16,6 +16,8 @@ from ntk_gp.classification.newton import find_mode
 
 from .problems import LIKELIHOODS, Problem, Reference
 
+pytestmark = pytest.mark.engine_independent
+
 CASES = ("plain", "one class", "one label", "sure and wrong")
 
 

@@ -12,6 +12,8 @@ from ntk_gp import LaplaceMarginalLogLikelihood, NetworkMean, NTKKernel
 
 from .problems import LIKELIHOODS, Classifier, Problem, likelihood_of, log_likelihood
 
+pytestmark = pytest.mark.engine_independent
+
 SPACES = ("function_space", "weight_space")
 
 
