@@ -22,12 +22,14 @@ solve          2 N² r / R      those, and (R − 1) N r / R               those
 inverse        2 N³/(3R)       N² / (2R)                                1 for each block
 =============  ==============  ======================================  ===================================
 
-A broadcast counts once, for the rank that has what is sent; :func:`traffic` has the exact numbers of bytes. What is
+Rows in one dimension keep to a rank what is the data's; what all receive then does not fall with R, N²/2 numbers. A
+broadcast counts once, for the rank that has what is sent; :func:`traffic` has the exact numbers of bytes. What is
 replicated comes from the same messages, so that it is the same to the last bit on all ranks.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -95,16 +97,20 @@ class Layout:
             Block(index, rank, rows, slice(end - rows.stop + rows.start, end))
             for index, ((rank, rows), end) in enumerate(zip(dealt, ends, strict=True))
         )
-        self._of_rank = [[one for one in self.blocks if one.rank == rank] for rank in range(len(self.sizes))]
+        self._of_rank: list[list[Block]] = [[] for _ in self.sizes]
+        for one in self.blocks:
+            self._of_rank[one.rank].append(one)
 
     def of_rank(self, rank: int, start: int = 0) -> list[Block]:
         """The blocks of a rank that are eliminated at `start` or later: its last ones."""
-        return [block for block in self._of_rank[rank] if block.index >= start]
+        return self._of_rank[rank][self._first(rank, start) :]
+
+    def _first(self, rank: int, start: int) -> int:
+        return bisect_left(self._of_rank[rank], start, key=lambda block: block.index)
 
     def rows_of_rank(self, rank: int, start: int = 0) -> slice:
         """Their rows, among those of the rank."""
-        blocks = self.of_rank(rank, start)
-        return slice(blocks[0].rows.start if blocks else self.sizes[rank], self.sizes[rank])
+        return slice(min(self._first(rank, start) * self.block, self.sizes[rank]), self.sizes[rank])
 
     def numbers_held(self, rank: int) -> int:
         """How many numbers of a matrix, or of its factor, a rank holds."""
