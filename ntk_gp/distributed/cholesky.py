@@ -33,6 +33,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, zip_longest
 
 import torch
@@ -115,6 +116,17 @@ class Layout:
     def numbers_held(self, rank: int) -> int:
         """How many numbers of a matrix, or of its factor, a rank holds."""
         return sum(block.size * block.columns.stop for block in self._of_rank[rank])
+
+    @cached_property
+    def panel_numbers(self) -> int:
+        """How many numbers a rank's parts of all panels have, with what the shorter ones are padded by."""
+        ranks = range(len(self.sizes))
+        longest = (max(self._rows_after(rank, block) for rank in ranks) for block in self.blocks)
+        return sum(block.size * rows for block, rows in zip(self.blocks, longest, strict=True))
+
+    def _rows_after(self, rank: int, block: Block) -> int:
+        rows = self.rows_of_rank(rank, block.index + 1)
+        return rows.stop - rows.start
 
     def order(self) -> Tensor:
         """The rows in the order of elimination, (N,)."""
@@ -388,7 +400,6 @@ def traffic(layout: Layout, rank: int, columns: int = 1) -> dict[str, Counter[st
     if ranks == 1:
         return {name: Counter() for name in ("factorise", "forward", "backward", "solve", "inverse")}
     corners = sum(one.size**2 for one in layout.of_rank(rank))
-    panels = sum(one.size * _longest(layout, one.index + 1) for one in layout.blocks)
     rows = layout.blocks[:-1]
     parts = sum(one.size for one in rows if one.rank == rank)
     sums = sum(2 * (ranks - 1) * 8 * one.size * columns // ranks for one in rows)
@@ -396,15 +407,9 @@ def traffic(layout: Layout, rank: int, columns: int = 1) -> dict[str, Counter[st
     backward = Counter(sum=sums)
     gathered = Counter(gather=8 * (ranks - 1) * max(layout.sizes) * columns)
     return {
-        "factorise": Counter(broadcast=8 * corners, gather=8 * (ranks - 1) * panels),
+        "factorise": Counter(broadcast=8 * corners, gather=8 * (ranks - 1) * layout.panel_numbers),
         "forward": forward,
         "backward": backward,
         "solve": forward + backward + gathered,
         "inverse": Counter(broadcast=8 * layout.numbers_held(rank)),
     }
-
-
-def _longest(layout: Layout, start: int) -> int:
-    """Rows of the longest of all ranks' panels, which the shorter ones are padded to."""
-    rows = (layout.rows_of_rank(rank, start) for rank in range(len(layout.sizes)))
-    return max(one.stop - one.start for one in rows)

@@ -42,8 +42,8 @@ class DistributedFunctionSpaceSolver(FunctionSpaceSolver):
     captures in turn: n points of captures for each rank, and no message. What is between training and test points, and
     the posterior made of it, is shared in the same way: each rank has L⁻¹ k(X, x) for its own rows.
 
-    What goes between ranks is the factor's (:func:`.cholesky.traffic`), with the diagonal of L, N numbers, and of M test
-    points two sums of M numbers; for a covariance one of M² beside.
+    What goes between ranks is the factor's (:func:`.cholesky.traffic`), with the diagonal of L, N numbers, and of M
+    test points two sums of M numbers; for a covariance one of M² beside.
 
     Where rounding costs digits, a posterior comes from what least squares leave, as in one process, and a step of
     refinement; features are not orthogonalised, so that with less noise than that restores it warns, and where K + D is
