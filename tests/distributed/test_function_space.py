@@ -22,7 +22,7 @@ from ntk_gp.distributed.function_space import DistributedFunctionSpaceSolver
 from ntk_gp.solvers import System, choose_solver, solver_class
 from ntk_gp.solvers.function_space import FunctionSpaceSolver
 from ntk_gp.testing import SolverProblem as Problem
-from tests.adapted import LARGE, SMALL, AdaptedGP
+from tests.adapted import LARGE, SMALL, AdaptedGP, assert_close
 from tests.distributed import problems
 from tests.distributed.harness import Ranks
 
@@ -69,7 +69,7 @@ def answers(n: int, batches: tuple[int, int, int], outputs: int, noise: float) -
             "by noise": by_noise,
             "by test inputs": slope,
             "pickled": again.solve(problem.rhs),
-            "nbytes": torch.tensor(solver.nbytes),
+            "pickle": torch.frombuffer(bytearray(pickle.dumps(solver)), dtype=torch.uint8),
         }
 
 
@@ -106,6 +106,11 @@ def check(started: Ranks, *case: Any) -> None:
         assert values[0].shape == wanted.shape, name
         error = (values[0] - wanted).norm() / wanted.norm()
         assert error < 1e-10, (name, float(error))
+    # By this process alone.
+    solver, problem = pickle.loads(found[0]["pickle"].numpy().tobytes()), Problem(*case)
+    assert_close(solver.solve(problem.rhs), torch.linalg.solve(problem.matrix, problem.rhs), 1e-10)
+    variance = solver.variance(solver.system.jacobian_at(problem.test_x))
+    assert_close(variance, problem.covariance.diagonal(dim1=-2, dim2=-1), 1e-10)
 
 
 # The second has more parameters than rows, the third batches of inputs, the last of everything else.
