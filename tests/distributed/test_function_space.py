@@ -116,14 +116,14 @@ def check(started: Ranks, *case: Any) -> None:
 # The second has more parameters than rows, the third batches of inputs, the last of everything else.
 @pytest.mark.parametrize(
     ("n", "batches", "outputs"),
-    [(61, (1, 1, 1), 1), (12, (1, 1, 1), 2), (30, (3, 1, 1), 2), (35, (1, 3, 3), 1)],
+    [(61, (1, 1, 1), 1), (12, (1, 1, 1), 2), (26, (3, 1, 1), 1), (26, (1, 3, 3), 1)],
 )
 def test_two_ranks(two, n, batches, outputs):
     check(two, n, batches, outputs, 0.1)
 
 
 def test_four_ranks(four):
-    check(four, 60, (1, 1, 1), 1, 0.1)
+    check(four, 45, (1, 1, 1), 1, 0.1)
 
 
 @small_blocks
@@ -145,7 +145,6 @@ def of_models(make: Callable[[], AdaptedGP]) -> list[str]:
         partial(problems.model_of, "layers", LARGE),
         partial(problems.model_of, "gain", SMALL + 1),
         problems.batched,
-        problems.multitask,
         partial(problems.multitask, last_layer=True),
     ],
 )
@@ -184,9 +183,8 @@ def sent(batches: tuple[int, int, int]) -> list[tuple[Counter, Counter]]:
     return found
 
 
-@pytest.mark.parametrize("batches", [(1, 1, 1), (3, 1, 1)])
-def test_bytes_are_those_of_the_model(two, batches):
-    for found in two.run(sent, batches):
+def test_bytes_are_those_of_the_model(two):
+    for found in two.run(sent, (3, 1, 1)):
         for counted, expected_ in found:
             assert counted == expected_
 
