@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..distributed.shards import Shards
 from ..jacobian.base import Jacobian
 from ..solvers import System
 from ..solvers.cholesky import cholesky_solve, factorise_in_place
@@ -25,10 +27,18 @@ class WeightSpace(Space):
         self.system = system
         self.num_coordinates = system.num_parameters
         self._features: Tensor | None = None
-        self.shards = system.jacobian.shards
         held = self.shards.most_rows(system.num_rows)
         if system.fits(3.0 * self.num_coordinates**2 + 2.0 * held * self.num_coordinates):
             self._features = self._whitened(system.jacobian.own.rows()[0])
+
+    @property
+    def shards(self) -> Shards:
+        """Which rows are whose."""
+        return self.system.jacobian.shards
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without features of which other processes have their rows."""
+        return vars(self) if self.shards.is_whole else {**vars(self), "_features": None}
 
     @staticmethod
     def nbytes_needed(parameters: int) -> float:

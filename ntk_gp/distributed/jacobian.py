@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..jacobian.base import Jacobian
+from ..jacobian.memory import empty
 from ..jacobian.products import JacobianProduct, TransposedJacobianProduct, kernel_product
 from ..network import NetworkFunction
 from .group import Group
@@ -139,7 +140,7 @@ class ShardedJacobian(Jacobian):
         """
         if not isinstance(other, ShardedJacobian):
             return self._own.gram(other, variances)
-        out = variances.new_empty(self._results(other, variances), self._own.num_rows, other.num_rows)
+        out = empty((self._results(other, variances), self._own.num_rows, other.num_rows), like=variances)
         if other is self:
             self._fill_symmetric(out, variances)
             return out
@@ -162,14 +163,15 @@ class ShardedJacobian(Jacobian):
             cut = middle * outputs - self.shards.rows[second].start
             if rank == first:
                 computed = self._own.gram(self.at(slice(self.points[second].start, middle)), variances)
-                received = out.new_empty(len(out), self.shards.rows[second].stop - middle * outputs, out.shape[1])
+                received = empty((len(out), self.shards.rows[second].stop - middle * outputs, out.shape[1]), like=out)
                 self.group.exchange([(partner, computed)], [(partner, received)])
-                out[:, :, rows] = torch.cat([computed, received.mT], dim=-1)
+                out[:, :, rows.start : rows.start + cut] = computed
+                out[:, :, rows.start + cut : rows.stop] = received.mT
             else:
                 computed = self._own[slice(middle - self.points[second].start, None)].gram(
                     self.at(self.points[first]), variances
                 )
-                received = out.new_empty(len(out), rows.stop - rows.start, cut)
+                received = empty((len(out), rows.stop - rows.start, cut), like=out)
                 self.group.exchange([(partner, computed)], [(partner, received)])
                 out[:, :cut, rows] = received.mT
                 out[:, cut:, rows] = computed

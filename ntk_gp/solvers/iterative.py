@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from gpytorch import settings as gpytorch_settings
@@ -113,7 +114,16 @@ class IterativeSolver(Solver):
 
     def __init__(self, system: System):
         super().__init__(system)
-        self.preconditioner = NystromPreconditioner.of(system)
+        system.check_finite(self.preconditioner.factors)  # it is made here
+
+    @cached_property
+    def preconditioner(self) -> NystromPreconditioner:
+        return NystromPreconditioner.of(self.system)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without a preconditioner of which other processes have their rows: it is made again where it is asked for."""
+        whole = self.preconditioner.shards.is_whole
+        return {name: value for name, value in vars(self).items() if whole or name != "preconditioner"}
 
     def solve(self, rhs: Tensor) -> Tensor:
         solution, self.report = conjugate_gradients(self.system, rhs[0], self.preconditioner)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
+import pickle
 import re
 import time
 from pathlib import Path
@@ -24,10 +26,12 @@ from tests.adapted import LARGE, assert_close, data, network
 from tests.classification.problems import Problem
 from tests.distributed import problems
 from tests.distributed.harness import ranks
+from tests.distributed.problems import Results
 
 pytestmark = pytest.mark.engine_independent
 
 N, OUTPUTS = 18, 2  # so that four ranks have unlike shares
+PRECISE = ntk_gp.settings.solve_tolerance(1e-12)
 # Engines and memory budgets: factors that are held, and captured chunk by chunk, and none.
 CASES = (("structured", "1GB"), ("structured", 60_000), ("autodiff", "1GB"))
 
@@ -182,6 +186,23 @@ def test_a_checkpoint_serves_one_process(two):
         adapted = ntk_gp.adapted_network(model)
         adapted.load_state_dict(state["adapted"])
         assert_close(adapted(x), found["adapted"], 1e-10)
+
+
+def pickled(solver: str | None, fast: bool) -> tuple[bytes, Results]:
+    """A model that has predicted, and what."""
+    with ntk_gp.settings.distributed(timeout=20), ntk_gp.settings.solver(solver), PRECISE:
+        model = problems.model_of("scaled", LARGE)
+        found = problems.predictions(model, fast)
+        return pickle.dumps(copy.deepcopy(model)), found
+
+
+@pytest.mark.parametrize(("solver", "fast"), [("iterative", False), ("distributed", False), (None, True)])
+def test_a_pickled_model_serves_one_process(two, solver, fast):
+    model, found = two.run(pickled, solver, fast)[0]
+    with PRECISE:
+        predicted = problems.predictions(pickle.loads(model), fast)
+    for name, value in predicted.items():
+        assert_close(value, found[name])
 
 
 def example(source: str, folder: str) -> torch.Tensor:
