@@ -101,7 +101,7 @@ class NTKPosteriorLinearOperator(_FactorisedInDouble):
         return torch.stack(pieces).reshape(self.shape[:-1]).to(self.dtype)
 
     def _variances(self, x: Tensor) -> Tensor:
-        """(B, m, d) to (B, m·C): over ranks, each those of its share of points, where it needs no other one for them."""
+        """(B, m, d) to (B, m·C); over ranks, each those of its share of points where it needs no other one for that."""
         group = settings.distributed.group()
         if group is None or x.requires_grad or x.shape[1] < group.size or not self.source.is_replicated:
             return self._variances_here(x)
