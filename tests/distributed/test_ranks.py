@@ -102,6 +102,7 @@ def traffic(n: int) -> tuple[dict[str, int], dict[str, int]]:
         parameters = jacobian.function.num_parameters
         u, v = x.new_ones(1, 2, parameters), x.new_ones(1, 2, jacobian.num_rows)
         system = System(shared, x, one, x.new_ones(1, jacobian.num_rows))
+        assert system.jacobian is jacobian
         model = Traffic(n, OUTPUTS, parameters, group.size)
         calls = {
             "jvp": (lambda: jacobian.jvp(u), model.jvp(2)),
@@ -280,13 +281,17 @@ def disagreeing(what: str) -> str:
     x = data(8, seed=rank if what == "inputs" else 0)[0].unsqueeze(0)
     with ntk_gp.settings.distributed(timeout=20):
         try:
+            if what == "prior variances and noise":
+                model = problems.model_of("scaled")
+                model.likelihood.noise = 0.1 + rank
+                problems.predictions(model)
             NTKKernel(net)._linearization.jacobian(x)
         except RuntimeError as error:
             return str(error)
     return "no error"
 
 
-@pytest.mark.parametrize("what", ["inputs", "network's parameters"])
+@pytest.mark.parametrize("what", ["inputs", "network's parameters", "prior variances and noise"])
 def test_ranks_must_agree(two, what):
     for message in two.run(disagreeing, what):
         assert f"same {what}" in message and "of 2 ranks 1 differ" in message
