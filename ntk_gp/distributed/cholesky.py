@@ -22,15 +22,18 @@ solve          2 N² r / R      those, and (R − 1) N r / R               those
 inverse        2 N³/(3R)       N² / (2R)                                1 for each block
 =============  ==============  ======================================  ===================================
 
-A broadcast counts once, for the rank that has what is sent; :func:`traffic` has the exact numbers of bytes. What is
+Rows in one dimension keep to a rank what is the data's; what all receive then does not fall with R, N²/2 numbers. A
+broadcast counts once, for the rank that has what is sent; :func:`traffic` has the exact numbers of bytes. What is
 replicated comes from the same messages, so that it is the same to the last bit on all ranks.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, zip_longest
 
 import torch
@@ -95,20 +98,35 @@ class Layout:
             Block(index, rank, rows, slice(end - rows.stop + rows.start, end))
             for index, ((rank, rows), end) in enumerate(zip(dealt, ends, strict=True))
         )
-        self._of_rank = [[one for one in self.blocks if one.rank == rank] for rank in range(len(self.sizes))]
+        self._of_rank: list[list[Block]] = [[] for _ in self.sizes]
+        for one in self.blocks:
+            self._of_rank[one.rank].append(one)
 
     def of_rank(self, rank: int, start: int = 0) -> list[Block]:
         """The blocks of a rank that are eliminated at `start` or later: its last ones."""
-        return [block for block in self._of_rank[rank] if block.index >= start]
+        return self._of_rank[rank][self._first(rank, start) :]
+
+    def _first(self, rank: int, start: int) -> int:
+        return bisect_left(self._of_rank[rank], start, key=lambda block: block.index)
 
     def rows_of_rank(self, rank: int, start: int = 0) -> slice:
         """Their rows, among those of the rank."""
-        blocks = self.of_rank(rank, start)
-        return slice(blocks[0].rows.start if blocks else self.sizes[rank], self.sizes[rank])
+        return slice(min(self._first(rank, start) * self.block, self.sizes[rank]), self.sizes[rank])
 
     def numbers_held(self, rank: int) -> int:
         """How many numbers of a matrix, or of its factor, a rank holds."""
         return sum(block.size * block.columns.stop for block in self._of_rank[rank])
+
+    @cached_property
+    def panel_numbers(self) -> int:
+        """How many numbers a rank's parts of all panels have, with what the shorter ones are padded by."""
+        ranks = range(len(self.sizes))
+        longest = (max(self._rows_after(rank, block) for rank in ranks) for block in self.blocks)
+        return sum(block.size * rows for block, rows in zip(self.blocks, longest, strict=True))
+
+    def _rows_after(self, rank: int, block: Block) -> int:
+        rows = self.rows_of_rank(rank, block.index + 1)
+        return rows.stop - rows.start
 
     def order(self) -> Tensor:
         """The rows in the order of elimination, (N,)."""
@@ -382,7 +400,6 @@ def traffic(layout: Layout, rank: int, columns: int = 1) -> dict[str, Counter[st
     if ranks == 1:
         return {name: Counter() for name in ("factorise", "forward", "backward", "solve", "inverse")}
     corners = sum(one.size**2 for one in layout.of_rank(rank))
-    panels = sum(one.size * _longest(layout, one.index + 1) for one in layout.blocks)
     rows = layout.blocks[:-1]
     parts = sum(one.size for one in rows if one.rank == rank)
     sums = sum(2 * (ranks - 1) * 8 * one.size * columns // ranks for one in rows)
@@ -390,15 +407,9 @@ def traffic(layout: Layout, rank: int, columns: int = 1) -> dict[str, Counter[st
     backward = Counter(sum=sums)
     gathered = Counter(gather=8 * (ranks - 1) * max(layout.sizes) * columns)
     return {
-        "factorise": Counter(broadcast=8 * corners, gather=8 * (ranks - 1) * panels),
+        "factorise": Counter(broadcast=8 * corners, gather=8 * (ranks - 1) * layout.panel_numbers),
         "forward": forward,
         "backward": backward,
         "solve": forward + backward + gathered,
         "inverse": Counter(broadcast=8 * layout.numbers_held(rank)),
     }
-
-
-def _longest(layout: Layout, start: int) -> int:
-    """Rows of the longest of all ranks' panels, which the shorter ones are padded to."""
-    rows = (layout.rows_of_rank(rank, start) for rank in range(len(layout.sizes)))
-    return max(one.stop - one.start for one in rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..solvers.rounding import (
 )
 from ..solvers.system import System
 from .cholesky import Block, BlockRows, DistributedCholesky, Layout
+from .group import Group, OneProcess
 from .shards import RowsOfRanks
 
 # Messages that each block of a factorisation and of a solve takes, and for how many flops a rank waits for one: for 100
@@ -41,6 +42,9 @@ class DistributedFunctionSpaceSolver(FunctionSpaceSolver):
     Each rank forms its own rows of K, up to the diagonal, from its own rows of J and those of the others, which it
     captures in turn: n points of captures for each rank, and no message. What is between training and test points, and
     the posterior made of it, is shared in the same way: each rank has L⁻¹ k(X, x) for its own rows.
+
+    What goes between ranks is the factor's (:func:`.cholesky.traffic`), with the diagonal of L, N numbers, and of M
+    test points two sums of M numbers; for a covariance one of M² beside.
 
     Where rounding costs digits, a posterior comes from what least squares leave, as in one process, and a step of
     refinement; features are not orthogonalised, so that with less noise than that restores it warns, and where K + D is
@@ -102,7 +106,7 @@ class DistributedFunctionSpaceSolver(FunctionSpaceSolver):
         return factors
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the factor, which is of no use to other processes: it is made again where it is asked for."""
+        """Without the factor, of which other processes have their rows: it is made again where it is asked for."""
         return {name: value for name, value in self.__dict__.items() if name != "factors"}
 
     def extended(self, system: System) -> None:
@@ -122,7 +126,7 @@ class DistributedFunctionSpaceSolver(FunctionSpaceSolver):
         return self._logdet
 
     def logdet_derivatives(self) -> tuple[Tensor, Tensor]:
-        system, rank = self.system, _shards(self.system).group.rank
+        system, rank = self.system, _group(self.system).rank
         inverses = [factor.inverse() for factor in self.factors]
         groups = torch.eye(system.variances.shape[1], dtype=torch.float64, device=system.x.device)
         by_group = groups.new_zeros(system.batch, len(groups))
@@ -160,7 +164,7 @@ class DistributedFunctionSpaceSolver(FunctionSpaceSolver):
     def _cancels(self, prior: Tensor, whitened: Tensor) -> Tensor:
         """What one rank finds, whose processor may round otherwise, is what all do."""
         mask = super()._cancels(prior, whitened)
-        return _shards(self.system).group.largest(mask.to(torch.uint8)).bool()
+        return _group(self.system).largest(mask.to(torch.uint8)).bool()
 
     def _gathered(self, own: list[Tensor]) -> Tensor:
         """(B, N), of each batch's numbers for this rank's rows."""
@@ -171,20 +175,19 @@ class DistributedFunctionSpaceSolver(FunctionSpaceSolver):
         return self.system.jacobian.shards.summed(total.detach().clone())
 
 
-def _shards(system: System) -> RowsOfRanks:
+def _group(system: System) -> Group:
+    """The ranks; this process alone, where what was made by ranks has come to it."""
     shards = system.jacobian.shards
-    if not isinstance(shards, RowsOfRanks):
-        raise RuntimeError(
-            "This solver was made within ntk_gp.settings.distributed, where ranks have the rows of K + D. Use it "
-            "there, or call model.train() and model.eval() to prepare predictions anew."
-        )
-    return shards
+    return shards.group if isinstance(shards, RowsOfRanks) else OneProcess(system.x.device)
+
+
+def _rows_of_ranks(system: System) -> Sequence[slice]:
+    shards = system.jacobian.shards
+    return shards.rows if isinstance(shards, RowsOfRanks) else [slice(0, system.num_rows)]
 
 
 def _layout(system: System) -> Layout:
-    shards = system.jacobian.shards
-    whole = [slice(0, system.num_rows)]
-    sizes = [rows.stop - rows.start for rows in (shards.rows if isinstance(shards, RowsOfRanks) else whole)]
+    sizes = [rows.stop - rows.start for rows in _rows_of_ranks(system)]
     return Layout(sizes, multiple=system.jacobian.function.num_outputs)
 
 
@@ -195,15 +198,14 @@ def _blocks_at_once(layout: Layout) -> int:
 
 def _kernel_matrix(system: System) -> list[BlockRows]:
     """This rank's rows of K + D, of each batch."""
-    shards, layout = _shards(system), _layout(system)
-    group = shards.group
+    group, layout = _group(system), _layout(system)
     matrices = [BlockRows(group, layout, system.x) for _ in range(system.batch)]
     for blocks, own, there in _columns(system):
         grams = own.gram(there, system.variances).expand(system.batch, -1, -1)
         for block, values in _by_block(layout, group.rank, blocks, grams):
             for matrix, one in zip(matrices, values, strict=True):
                 matrix.set_column(block, one)
-    noise = shards.own(system.noise, -1).expand(system.batch, -1)
+    noise = system.jacobian.shards.own(system.noise, -1).expand(system.batch, -1)
     for matrix, one in zip(matrices, noise, strict=True):
         matrix.add_to_diagonal(one)
     return matrices
@@ -211,8 +213,8 @@ def _kernel_matrix(system: System) -> list[BlockRows]:
 
 def _columns(system: System) -> Iterator[tuple[list[Block], Jacobian, Jacobian]]:
     """Some blocks of one rank, J at this rank's points whose rows have columns there, and J at those of the blocks."""
-    shards, layout = _shards(system), _layout(system)
-    jacobian, outputs, mine = system.jacobian, system.jacobian.function.num_outputs, shards.group.rank
+    layout, mine, starts = _layout(system), _group(system).rank, [rows.start for rows in _rows_of_ranks(system)]
+    jacobian, outputs = system.jacobian, system.jacobian.function.num_outputs
     steps = []
     for rank in range(len(layout.sizes)):
         blocks, size = layout.of_rank(rank), _blocks_at_once(layout)
@@ -222,7 +224,7 @@ def _columns(system: System) -> Iterator[tuple[list[Block], Jacobian, Jacobian]]
         if rows.start == rows.stop:
             continue
         own = jacobian.own[slice(rows.start // outputs, rows.stop // outputs)]
-        first = 0 if rank == mine else shards.rows[rank].start
+        first = 0 if rank == mine else starts[rank]
         points = slice((first + blocks[0].rows.start) // outputs, (first + blocks[-1].rows.stop) // outputs)
         yield blocks, own, (jacobian.own[points] if rank == mine else jacobian[points])
 

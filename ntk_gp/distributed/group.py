@@ -192,6 +192,22 @@ class Group:
             ) from error
 
 
+class OneProcess(Group):
+    """A process by itself, for what is written for ranks: nothing is sent.
+
+    :param device: Where tensors are.
+    """
+
+    def __init__(self, device: torch.device):
+        self.process_group, self.timeout, self.rank, self.size = None, DEFAULT_TIMEOUT, 0, 1
+        self.least_memory, self.traffic, self._agreed_on = {}, Counter(), WeakSet()
+        self._device = device
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+
 def digest(*values: int | Tensor) -> int:
     """63 bits that tell other numbers, and tensors of other contents, shape or dtype, apart."""
     code = hashlib.blake2b(digest_size=8)
