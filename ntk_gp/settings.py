@@ -44,11 +44,21 @@ class distributed(ValueSetting):
     _last: Group | None = None
 
     def __init__(self, group: Any = None, timeout: float = DEFAULT_TIMEOUT):
-        super().__init__(None if group is False else self._known(group, _positive(timeout, "timeout")))
+        self._timeout = self._timeout_before = _positive(timeout, "timeout")
+        super().__init__(None if group is False else self._known(group, self._timeout))
 
     def __enter__(self) -> Group | None:
         super().__enter__()
-        return self.group()
+        group = self.group()
+        if group is not None:
+            self._timeout_before, group.timeout = group.timeout, self._timeout
+        return group
+
+    def __exit__(self, *args: Any) -> bool:
+        group = self.group()
+        if group is not None:
+            group.timeout = self._timeout_before
+        return super().__exit__(*args)
 
     @classmethod
     def group(cls) -> Group | None:
@@ -66,7 +76,6 @@ class distributed(ValueSetting):
         if cls._last is None or not cls._last.is_of(new.process_group):
             new.least_memory = _least_memory(new)
             cls._last = new
-        cls._last.timeout = timeout
         return cls._last
 
 

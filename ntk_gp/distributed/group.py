@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 # The name that newer versions of torch have for it comes first.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 #: Seconds that a rank waits for the others.
 DEFAULT_TIMEOUT = 600.0
 

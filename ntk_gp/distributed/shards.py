@@ -36,6 +36,12 @@ class Shards:
         """The sum over ranks; in the memory of what it is made of, if that is contiguous."""
         return total
 
+    def agree(self, what: str, *values: Tensor) -> None:
+        """Raises where ranks have other values.
+
+        :param what: What they are called.
+        """
+
     def stacked(self, piece: Tensor, dim: int) -> Tensor:
         """Pieces of one shape from all ranks, one after the other along a dimension."""
         return piece
@@ -75,6 +81,9 @@ class RowsOfRanks(Shards):
 
     def summed(self, total: Tensor) -> Tensor:
         return self.group.sum(total)
+
+    def agree(self, what: str, *values: Tensor) -> None:
+        self.group.agree(what, *values)
 
     def stacked(self, piece: Tensor, dim: int) -> Tensor:
         return self.group.gather(piece, dim, [piece.shape[dim]] * self.group.size)

@@ -101,7 +101,16 @@ class NTKPosteriorLinearOperator(_FactorisedInDouble):
         return torch.stack(pieces).reshape(self.shape[:-1]).to(self.dtype)
 
     def _variances(self, x: Tensor) -> Tensor:
-        """(B, m, d) to (B, m·C)."""
+        """(B, m, d) to (B, m·C); over ranks, each those of its share of points where it needs no other one for that."""
+        group = settings.distributed.group()
+        if group is None or x.requires_grad or x.shape[1] < group.size or not self.source.is_replicated:
+            return self._variances_here(x)
+        points = group.slices(x.shape[1])
+        own = self._variances_here(x[:, points[group.rank]])
+        return group.gather(own, -1, [(each.stop - each.start) * self._outputs for each in points])
+
+    def _variances_here(self, x: Tensor) -> Tensor:
+        """The same by this process alone."""
         system = self.source.system
         size = max(1, self.source.points_per_block(self._outputs) // max(1, x.shape[0] // system.batch))
         starts = settings.progress(range(0, x.shape[1], size), "Posterior variances")

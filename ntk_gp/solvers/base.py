@@ -27,6 +27,9 @@ class PosteriorCovariance(ABC):
     keeps_small_variances: ClassVar[bool] = True
     """Whether a variance is an answer however small it is, and not perhaps what an unfinished iteration has left."""
 
+    is_replicated: ClassVar[bool] = False
+    """Whether a variance asks for nothing that other ranks hold (:class:`ntk_gp.settings.distributed`)."""
+
     def __init__(self, system: System):
         self.system = system
 

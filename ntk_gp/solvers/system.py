@@ -60,7 +60,9 @@ class System:
     @cached_property
     def jacobian(self) -> Jacobian:
         """J(X), (B, N, P)."""
-        return self.linearization.jacobian(self.x)
+        jacobian = self.linearization.jacobian(self.x)
+        jacobian.shards.agree("prior variances and noise", self.variances, self.noise)
+        return jacobian
 
     @cached_property
     def batch(self) -> int:

@@ -46,6 +46,7 @@ class WeightSpaceSolver(Solver):
     """
 
     name = "weight_space"
+    is_replicated = True
 
     @classmethod
     def cost(cls, system: System) -> float:

@@ -49,9 +49,7 @@ def of_kernel(kernel: str, n: int, dtype: torch.dtype = torch.float64) -> Result
 
 
 # In function space, where there are fewer points than parameters, and in weight space.
-@pytest.mark.parametrize(
-    ("kernel", "n"), [*((kernel, SMALL + 1) for kernel in problems.KERNELS), ("layers", LARGE), ("gain", LARGE)]
-)
+@pytest.mark.parametrize(("kernel", "n"), [*((kernel, SMALL + 1) for kernel in problems.KERNELS), ("gain", LARGE)])
 def test_kernels(two, kernel, n):
     check(two, partial(of_kernel, kernel, n))
 
