@@ -49,7 +49,7 @@ def solver_report(model: ExactGP) -> SolverReport:
         ...     print(solver_report(gp))
         weight_space would solve K + D with N = 200 rows, P = 41 parameters: exact, with the least flops
           function_space  ... flops     640 kB   ... times the flops
-          weight_space    4.4e+05 flops    26.9 kB   taken
+          weight_space    4.4e+05 flops    40.3 kB   taken
           iterative       ... flops    1.28 MB   iterates to a tolerance: taken where nothing exact can serve
           memory budget                       1 GB
     """

@@ -171,7 +171,7 @@ def test_it_reads_well():
         "weight_space would solve K + D with N = 400 rows, P = 41 parameters: exact, with the least flops"
     )
     assert [line.split()[0] for line in lines[1:-1]] == NAMES
-    assert lines[2] == "  weight_space    8.6e+05 flops    26.9 kB   taken"
+    assert lines[2] == "  weight_space    8.6e+05 flops    40.3 kB   taken"
     assert lines[-1] == "  memory budget                       1 GB"
 
 

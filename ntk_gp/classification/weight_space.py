@@ -11,7 +11,8 @@ from torch import Tensor
 from ..distributed.shards import Shards
 from ..jacobian.base import Jacobian
 from ..solvers import System
-from ..solvers.cholesky import cholesky_solve, factorise_in_place
+from ..solvers.cholesky import cholesky_solve, factorise_in_place, invert_in_place
+from ..solvers.weight_space import add_lower_products
 from .function_space import too_large
 from .spaces import Curvature, Position, Space
 
@@ -94,7 +95,8 @@ class WeightSpaceCurvature(Curvature):
         for points, rows in space.blocks():
             own = own_root[points]
             features = (own.mT @ rows.unflatten(0, own.shape[:2])).flatten(0, 1)
-            precision.addmm_(features.mT, features)
+            # LAPACK reads one triangle: this one of the transpose.
+            add_lower_products(precision.mT.unsqueeze(0), features.unsqueeze(0))
         precision = space.shards.summed(precision)
         precision.diagonal().add_(1.0)
         diagonal = precision.diagonal().clone()
@@ -133,7 +135,7 @@ class WeightSpaceCurvature(Curvature):
     def evidence_by_prior(self, position: Position, pull: Tensor) -> Tensor:
         """By each group's variance, (1, G): Φᵀ R B⁻¹ Rᵀ Φ = I − Λ⁻¹, Φᵀ a = u and Φᵀ t = Λ⁻¹ Φᵀ s."""
         system, u = self.space.system, position.coordinates
-        shrinkage = 1 - torch.cholesky_inverse(self.cholesky).diagonal()
+        shrinkage = 1 - invert_in_place(self.cholesky.clone()).diagonal()
         by_parameter = 0.5 * (u * u - shrinkage) + u * self._solve(self.space.transposed(pull))
         return system.jacobian.function.sum_by_group(by_parameter / system.parameter_variances)
 

@@ -25,6 +25,8 @@ from .system import System
 
 # The Gram matrix of the features is accumulated in this many block columns, lower triangle only.
 _BLOCK_COLUMNS = 4
+# Products with fewer columns than this are slower than what they save.
+_NARROWEST = 128
 # Weights lose more digits than variances do, and are cheaper to refine.
 _MEAN_FACTOR = 30
 
@@ -56,8 +58,8 @@ class WeightSpaceSolver(Solver):
 
     @classmethod
     def nbytes_needed(cls, system: System) -> float:
-        """Λ and its factor."""
-        return 8 * 2.0 * system.batch * system.num_parameters**2
+        """Λ and its factor, and JᵀJ where that is kept."""
+        return 8 * (3.0 if _keeps_moment(system) else 2.0) * system.batch * system.num_parameters**2
 
     def __init__(self, system: System, precision: Tensor | None = None):
         super().__init__(system)
@@ -186,8 +188,7 @@ def feature_moment(system: System, factor: Tensor | None = None, keep: bool = Tr
     :param keep: Whether these data will be asked for again.
     """
     noise, roots = system.noise, system.root_variances
-    has_room = system.fits(4.0 * system.batch * system.num_parameters**2)
-    if factor is None and keep and has_room and bool((noise == noise[:, :1]).all()):
+    if factor is None and keep and _keeps_moment(system):
         moment = system.linearization.keep("feature moment", (system.x,), lambda _: _accumulated(system, len(system.x)))
         moment = moment * (roots.unsqueeze(-1) * noise[:, :1, None].reciprocal())
         return moment.mul_(roots.unsqueeze(-2))
@@ -195,6 +196,27 @@ def feature_moment(system: System, factor: Tensor | None = None, keep: bool = Tr
     if factor is not None:
         return moment
     return moment.mul_(roots.unsqueeze(-1)).mul_(roots.unsqueeze(-2))
+
+
+def _keeps_moment(system: System) -> bool:
+    """Whether JᵀJ serves these data, and stays beside what is made of it."""
+    has_room = system.fits(4.0 * system.batch * system.num_parameters**2)
+    return has_room and bool((system.noise == system.noise[:, :1]).all())
+
+
+def add_lower_products(matrix: Tensor, features: Tensor) -> None:
+    """Adds ΦᵀΦ for rows Φ, (B, m, P), to the lower triangle of a matrix (B, P, P), in block columns: what is above them
+    is not touched."""
+    size = matrix.shape[-1]
+    columns = _block_columns(size, max(1, min(_BLOCK_COLUMNS, size // _NARROWEST)))
+    for j, left in enumerate(columns):
+        for right in columns[: j + 1]:
+            matrix[:, left, right] += features[..., left].mT @ features[..., right]
+
+
+def _block_columns(size: int, count: int) -> list[slice]:
+    edges = torch.linspace(0, size, count + 1, device="cpu").long().tolist()
+    return [slice(a, b) for a, b in pairwise(edges)]
 
 
 def _accumulated(system: System, batch: int, scale: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
@@ -206,8 +228,6 @@ def _accumulated(system: System, batch: int, scale: Tensor | None = None, factor
     jacobian, shards, outputs = system.jacobian.own, system.jacobian.shards, system.jacobian.function.num_outputs
     size, block = system.num_parameters, jacobian.points_per_block()
     scale = None if scale is None else shards.own(scale, -1)
-    edges = torch.linspace(0, size, min(_BLOCK_COLUMNS, size) + 1, device="cpu").long().tolist()
-    columns = [slice(a, b) for a, b in pairwise(edges)]
     roots = system.root_variances
     moment = torch.zeros(batch, size, size, dtype=torch.float64, device=system.x.device)
     for i in settings.progress(range(0, jacobian.num_points, block), "Accumulating features"):
@@ -216,11 +236,9 @@ def _accumulated(system: System, batch: int, scale: Tensor | None = None, factor
             features = features * scale[:, i * outputs : (i + block) * outputs, None]
         if factor is not None:
             features = torch.linalg.solve_triangular(factor, (features * roots.unsqueeze(-2)).mT, upper=False).mT
-        for j, left in enumerate(columns):
-            for right in columns[: j + 1]:
-                moment[:, left, right] += features[..., left].mT @ features[..., right]
+        add_lower_products(moment, features)
     if not shards.is_whole:
-        for right in columns:  # of the lower triangle
+        for right in _block_columns(size, min(_BLOCK_COLUMNS, size)):  # of the lower triangle
             moment[:, right.start :, right] = shards.summed(moment[:, right.start :, right])
     mirror_upper_triangle(moment.mT)
     system.check_finite(moment.diagonal(dim1=-2, dim2=-1))

@@ -81,11 +81,17 @@ class TestTable:
             assert solver_class(system) is IterativeSolver
 
     def test_what_is_needed_is_what_is_held(self):
-        """Of memory: the factors, twice while they are made; of the preconditioner, one of its matrices."""
+        """Of memory: the factors, twice while they are made; JᵀJ, where noise is constant, for the next time; of the
+        preconditioner, one of its matrices."""
         system = system_of(130, 8, 1, 1, torch.float64, 0.1)
         for kind in SOLVERS:
-            copies = 2 if kind.is_exact else 8
+            copies = 8 if not kind.is_exact else 3 if kind is WeightSpaceSolver else 2
             assert kind.nbytes_needed(system) == copies * kind(system).nbytes, kind
+        needed = 8 * 2.0 * system.num_parameters**2
+        with settings.memory_budget(1.9 * needed):  # too little room to keep it
+            assert WeightSpaceSolver.nbytes_needed(system) == needed
+        uneven = System(system.linearization, system.x, system.variances, system.noise * (1 + system.noise.cumsum(-1)))
+        assert WeightSpaceSolver.nbytes_needed(uneven) == needed
 
     def test_costs_are_those_of_the_work(self):
         """Twice the rows: eight times the flops of a factor in function space, twice those in weight space."""
