@@ -28,8 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device",
         default="cpu",
-        help="where tensors are made, such as cuda; tests that are about the CPU are left out, and all are skipped if there "
-        "is no such device",
+        help="where tensors are made, such as cuda; tests that are about the CPU are left out, and all skipped where "
+        "there is no such device",
     )
 
 
