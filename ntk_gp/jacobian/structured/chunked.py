@@ -11,6 +11,7 @@ from torch import Tensor
 from ... import memory
 from ...network import NetworkFunction
 from ..base import Jacobian
+from .blocks import Block, add_products
 from .held import StructuredJacobian
 from .plan import Plan
 
@@ -125,15 +126,9 @@ class ChunkedJacobian(Jacobian):
 
     def _blockwise_matmul(self, other: StructuredJacobian | ChunkedJacobian, rhs: Tensor, variances: Tensor) -> Tensor:
         out = rhs.new_zeros(self._results(other, rhs, variances), self.num_rows, rhs.shape[-1])
-        for rows, columns, block in self._blocks(other, variances):
-            out[:, rows] += block @ rhs[:, columns]
-            if other is self and rows != columns:
-                out[:, columns] += block.mT @ rhs[:, rows]
-        return out
+        return add_products(out, self._blocks(other, variances), rhs, symmetric=other is self)
 
-    def _blocks(
-        self, other: StructuredJacobian | ChunkedJacobian, variances: Tensor
-    ) -> Iterator[tuple[slice, slice, Tensor]]:
+    def _blocks(self, other: StructuredJacobian | ChunkedJacobian, variances: Tensor) -> Iterator[Block]:
         """Slices of rows and columns, and the block of the Gram matrix there; of the upper triangle if it is symmetric.
 
         The factors of both sides are held, and one block.
@@ -158,9 +153,11 @@ class ChunkedJacobian(Jacobian):
 
     def gram_cost(self, other: Jacobian) -> float:
         """With the captures: every block of rows meets every block of columns."""
+        plan, (height, width) = self.plan, self._block_points()
         pairs = self.x.shape[0] * self.num_points * other.num_points * (0.5 if other is self else 1.0)
-        captured = self.x.shape[0] * self.num_points + pairs / self._block_points()[0]
-        return pairs * self.plan.gram_flops + captured * self.plan.capture_flops
+        captured = self.x.shape[0] * self.num_points + pairs / height
+        formed = self.x.shape[0] * self.num_points + pairs * (1 / height + 1 / width)
+        return pairs * plan.gram_flops + captured * plan.capture_flops + formed * plan.gradient_flops
 
     def product_cost(self, other: Jacobian) -> float:
         return min(self._columns_cost(other, 1, 1), self.gram_cost(other))
@@ -177,9 +174,7 @@ class ChunkedJacobian(Jacobian):
         return [{**entry, "bytes": int(scale * entry["bytes"])} for entry in chunk.report()]
 
 
-def _triangle(
-    jacobian: StructuredJacobian, start: int, size: int, variances: Tensor
-) -> Iterator[tuple[slice, slice, Tensor]]:
+def _triangle(jacobian: StructuredJacobian, start: int, size: int, variances: Tensor) -> Iterator[Block]:
     """Blocks of the upper triangle of a Gram matrix, which is itself a block whose first row is `start`."""
     for columns, part in _parts(jacobian, size):
         here = slice(start + columns.start, start + columns.stop)

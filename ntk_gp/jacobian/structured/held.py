@@ -11,6 +11,7 @@ from torch import Tensor
 from ...network import NetworkFunction
 from ..base import Jacobian
 from ..terms import Term
+from .blocks import add_products, blocks, points_formed, rows_of_blocks
 from .gram import Gram, is_tiled
 
 
@@ -175,48 +176,61 @@ class StructuredJacobian(Jacobian):
         needs_gradient = torch.is_grad_enabled() and (rhs.requires_grad or variances.requires_grad)
         if needs_gradient or not isinstance(other, StructuredJacobian) or not self._matches(other):
             return super().kernel_matmul(other, rhs, variances)
-        r = rhs.shape[-1]
-        pairs = self.num_points * other.num_points / (2 if other is self else 1)
-        columns = r * (self.num_points + other.num_points)
-        by_tile = [
-            i
-            for i, term in enumerate(self.terms)
-            if is_tiled(term) and pairs * term.gram_cost() < columns * term.product_cost()
-        ]
+        formed = self._formed(other, rhs.shape[-1])
         with torch.no_grad():
-            parts = [self._tiled_matmul(other, rhs, variances, by_tile)] if by_tile else []
+            parts = [self._formed_matmul(other, rhs, variances, formed)] if formed else []
             if self.rest is not None:
                 rest = self.rest if other is self else other.rest
                 assert rest is not None
                 parts.append(self.rest.kernel_matmul(rest, rhs, variances))
-            if len(by_tile) < len(self.terms) or not parts:
-                others = [i for i in range(len(self.terms)) if i not in set(by_tile)]
+            if len(formed) < len(self.terms) or not parts:
+                others = [i for i in range(len(self.terms)) if i not in set(formed)]
                 left, right = self._only(others), other._only(others)
                 parts.append(super(StructuredJacobian, left).kernel_matmul(right, rhs, variances))
         first, *more = parts
         return sum(more, start=first)
 
-    def _tiled_matmul(self, other: StructuredJacobian, rhs: Tensor, variances: Tensor, terms: list[int]) -> Tensor:
+    def _formed(self, other: Jacobian, columns: int) -> list[int]:
+        """The terms whose part of the Gram matrix is cheaper to form than so many columns are to multiply."""
+        by_columns = columns * len(self.x) * (self.num_points + other.num_points)
+        forming = self._forming_costs(other)
+        return [i for i, term in enumerate(self.terms) if forming[i] < by_columns * term.product_cost()]
+
+    def _forming_costs(self, other: Jacobian) -> list[float]:
+        """About how many flops each term's part of the Gram matrix takes, in blocks that there is memory for."""
+        batch, n, m, _ = self._gram_shape(other)
+        pairs = batch * n * m * (0.5 if other is self else 1.0)
+        formed = batch * points_formed(self, other, rows_of_blocks(self, other, batch)) if n else 0.0
+        return [
+            pairs * term.gram_cost() + (0.0 if is_tiled(term) else formed * term.gradient_cost()) for term in self.terms
+        ]
+
+    def _formed_matmul(self, other: StructuredJacobian, rhs: Tensor, variances: Tensor, terms: list[int]) -> Tensor:
         left = self._only(terms)
         right = left if other is self else other._only(terms)
-        return left._gram(right, variances).matmul(rhs)
+        if all(is_tiled(term) for term in left.terms):
+            return left._gram(right, variances).matmul(rhs)
+        results = self._results(other, rhs, variances)
+        height = rows_of_blocks(left, right, results)
+        out = rhs.new_zeros(results, self.num_rows, rhs.shape[-1])
+        return add_products(out, blocks(left, right, variances, height), rhs, symmetric=left is right)
 
     def _only(self, terms: list[int]) -> StructuredJacobian:
         """Some terms, without the rest."""
         return StructuredJacobian(self.function, self.x, [self.terms[i] for i in terms], None, self.labels)
 
     def gram_cost(self, other: Jacobian) -> float:
-        own = sum(term.gram_cost() for term in self.terms)
-        pairs = self.x.shape[0] * self.num_points * other.num_points * (0.5 if other is self else 1.0)
+        own = sum(self._forming_costs(other))
         rest = 0.0
         if self.rest is not None:
             rest = self.rest.gram_cost(self.rest if other is self else getattr(other, "rest", None) or other)
-        return pairs * own + rest
+        return own + rest
 
     def product_cost(self, other: Jacobian) -> float:
         points = self.x.shape[0] * (self.num_points + other.num_points)
         rest = 0.0 if self.rest is None else self.rest.product_cost(getattr(other, "rest", None) or other)
-        return min(points * sum(term.product_cost() for term in self.terms) + rest, self.gram_cost(other) + rest)
+        costs = zip(self._forming_costs(other), self.terms, strict=True)
+        return rest + sum(min(forming, points * term.product_cost()) for forming, term in costs)
 
     def report(self) -> list[dict]:
         """For each parameter: how it is served, the bytes of its factors, and flops per entry of a Gram matrix."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...network import FrozenNetwork, NetworkFunction
 from .. import rules
 from ..terms import Term, merge_terms
+from .gram import is_tiled
 from .layout import Layout, compare_layouts
 from .passes import RecordedPasses
 from .record import Recording, record
@@ -48,6 +49,7 @@ class Plan:
     :param version: The version of the table of rules; with another one, everything is found out again.
     :param bytes_per_point: What the factors of one point take in memory.
     :param gram_flops: What a pair of points costs in a Gram matrix.
+    :param gradient_flops: What it costs to form a point's gradients, of terms that take part in Gram matrices by them.
     :param product_flops: What a point costs in J u, or in Jᵀ v.
     :param capture_flops: What it costs to capture a point.
     :param rows_since: How many rows were captured since derivatives were last compared with autograd's.
@@ -65,6 +67,7 @@ class Plan:
     version: int = 0
     bytes_per_point: int = 0
     gram_flops: float = 0.0
+    gradient_flops: float = 0.0
     product_flops: float = 0.0
     capture_flops: float = 0.0
     rows_since: int = 0
@@ -178,6 +181,7 @@ class _Trial:
         merged = merge_terms(self.terms)
         plan.bytes_per_point = sum(term.nbytes for term in self.terms) // len(rows)
         plan.gram_flops = sum(term.gram_cost() for term in merged)
+        plan.gradient_flops = sum(term.gradient_cost() for term in merged if not is_tiled(term))
         plan.product_flops = sum(term.product_cost() for term in merged)
         plan.capture_flops = (2 + function.num_outputs) * plan.product_flops
         return plan

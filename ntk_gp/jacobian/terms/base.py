@@ -113,6 +113,10 @@ class Term(ABC):
     def gram_cost(self) -> float:
         """About how many flops one pair of points costs in a Gram matrix (all C² entries of it)."""
 
+    def gradient_cost(self) -> float:
+        """About how many flops it takes to form one point's gradients, of all C outputs."""
+        return self.gradients.shape[2] * self.product_cost()
+
     @abstractmethod
     def product_cost(self) -> float:
         """About how many flops one point costs in J u, or in Jᵀ v, for one vector."""

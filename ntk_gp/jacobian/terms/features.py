@@ -86,6 +86,9 @@ class FeatureTerm(Term):
     def gram_cost(self) -> float:
         return 2.0 * self.features.shape[2] ** 2 * self.features.shape[3]
 
+    def gradient_cost(self) -> float:
+        return 0.0
+
     def product_cost(self) -> float:
         return 2.0 * self.features.shape[2] * self.features.shape[3]
 

@@ -326,6 +326,10 @@ class MatrixTerm(Term):
             return 2.0 * outputs**2 * heads * d_out * columns
         return 2.0 * self.num_positions**2 * heads * (columns + outputs**2 * (d_out + 8))
 
+    def gradient_cost(self) -> float:
+        outputs, positions, heads, d_out = self.gradients.shape[2:]
+        return 2.0 * outputs * positions * heads * d_out * self.num_columns
+
     def product_cost(self) -> float:
         outputs, positions, heads, d_out = self.gradients.shape[2:]
         return 2.0 * positions * heads * d_out * (self.num_columns + 2 * outputs)
