@@ -22,13 +22,13 @@ demo: $(VENV)/.demo
 # Without --engine, the engine is the structured one.
 test: $(VENV)/.test $(VENV)/.docs
 	$(MAKE) --jobs 2 --output-sync lint docs
-	$(call seeded,1) --ignore $(NOTEBOOKS)
-	$(call seeded,2) --ignore $(NOTEBOOKS) $(ENGINE_NAMED:%=--ignore %) --engine autodiff
+	$(call seeded,1) --ignore $(NOTEBOOKS) --sample
+	$(call seeded,2) --ignore $(NOTEBOOKS) $(ENGINE_NAMED:%=--ignore %) --engine autodiff --sample
 
 # Every test there is, with each Jacobian engine forced in turn.
 test-engines: $(VENV)/.test
-	$(call seeded,1) --ignore $(NOTEBOOKS) $(ENGINE_NAMED:%=--ignore %) --engine structured --thorough
-	$(call seeded,2) --ignore $(NOTEBOOKS) $(ENGINE_NAMED:%=--ignore %) --engine autodiff --thorough
+	$(call seeded,1) --ignore $(NOTEBOOKS) $(ENGINE_NAMED:%=--ignore %) --engine structured
+	$(call seeded,2) --ignore $(NOTEBOOKS) $(ENGINE_NAMED:%=--ignore %) --engine autodiff
 
 # On a GPU; what is about the CPU is left out. One process: they would share the GPU's memory. Without a GPU all is skipped.
 test-cuda: $(VENV)/.test

@@ -1,6 +1,8 @@
 import gc
+import random
 import runpy
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("structured", "autodiff"),
         help="the Jacobian engine wherever a test names none; tests that name theirs are left out",
     )
-    parser.addoption("--thorough", action="store_true", help="tests that show again what others do, too")
+    parser.addoption(
+        "--sample",
+        action="store_true",
+        help="in half the time: without tests marked thorough, and half of the cases of those marked sampled",
+    )
     parser.addoption(
         "--device",
         default="cpu",
@@ -76,9 +82,11 @@ def pytest_collection_finish() -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With an engine forced, tests that name theirs would be run once more for nothing; on another device than the CPU,
-    those that are about the CPU; and what shows again what others do is run where it is asked for."""
-    if not config.getoption("--thorough"):
+    those that are about the CPU; and a sample of them may be enough."""
+    if config.getoption("--sample"):
         _leave_out(config, items, lambda item: item.get_closest_marker("thorough") is not None)
+        left_out = _other_half(config, items)
+        _leave_out(config, items, lambda item: item.nodeid in left_out)
     if config.getoption("--engine") is not None:
         _leave_out(config, items, _names_engine)
     device = _device(config)
@@ -88,6 +96,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not _is_available(device):
         for item in items:
             item.add_marker(pytest.mark.skip(reason=f"--device {device}: there is none"))
+
+
+def _other_half(config: pytest.Config, items: list[pytest.Item]) -> set[str]:
+    """Half of the cases of each test that is marked so, drawn from the seed."""
+    cases = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sampled") is not None:
+            cases[item.nodeid.partition("[")[0]].append(item.nodeid)
+    draw = random.Random(str(config.getoption("randomly_seed", None)))
+    return {name for test in sorted(cases) for name in draw.sample(sorted(cases[test]), len(cases[test]) // 2)}
 
 
 def _leave_out(config: pytest.Config, items: list[pytest.Item], which: Callable[[pytest.Item], bool]) -> None:

@@ -160,6 +160,7 @@ class TestAlone:
         assert_close(kernel(x).to_dense(), gain(kernel, other(x), other(x)))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "names",
     [

@@ -49,6 +49,7 @@ def objectives(monkeypatch) -> list[float]:
     return values
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("space", ["function_space", "weight_space"])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
 @pytest.mark.parametrize("case", CASES)
