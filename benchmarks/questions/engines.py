@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -164,7 +165,7 @@ def _markdown(rows: list[dict], gemm_rates: dict[str, float], write_rates: dict[
         parts += [f"## {threads} thread{'s' if threads > 1 else ''}", report.table(mine, OURS)]
         parts += [
             f"float32 GEMM: {rate / 1e9:.0f} Gflop/s.",
-            _rates_table(mine, rate, write_rates[str(threads)]),
+            _rates_table(mine, rate, write_rates.get(str(threads), math.inf)),
             _exponents_table(mine),
         ]
     return "\n\n".join(part for part in parts if part)
