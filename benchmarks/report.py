@@ -86,6 +86,21 @@ def gemm_rate(threads: int, size: int = 4096) -> float:
     return 2.0 * size**3 / min(map(float, printed.split()))
 
 
+def write_rate(threads: int, size: int = 1 << 28) -> float:
+    """Bytes per second at which memory that was never written to is filled on this many cores: the best of several, in
+    a process of its own."""
+    script = (
+        "import torch, time\n"
+        "from ntk_gp.jacobian.memory import empty\n"
+        f"torch.set_num_threads({threads})\n"
+        "for _ in range(5):\n"
+        "    start = time.perf_counter()\n"
+        f"    empty(({size // 4},), torch.zeros(1)).fill_(1); print(time.perf_counter() - start)"
+    )
+    printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    return size / min(map(float, printed.split()))
+
+
 def median(row: dict, column: str) -> float | None:
     """The median seconds of one column in a row."""
     return next((cell["median"] for cell in row["cells"] if cell["column"] == column), None)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ntk_gp import NTKKernel
 from ntk_gp.jacobian.autodiff import AutodiffEngine
 from ntk_gp.network import ALL_OUTPUTS, FrozenNetwork
 
@@ -23,6 +24,7 @@ class EngineColumn(TorchColumn):
 
     def __init__(self, engine: str, device: str = "cpu"):
         super().__init__(device)
+        self.engine_name = engine
         self.engine_class = AutodiffEngine if engine == "autodiff" else _structured_engine()
 
     def prepare(self, case: dict, arrays: dict[str, np.ndarray]) -> None:
@@ -43,6 +45,17 @@ class EngineColumn(TorchColumn):
         def call() -> Tensor:
             jacobian = self.engine.linearize(self.x[None])
             return jacobian.gram(jacobian, self.weights)[0]
+
+        return call
+
+    def new_gram(self, arrays: dict) -> Callable:
+        """Through the kernel, at inputs that it has not seen: nothing is kept but what was found out of the network."""
+        kernel = NTKKernel(self.network, output=ALL_OUTPUTS, engine=self.engine_name)
+
+        def call() -> Tensor:
+            kernel._linearization.clear()
+            with torch.no_grad():
+                return kernel(self.x).to_dense()
 
         return call
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +22,7 @@ from ..reference import Reference
 
 OURS = "structured"
 GRAM = "Gram"
+NEW_GRAM = "Gram of new inputs"
 PACKAGE = "benchmarks.columns"
 NEURAL_TANGENTS = (f"{PACKAGE}.neural_tangents", "NeuralTangentsColumn")
 
@@ -34,7 +36,8 @@ COLUMNS = [
 ]
 
 
-ALL = ("capture", "gram", "diagonal", "kernel_matmul", "jvp", "vjp")
+ALL = ("capture", "gram", "new_gram", "diagonal", "kernel_matmul", "jvp", "vjp")
+GRAMS = ("gram", "new_gram")
 NUM_COLUMNS = (1, 10, 100)  # r of the products K V
 COMPARED_COLUMNS = 10  # of those with more
 
@@ -50,11 +53,11 @@ class Case:
 
 MLP = "5-200-200-1"
 CASES = [
-    Case(MLP, 1000, ("gram",)),
+    Case(MLP, 1000, GRAMS),
     Case(MLP, 3000),
-    Case(MLP, 8000, ("gram",)),
-    Case("5-50-50-1", 1000, ("gram",)),
-    Case("5-800-800-1", 1000, ("gram",)),
+    Case(MLP, 8000, GRAMS),
+    Case("5-50-50-1", 1000, GRAMS),
+    Case("5-800-800-1", 1000, GRAMS),
     Case("5-200-2000-200-1", 1000),
     Case("5-200-200-10", 300),
     Case(networks.RESNET, 128),
@@ -62,8 +65,8 @@ CASES = [
 ]
 QUICK_CASES = [
     Case(MLP, 200),
-    Case(MLP, 400, ("gram",)),
-    Case("5-50-50-1", 200, ("gram",)),
+    Case(MLP, 400, GRAMS),
+    Case("5-50-50-1", 200, GRAMS),
     Case("5-200-200-10", 30),
     Case(networks.RESNET, 4),
     Case(networks.TRANSFORMER, 16),
@@ -85,6 +88,8 @@ def run(arguments: argparse.Namespace) -> None:
     results = report.earlier(arguments, "engines")
     rates = results.setdefault("gemm_rates", {})
     rates |= {str(threads): report.gemm_rate(threads) for threads in arguments.threads}
+    writing = results.setdefault("write_rates", {})
+    writing |= {str(threads): report.write_rate(threads) for threads in arguments.threads}
     for threads, case in tqdm(list(product(arguments.threads, cases))):
         timing = Timing(threads, arguments.repeats, arguments.slowest, arguments.limit)
         rows = _measure(case, columns, timing, arguments.operations or ALL)
@@ -101,7 +106,7 @@ def _measure(case: Case, columns: list[Column], timing: Timing, wanted: Sequence
     description = {"network": case.network, "parameters": [name for name, _ in network.named_parameters()]}
     common = {"network": case.network, "n": case.n, "P": networks.num_parameters(network)}
     return [
-        common | row | {"useful_flops": _useful_flops(case) if row["operation"] == GRAM else None}
+        common | row | {"useful_flops": _useful_flops(case) if row["operation"] in (GRAM, NEW_GRAM) else None}
         for row in measure(columns, description, arrays, operations, timing)
     ]
 
@@ -132,6 +137,7 @@ def _operations(case: Case, network: nn.Module, arrays: dict[str, np.ndarray]) -
     operations = [
         Operation("capture", "capture"),
         Operation(GRAM, "gram", reference=lambda: [exact.kernel_matmul(arrays["probe"])], probe=True),
+        Operation(NEW_GRAM, "new_gram", reference=lambda: [exact.kernel_matmul(arrays["probe"])], probe=True),
         Operation("diagonal", "diagonal", reference=lambda: [exact.diagonal()]),
         *(Operation(f"K V, r = {r}", "kernel_matmul", {"columns": r}, products) for r in NUM_COLUMNS),
         Operation("J u", "jvp", reference=lambda: [exact.jvp(arrays["tangent"])]),
@@ -152,25 +158,40 @@ def _useful_flops(case: Case) -> float | None:
     return 2.0 * case.n**2 * terms
 
 
-def _markdown(rows: list[dict], gemm_rates: dict[str, float], **_: object) -> str:
+def _markdown(rows: list[dict], gemm_rates: dict[str, float], write_rates: dict[str, float], **_: object) -> str:
     parts = ["# Engines", report.machine_line()]
     for threads, rate in ((int(number), rate) for number, rate in sorted(gemm_rates.items())):
         mine = [row for row in rows if row["threads"] == threads]
         parts += [f"## {threads} thread{'s' if threads > 1 else ''}", report.table(mine, OURS)]
-        parts += [f"float32 GEMM: {rate / 1e9:.0f} Gflop/s.", _rates_table(mine, rate), _exponents_table(mine)]
+        parts += [
+            f"float32 GEMM: {rate / 1e9:.0f} Gflop/s.",
+            _rates_table(mine, rate, write_rates.get(str(threads), math.inf)),
+            _exponents_table(mine),
+        ]
     return "\n\n".join(part for part in parts if part)
 
 
-def _rates_table(rows: list[dict], gemm_rate: float) -> str:
-    """The useful arithmetic of our Gram matrices per second, and its share of the GEMM rate."""
+def _floor(row: dict, gemm_rate: float, write_rate: float) -> float:
+    """Seconds that a Gram matrix takes at least: half of the useful arithmetic, for it is symmetric, and the passes of
+    the capture, at the rate of large products, and each page of the result written once."""
+    outputs = networks.widths(row["network"])[-1]
+    passes = 2.0 * (1 + outputs) * row["n"] * row["P"]
+    return (row["useful_flops"] / 2 + passes) / gemm_rate + 4.0 * (row["n"] * outputs) ** 2 / write_rate
+
+
+def _rates_table(rows: list[dict], gemm_rate: float, write_rate: float) -> str:
+    """The useful arithmetic of our Gram matrices per second, beside the GEMM rate; the floor's share of the time."""
     lines = []
     for row in rows:
         seconds = report.median(row, OURS)
         if row["useful_flops"] and seconds:
             rate = row["useful_flops"] / seconds
             share = f"{rate / gemm_rate:.0%}"
-            lines.append([row["network"], f"{row['n']:,}", report.duration(seconds), f"{rate / 1e9:.0f}", share])
-    return report.markdown_table(["network", "n", "Gram", "useful Gflop/s", "of the GEMM rate"], lines)
+            of_floor = f"{_floor(row, gemm_rate, write_rate) / seconds:.0%}"
+            case = [row["network"], f"{row['n']:,}", row["operation"], report.duration(seconds)]
+            lines.append([*case, f"{rate / 1e9:.0f}", share, of_floor])
+    titles = ["network", "n", "", "time", "useful Gflop/s", "of the GEMM rate", "share of the floor"]
+    return report.markdown_table(titles, lines)
 
 
 def _exponents_table(rows: list[dict]) -> str:

@@ -1,4 +1,4 @@
-"""Products K V of many columns: by blocks of K where that is cheaper, at the costs that choices are made by."""
+"""Gram matrices and products with them take the cheapest way, at the costs that choices are made by."""
 
 from __future__ import annotations
 
@@ -119,3 +119,30 @@ def test_captured_chunk_by_chunk():
         counted = flops(lambda: jacobian.kernel_matmul(jacobian, rhs, weights))
         assert_close(jacobian.kernel_matmul(jacobian, rhs, weights), J @ J.mT @ rhs)
     assert counted <= 1.5 * (matrix + 2 * 24**2 * 300)
+
+
+def test_pairs_of_positions_are_formed_once_where_the_matrix_is_symmetric():
+    network = nn.Sequential(
+        nn.Unflatten(1, (6, 200)), nn.Linear(200, 200), nn.Tanh(), nn.Flatten(), nn.Linear(1200, 1)
+    ).double()
+    x, weights = torch.randn(1, 8, 1200, dtype=F64), torch.ones(1, 1, dtype=F64)
+    jacobian, copy = linearized(network, x), linearized(network, x)
+    J = explicit_jacobian(network, x)
+    assert_close(jacobian.gram(jacobian, weights), J @ J.mT)
+    assert flops(lambda: jacobian.gram(jacobian, weights)) <= 0.65 * flops(lambda: jacobian.gram(copy, weights))
+
+
+def test_outputs_share_products_of_wide_patches():
+    """Pairs of 16 positions are dearer than gradients of 64×576 for one output, and cheaper for ten."""
+    factored = {}
+    for outputs in (1, 10):
+        torch.manual_seed(0)
+        head = nn.Tanh(), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(64, outputs)
+        network = nn.Sequential(nn.Unflatten(1, (64, 4, 4)), nn.Conv2d(64, 64, 3, padding=1), *head).double()
+        x, other = torch.randn(1, 3, 1024, dtype=F64), torch.randn(1, 2, 1024, dtype=F64)
+        J, K = explicit_jacobian(network, x, output="all"), explicit_jacobian(network, other, output="all")
+        jacobian, weights = linearized(network, x), torch.ones(1, 1, dtype=F64)
+        assert_close(jacobian.gram(jacobian, weights), J @ J.mT)
+        assert_close(jacobian.gram(linearized(network, other), weights), J @ K.mT)
+        factored[outputs] = jacobian.terms[0].num_products
+    assert factored == {1: 0, 10: 16}

@@ -119,36 +119,51 @@ class Gram:
             left = [_left_factors(self.left, sweep, rows) for sweep in passes]
             for columns in blocks[i // size :] if self.symmetric else blocks:
                 target = None if out is None else out[:, rows, columns]
-                yield rows, columns, self._tile(passes, left, right[columns], target)
+                diagonal = self.symmetric and rows == columns
+                yield rows, columns, self._tile(passes, left, right[columns], target, diagonal)
 
-    def _tile(self, passes: list[_Pass], left: list[dict], right: dict, target: Tensor | None) -> Tensor:
+    def _tile(
+        self, passes: list[_Pass], left: list[dict], right: dict, target: Tensor | None, diagonal: bool
+    ) -> Tensor:
         if passes[0].coefficients is None:
-            return self._sweep(left[0], right, target)
+            return self._sweep(left[0], right, target, diagonal)
         total: Tensor | None = None
         for sweep, factors in zip(passes, left, strict=True):
             assert sweep.coefficients is not None
-            part = self._sweep(factors, right, None) * sweep.coefficients[:, None, None]
+            part = self._sweep(factors, right, None, diagonal) * sweep.coefficients[:, None, None]
             total = part if total is None else total.add_(part)
         assert total is not None
         return total if target is None else target.copy_(total)
 
-    def _sweep(self, left: dict[int, list], right: dict[int, list], target: Tensor | None) -> Tensor:
-        """The sum of the terms' products, in `target` where there is one."""
+    def _sweep(
+        self, left: dict[int, list], right: dict[int, list], target: Tensor | None, diagonal: bool = False
+    ) -> Tensor:
+        """The sum of the terms' products, in `target` where there is one.
+
+        :param diagonal: The tile is on the diagonal of a symmetric matrix: what a position has with a later one is the
+            transpose of what that has with it.
+        """
         total: Tensor | None = None
+        later: Tensor | None = None
         for i, factors in left.items():
             term = self.right[i]
             if isinstance(term, FeatureTerm):
                 total = _add(total, matmul(factors[0], right[i][0]), target)
                 continue
             for k, l in term.pairs():
+                if diagonal and l < k:
+                    continue
                 g = matmul(factors[k][1], right[i][l][1])
                 if factors[k][0] is None:
                     total = _add(total, g, target)
                     continue
                 a = term.input_product(factors[k][0], right[i][l][0])
-                total = _multiply_add(total, a, g, self.outputs, target)
+                if diagonal and l > k:
+                    later = _multiply_add(later, a, g, self.outputs, None)
+                else:
+                    total = _multiply_add(total, a, g, self.outputs, target)
         assert total is not None
-        return total
+        return total if later is None else total.add_(later).add_(later.mT)
 
     def _passes(self, terms: list[int]) -> list[_Pass]:
         """One sweep where each batch has one weighting; otherwise one for each group of parameters."""

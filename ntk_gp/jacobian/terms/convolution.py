@@ -79,6 +79,10 @@ class ConvolutionTerm(MatrixTerm):
     def num_positions(self) -> int:
         return self.maps.shape[3] * math.prod(self.maps.shape[5:])
 
+    @property
+    def _num_outputs(self) -> int:
+        return self.maps.shape[2]
+
     def key(self) -> Hashable:
         return ("convolution", self.views, self.kernel_size, self.stride, self.padding, self.dilation)
 

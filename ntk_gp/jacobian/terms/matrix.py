@@ -210,9 +210,8 @@ class MatrixTerm(Term):
 
     @property
     def is_factored(self) -> bool:
-        """Whether pairs of positions cost less than per-point gradients."""
-        d_in, d_out = self.weight.shape[-1], self.weight.shape[-2]
-        return self.num_positions**2 * (d_in + d_out) <= d_in * d_out or self.num_positions == 1
+        """Whether pairs of positions, whose inputs all outputs share, cost less than per-point gradients."""
+        return self.num_positions == 1 or self._cost_of_positions() <= self._cost_of_gradients()
 
     @property
     def num_products(self) -> int:
@@ -320,11 +319,22 @@ class MatrixTerm(Term):
                 yield rows.flatten(3).flatten(1, 2), scale.repeat(1, rows.shape[3] * rows.shape[4])
 
     def gram_cost(self) -> float:
-        d_out, columns = self.weight.shape[-2], self.num_columns
-        heads, outputs = self.gradients.shape[4], self.gradients.shape[2]
-        if not self.is_factored:
-            return 2.0 * outputs**2 * heads * d_out * columns
-        return 2.0 * self.num_positions**2 * heads * (columns + outputs**2 * (d_out + 8))
+        return self._cost_of_positions() if self.is_factored else self._cost_of_gradients()
+
+    def _cost_of_positions(self) -> float:
+        """Of one pair of points, each pair of positions by itself: products of inputs and of gradients, and of both."""
+        outputs, (heads, d_out, _) = self._num_outputs, self.weight.shape
+        return 2.0 * self.num_positions**2 * heads * (self.num_columns + outputs**2 * (d_out + 8))
+
+    def _cost_of_gradients(self) -> float:
+        """Of one pair of points, from their gradients."""
+        heads, d_out, _ = self.weight.shape
+        return 2.0 * self._num_outputs**2 * heads * d_out * self.num_columns
+
+    @property
+    def _num_outputs(self) -> int:
+        """C."""
+        return self.gradients.shape[2]
 
     def gradient_cost(self) -> float:
         outputs, positions, heads, d_out = self.gradients.shape[2:]
