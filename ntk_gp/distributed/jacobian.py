@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from ..jacobian.products import JacobianProduct, TransposedJacobianProduct, kern
 from ..network import NetworkFunction
 from .group import Group
 from .shards import RowsOfRanks
+
+# Bytes of a block that is computed at once: memory that was freed is there for the next one.
+TILE = 1 << 24
 
 
 class ShardedJacobian(Jacobian):
@@ -150,31 +154,56 @@ class ShardedJacobian(Jacobian):
         return out
 
     def _fill_symmetric(self, out: Tensor, variances: Tensor) -> None:
-        rank, size, outputs = self.group.rank, self.group.size, self.function.num_outputs
-        for turn in range(size):
-            partner = (turn - rank) % size  # whose own partner in this turn is this rank
-            rows = self.shards.rows[partner]
-            if partner == rank:
-                out[:, :, rows] = self._own.gram(self._own, variances)
-                continue
-            # The lower rank multiplies with the first half of the higher one's points, which multiplies with the rest.
-            first, second = sorted((rank, partner))
-            middle = (self.points[second].start + self.points[second].stop) // 2
-            cut = middle * outputs - self.shards.rows[second].start
-            if rank == first:
-                computed = self._own.gram(self.at(slice(self.points[second].start, middle)), variances)
-                received = empty((len(out), self.shards.rows[second].stop - middle * outputs, out.shape[1]), like=out)
-                self.group.exchange([(partner, computed)], [(partner, received)])
-                out[:, :, rows.start : rows.start + cut] = computed
-                out[:, :, rows.start + cut : rows.stop] = received.mT
+        for turn in range(self.group.size):
+            partner = (turn - self.group.rank) % self.group.size  # whose own partner in this turn is this rank
+            if partner == self.group.rank:
+                self._fill_own(out[:, :, self.shards.mine], variances)
             else:
-                computed = self._own[slice(middle - self.points[second].start, None)].gram(
-                    self.at(self.points[first]), variances
-                )
-                received = empty((len(out), rows.stop - rows.start, cut), like=out)
-                self.group.exchange([(partner, computed)], [(partner, received)])
-                out[:, :cut, rows] = received.mT
-                out[:, cut:, rows] = computed
+                self._fill_with(partner, out, variances)
+
+    def _fill_own(self, block: Tensor, variances: Tensor) -> None:
+        """This rank's rows with themselves, tile by tile."""
+        outputs, count = self.function.num_outputs, self._own.num_points
+        tiles = list(_split(slice(0, count), self._steps(block[:1].numel())))
+        tiles = list(_split(slice(0, count), max(1, math.isqrt(len(tiles)))))
+        for i, points in enumerate(tiles):
+            left = self._own[points] if len(tiles) > 1 else self._own
+            rows = _rows(points, outputs)
+            block[:, rows, rows] = left.gram(left, variances)
+            for other in tiles[:i]:
+                columns = _rows(other, outputs)
+                block[:, rows, columns] = tile = left.gram(self._own[other], variances)
+                block[:, columns, rows] = tile.mT
+
+    def _fill_with(self, partner: int, out: Tensor, variances: Tensor) -> None:
+        """This rank's rows with another one's: the lower of the two multiplies with the first half of the higher one's
+        points, the higher one with the rest; what either has computed goes to the other while it is small."""
+        outputs = self.function.num_outputs
+        lower, higher = (self.points[rank] for rank in sorted((self.group.rank, partner)))
+        middle = (higher.start + higher.stop) // 2
+        steps = self._steps((lower.stop - lower.start) * (higher.stop - middle) * outputs**2)
+        halves = zip(_split(slice(higher.start, middle), steps), _split(slice(middle, higher.stop), steps), strict=True)
+        is_lower = self.group.rank < partner
+        there = self.at(slice(higher.start, middle) if is_lower else lower)
+        for first, second in halves:
+            if is_lower:
+                computed = self._own.gram(there[_shifted(first, higher.start)], variances)
+                shape = second.stop - second.start, self._own.num_points
+            else:
+                computed = self._own[_shifted(second, higher.start)].gram(there, variances)
+                shape = lower.stop - lower.start, first.stop - first.start
+            received = empty((len(out), shape[0] * outputs, shape[1] * outputs), like=out)
+            self.group.exchange([(partner, computed)], [(partner, received)])
+            if is_lower:
+                out[:, :, _rows(first, outputs)] = computed
+                out[:, :, _rows(second, outputs)] = received.mT
+            else:
+                out[:, _rows(_shifted(second, higher.start), outputs), _rows(lower, outputs)] = computed
+                out[:, _rows(_shifted(first, higher.start), outputs), _rows(lower, outputs)] = received.mT
+
+    def _steps(self, numbers: int) -> int:
+        """In how many pieces so many numbers are computed: more than one only where factors are held."""
+        return 1 if self._nbytes == 0 else -(-numbers * self.x.element_size() // TILE)
 
     def kernel_matmul(self, other: Jacobian, rhs: Tensor, variances: Tensor) -> Tensor:
         if torch.is_grad_enabled() and (rhs.requires_grad or variances.requires_grad):
@@ -193,3 +222,18 @@ class ShardedJacobian(Jacobian):
     def report(self) -> list[dict[str, object]]:
         """That of this rank's rows."""
         return self._own.report()
+
+
+def _split(points: slice, count: int) -> Iterator[slice]:
+    """So many pieces of a slice, about equal."""
+    size = points.stop - points.start
+    for i in range(count):
+        yield slice(points.start + size * i // count, points.start + size * (i + 1) // count)
+
+
+def _shifted(points: slice, start: int) -> slice:
+    return slice(points.start - start, points.stop - start)
+
+
+def _rows(points: slice, outputs: int) -> slice:
+    return slice(points.start * outputs, points.stop * outputs)

@@ -17,6 +17,7 @@ from gpytorch.mlls import ExactMarginalLogLikelihood
 
 import ntk_gp
 from ntk_gp import NTKKernel, draw_functions
+from ntk_gp.distributed import jacobian as sharded
 from ntk_gp.distributed.group import Group
 from ntk_gp.distributed.jacobian import ShardedJacobian
 from ntk_gp.distributed.traffic import Traffic
@@ -42,6 +43,7 @@ CASES = (("structured", "1GB"), ("structured", 60_000), ("autodiff", "1GB"))
 def operations(n: int) -> list[str]:
     """Products and Gram matrices of all kinds of Jacobians, against those of one process; names of what differs."""
     found = []
+    sharded.TILE = 200 if n == N else 1 << 24  # of many tiles, and of one
     x, test_x = data(n)[0].unsqueeze(0), data(3, seed=1)[0].unsqueeze(0)
     generator = torch.Generator().manual_seed(0)
     for engine, budget in CASES if n == N else CASES[:1]:

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 import ntk_gp
-from tests.adapted import LARGE, SMALL
+from ntk_gp import NTKKernel
+from ntk_gp.solvers import System
+from ntk_gp.solvers.orthogonal import weight_space_factor
+from tests.adapted import LARGE, SMALL, data, network
 from tests.distributed import problems
 from tests.distributed.harness import Ranks
 from tests.distributed.problems import Results
@@ -89,6 +92,20 @@ def test_batches(two):
 @pytest.mark.parametrize("last_layer", [False, True])
 def test_outputs(two, last_layer):
     check(two, partial(of_outputs, last_layer))
+
+
+def orthogonalised(n: int) -> Results:
+    """Each rank orthogonalises its own features, and then what is left of all."""
+    (x, y), linearization = data(n), NTKKernel(network())._linearization
+    variance, noise = (torch.full((1, size), 0.1, dtype=torch.float64) for size in (1, n))
+    system = System(linearization, x.unsqueeze(0), variance, noise)
+    factor, rotated = weight_space_factor(system, y.reshape(1, -1, 1))
+    return {"factor": factor, "rotated": rotated}
+
+
+@pytest.mark.parametrize("n", [SMALL + 1, LARGE])
+def test_orthogonalised(two, n):
+    check(two, partial(orthogonalised, n))
 
 
 def fast(n: int) -> Results:
