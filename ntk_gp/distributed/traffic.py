@@ -1,4 +1,4 @@
-"""How many bytes go between ranks: a model that :attr:`.group.Group.traffic` is held against.
+"""How many bytes go between ranks: a model that `Group.traffic` is held against.
 
 Collective operations are counted as rings send them, the least that there can be: a sum of b bytes takes 2 b (R − 1)/R
 from each rank, and to gather pieces of b bytes, (R − 1) b.
