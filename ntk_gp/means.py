@@ -70,8 +70,11 @@ class NetworkMean(Mean):
         prefix = self._prefix  # other threads may put another in its place
         known = 0 if prefix is None else prefix.length_in(x, state)
         new = x[..., known:, :]
-        along = values_along(self.network, new)
-        values = self.network.values(new, state, FullRateLayers()) if along is None else along
+        if prefix is not None and known == x.shape[-2]:
+            values = prefix.values[:0]  # the network, which need not have been tried, is not asked for nothing
+        else:
+            along = values_along(self.network, new)
+            values = self.network.values(new, state, FullRateLayers()) if along is None else along
         if prefix is not None and known:
             begin = prefix.values[:known]
             new_values = values.reshape(*new.shape[:-1], values.shape[-1])

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ntk_gp
 from ntk_gp import NetworkMean, NTKKernel
+from ntk_gp.jacobian import kept_grams
 from ntk_gp.jacobian.memory import mirror_upper_triangle
 from ntk_gp.jacobian.structured.held import StructuredJacobian
 from tests import references
@@ -178,14 +179,15 @@ def test_caches_stay_within_the_budget():
 
 @pytest.fixture
 def formed(monkeypatch) -> list[int]:
-    """One entry for each Gram matrix that the structured engine forms."""
+    """One entry for each Gram matrix that the structured engine forms; each counts as large."""
+    monkeypatch.setattr(kept_grams, "_LARGE", 1)
     calls: list[int] = []
     original = StructuredJacobian.gram
     monkeypatch.setattr(StructuredJacobian, "gram", lambda *args: calls.append(1) or original(*args))
     return calls
 
 
-def test_a_gram_matrix_of_few_flops_is_stored_when_it_is_asked_for_again(formed):
+def test_a_large_gram_matrix_is_stored_when_it_is_asked_for_again(formed):
     kernel, x = NTKKernel(make_network(), engine="structured"), inputs()
 
     def stored() -> list[Tensor]:
@@ -200,7 +202,7 @@ def test_a_gram_matrix_of_few_flops_is_stored_when_it_is_asked_for_again(formed)
         assert matrix.data_ptr() != stored()[0].data_ptr()
 
 
-def test_products_store_a_gram_matrix_once_it_has_paid(formed):
+def test_products_store_a_large_gram_matrix_once_it_has_paid(formed):
     kernel, x = NTKKernel(make_network(), engine="structured"), inputs()
     operator, rhs = kernel(x).evaluate_kernel(), torch.randn(POINTS, 100, dtype=torch.float64)
     products = [operator @ rhs for _ in range(5)]

@@ -345,9 +345,11 @@ _SCRIPT = textwrap.dedent("""
     ("before", "after", "preset"),
     [
         ("", "", None),
-        ("import botorch", "", None),
+        pytest.param("import botorch", "", None, marks=pytest.mark.thorough),
         ("", "import botorch", None),
-        ("import gpytorch; gpytorch.settings.max_cholesky_size._set_value(2000)", "", 2000),
+        pytest.param(
+            "import gpytorch; gpytorch.settings.max_cholesky_size._set_value(2000)", "", 2000, marks=pytest.mark.thorough
+        ),
         ("", "gpytorch.settings.max_cholesky_size._set_value(2000)", 2000),
     ],
 )

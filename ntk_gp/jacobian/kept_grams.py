@@ -15,8 +15,9 @@ from ..distributed.jacobian import ShardedJacobian
 from .base import Jacobian
 from .contents_cache import ContentsCache
 
-# A Gram matrix of so few flops for each entry is not copied for the sake of a second time that may never come: memory
-# that was never written to costs as much as they do.
+# A Gram matrix of so many entries, at so few flops for each, is not copied for the sake of a second time that may never
+# come.
+_LARGE = 1 << 24
 _COPY = 1000.0
 
 
@@ -51,12 +52,12 @@ class KeptGrams:
     def pays(self, jacobian1: Jacobian, jacobian2: Jacobian) -> bool:
         """Whether it is cheaper to store the Gram matrix and to copy it than to form it for whoever asks now.
 
-        That of a small network costs little more than its memory: it is stored when it is asked for again.
+        A large one of a small network costs little more than its memory: it is stored when it is asked for again.
         """
         pair = self._pair(jacobian1, jacobian2)
         entries = jacobian1.num_rows * jacobian2.num_rows
         again, pair.is_formed_again = pair.is_formed_again, True
-        return again or jacobian1.gram_cost(jacobian2) > _COPY * entries
+        return again or entries < _LARGE or jacobian1.gram_cost(jacobian2) > _COPY * entries
 
     def pays_for_product(self, jacobian1: Jacobian, jacobian2: Jacobian, columns: int) -> bool:
         """Whether the products so far, and one with so many more columns, cost as much as forming the matrix does.

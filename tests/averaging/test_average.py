@@ -319,6 +319,7 @@ def test_botorchs_models():
         averaged(models.SingleTaskGP(x, y.unsqueeze(-1), covar_module=kernel))
 
 
+@pytest.mark.thorough
 def test_from_several_threads():
     model, z = network_model(), adapted.data(6, seed=3)[0]
     average = averaged(model, draws=4, seed=0)
