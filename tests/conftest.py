@@ -2,6 +2,7 @@ import gc
 import random
 import runpy
 import sys
+import unittest
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--sample",
         action="store_true",
-        help="in half the time: without tests marked thorough, and half of the cases of those marked sampled",
+        help="in half the time: without tests marked thorough, and half of the cases of those with four or more",
     )
     parser.addoption(
         "--device",
@@ -99,13 +100,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _other_half(config: pytest.Config, items: list[pytest.Item]) -> set[str]:
-    """Half of the cases of each test that is marked so, drawn from the seed."""
+    """Half of the cases of each test that has four or more, and half of the tests of a suite of linear_operator's or
+    GPyTorch's, drawn from the seed."""
     cases = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("sampled") is not None:
-            cases[item.nodeid.partition("[")[0]].append(item.nodeid)
+        if item.get_closest_marker("every_case") is None:
+            is_suite = isinstance(item, pytest.Function) and issubclass(item.cls or object, unittest.TestCase)
+            cases[item.parent.nodeid if is_suite else item.nodeid.partition("[")[0]].append(item.nodeid)
     draw = random.Random(str(config.getoption("randomly_seed", None)))
-    return {name for test in sorted(cases) for name in draw.sample(sorted(cases[test]), len(cases[test]) // 2)}
+    return {
+        name
+        for test in sorted(cases)
+        if len(cases[test]) >= 4
+        for name in draw.sample(sorted(cases[test]), len(cases[test]) // 2)
+    }
 
 
 def _leave_out(config: pytest.Config, items: list[pytest.Item], which: Callable[[pytest.Item], bool]) -> None:

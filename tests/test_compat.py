@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from ntk_gp import _compat
 from tests.adapted import assert_close
 
-pytestmark = [pytest.mark.engine_independent, pytest.mark.cpu_only]
+pytestmark = [pytest.mark.engine_independent, pytest.mark.cpu_only, pytest.mark.every_case]
 
 F64 = torch.float64
 

@@ -76,7 +76,6 @@ def elsewhere() -> Iterator[None]:
     torch.set_default_device(None)
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("way", "options"),
     [

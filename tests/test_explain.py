@@ -58,7 +58,6 @@ SETTINGS = {
 }
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("n", [5, SMALL, LARGE, 200])
 @pytest.mark.parametrize("setting", SETTINGS)
 class TestWhatIsSaidIsDone:

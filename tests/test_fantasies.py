@@ -67,7 +67,6 @@ def check(model: AdaptedGP, x: Tensor, y: Tensor, noise: Tensor | float = 0.1) -
         assert_close(posterior.variance, covariance.diagonal(dim1=-2, dim2=-1))
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("n", [SMALL, LARGE])
 class TestFantasies:
     def test_one_batch(self, way, extensions, n):
@@ -198,7 +197,6 @@ class TestFantasies:
         )
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("n", [SMALL, LARGE])
 class TestNewTrainingData:
     def test_more_data(self, way, extensions, n):

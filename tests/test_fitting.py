@@ -145,7 +145,6 @@ class TestAgainstAutograd:
         ):
             assert_close(a, b)
 
-    @pytest.mark.sampled
     @pytest.mark.parametrize("inputs", ["equal", "distinct"])
     @pytest.mark.parametrize("groups", [None, "layer"])
     def test_batches(self, way, n, inputs, groups):
@@ -167,7 +166,6 @@ class TestAgainstAutograd:
 
         check(model, x, y, net, covariance)
 
-    @pytest.mark.sampled
     @pytest.mark.parametrize("noise", ["task and global", "task", "global", "correlated"])
     def test_several_outputs(self, way, n, noise):
         net, (x, y) = network(outputs=2), data(n, outputs=2)
@@ -248,7 +246,6 @@ def fast_computations(request, monkeypatch) -> str:
 class TestComposition:
     """Exact beyond the 800 points at which GPyTorch turns to conjugate gradients."""
 
-    @pytest.mark.sampled
     @pytest.mark.parametrize("compose", COMPOSITIONS.values(), ids=COMPOSITIONS.keys())
     @pytest.mark.parametrize("n", [SMALL, beyond(810)])
     def test_kernels(self, fast_computations, compose, n):

@@ -15,7 +15,6 @@ def test_every_block_has_a_seed():
     assert {step.block for seed in SEEDS for step in recipe(seed).steps} == set(BLOCKS)
 
 
-@pytest.mark.sampled
 @pytest.mark.names_engine
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", SEEDS)

@@ -160,7 +160,6 @@ class TestAlone:
         assert_close(kernel(x).to_dense(), gain(kernel, other(x), other(x)))
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize(
     "names",
     [

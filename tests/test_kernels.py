@@ -64,7 +64,6 @@ class TestValues:
         assert_close(kernel(x1, x2)[..., rows, columns], cross[..., rows, columns])
         assert_close(kernel(x1)[..., rows, :].to_dense(), gram[..., rows, :])
 
-    @pytest.mark.sampled
     @pytest.mark.parametrize("name", layers.NETWORKS)
     def test_every_layer(self, name):
         network, x = layers.make(name)

@@ -91,7 +91,6 @@ def lanczos(operator: LinearOperator) -> Tensor:
         return operator.root_decomposition(method="lanczos").root.to_dense()
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("engine", ["structured", "autodiff"])
 @pytest.mark.parametrize("outputs", [1, 3])
 @pytest.mark.parametrize("name", OPERATIONS)

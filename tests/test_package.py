@@ -18,7 +18,7 @@ from torch import nn
 import ntk_gp
 from ntk_gp import _compat
 
-pytestmark = [pytest.mark.engine_independent, pytest.mark.cpu_only]
+pytestmark = [pytest.mark.engine_independent, pytest.mark.cpu_only, pytest.mark.every_case]
 
 ROOT = Path(ntk_gp.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))

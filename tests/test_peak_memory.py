@@ -12,7 +12,7 @@ from tests.jacobian.explicit import variances_for
 from tests.networks import CASES as NETWORKS
 from tests.peak_memory import measure_afresh
 
-pytestmark = pytest.mark.cpu_only
+pytestmark = [pytest.mark.cpu_only, pytest.mark.every_case]
 
 BUDGET = 40 << 20  # bytes
 

@@ -461,7 +461,6 @@ class TestGPyTorchSettings:
 
 
 class TestFloat32:
-    @pytest.mark.sampled
     @pytest.mark.parametrize("noise", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8])
     @pytest.mark.parametrize("n", [30, 300])
     def test_accuracy_over_the_condition_range(self, exact_way, n, noise):

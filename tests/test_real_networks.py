@@ -19,6 +19,8 @@ from tests import references
 from tests.adapted import assert_close
 from tests.real_networks import REAL_NETWORKS
 
+pytestmark = pytest.mark.every_case
+
 TRAIN, TEST, NOISE = 3, 2, 0.1
 
 

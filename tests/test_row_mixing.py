@@ -48,7 +48,6 @@ def inputs(n: int) -> Tensor:
     return torch.randn(n, 2, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("n", SIZES)
@@ -57,7 +56,6 @@ def test_from_the_first_batch_on(n, mix, module):
         MODULES[module](Mixing(MIXES[mix]).double())(inputs(n))
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("beyond", [4, 8, 16, 60, 300])

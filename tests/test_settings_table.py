@@ -348,7 +348,10 @@ _SCRIPT = textwrap.dedent("""
         pytest.param("import botorch", "", None, marks=pytest.mark.thorough),
         ("", "import botorch", None),
         pytest.param(
-            "import gpytorch; gpytorch.settings.max_cholesky_size._set_value(2000)", "", 2000, marks=pytest.mark.thorough
+            "import gpytorch; gpytorch.settings.max_cholesky_size._set_value(2000)",
+            "",
+            2000,
+            marks=pytest.mark.thorough,
         ),
         ("", "gpytorch.settings.max_cholesky_size._set_value(2000)", 2000),
     ],

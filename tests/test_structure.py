@@ -182,7 +182,6 @@ def quiet() -> Iterator[None]:
         yield
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=pytest.mark.thorough if name in MORE_OF_THE_SAME else ()) for name in OPERATORS],
@@ -213,7 +212,6 @@ def test_likelihoods_are_exact_and_as_cheap_as_with_a_stock_kernel(name):
     assert_close(a, b, 1e-7)
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=pytest.mark.thorough if name in MORE_OF_THE_SAME else ()) for name in OPERATORS],

@@ -76,7 +76,6 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> 
 
 
 class TestValues:
-    @pytest.mark.sampled
     @pytest.mark.parametrize("engine", ["structured", "autodiff"])
     @pytest.mark.parametrize("outputs", [1, 3])
     @pytest.mark.parametrize("batch_shape", [(), (2,), (3, 2)])

@@ -136,7 +136,6 @@ def make(network: str, engine: str, operation: str) -> tuple[Callable[[Tensor], 
     return OPERATIONS[operation](model), zs
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("engine", ["structured", "autodiff"])
 @pytest.mark.parametrize(

@@ -82,7 +82,6 @@ def prior_density(model: PlainGP, u: torch.Tensor) -> list[float]:
     return (torch.tensor(values, dtype=y.dtype) - likelihoods).tolist()
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 @pytest.mark.parametrize("prior", PRIORS)
 def test_priors_are_densities_in_u(constraint, prior):

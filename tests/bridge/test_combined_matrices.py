@@ -150,7 +150,6 @@ def gradients(value: Tensor, model: Model) -> tuple[Tensor, ...]:
     )
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("n", [12, beyond(801)])
 @pytest.mark.parametrize("name", CASES)
 def test_likelihood_gradients_and_predictions(name, n):

@@ -96,7 +96,6 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() / expected - 1).abs().max())
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("options", CASES, ids=str)
 def test_variances(options):
     case = Case(**options)
@@ -119,7 +118,6 @@ def test_variances(options):
     assert relative(posterior.expand(torch.Size([2])).variance, case.variance.expand(2, *case.variance.shape)) < 1e-2
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("options", CASES, ids=str)
 def test_samples(options):
     """Their spread, which a jitter of 1e-6 would swamp; 2000 of them tell it to some 10 %."""
@@ -139,7 +137,6 @@ def test_samples(options):
             assert (excess < 0.15 * variance.sqrt()).all()
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("options", [{"m": 5, **options} for options in CASES], ids=str)
 def test_densities(options):
     case = Case(**options)
@@ -203,7 +200,6 @@ def test_no_variance_at_all():
     assert (variance[1:] < 1e-7).all()
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("n", [12, 200])
 @pytest.mark.parametrize("noise", [1e-4, pytest.param(1e-8, marks=pytest.mark.thorough), 1e-11])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

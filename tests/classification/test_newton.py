@@ -49,7 +49,6 @@ def objectives(monkeypatch) -> list[float]:
     return values
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("space", ["function_space", "weight_space"])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
 @pytest.mark.parametrize("case", CASES)

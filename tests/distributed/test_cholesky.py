@@ -11,7 +11,7 @@ from ntk_gp.distributed.cholesky import BlockRows, DistributedCholesky, Layout, 
 from ntk_gp.distributed.group import Group
 from tests.distributed.harness import Ranks
 
-pytestmark = pytest.mark.engine_independent
+pytestmark = [pytest.mark.engine_independent, pytest.mark.every_case]
 
 BLOCK, COLUMNS = 16, 3
 # Rows of each of two ranks: whole blocks, others, fewer than a block, none.

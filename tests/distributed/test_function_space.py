@@ -26,7 +26,7 @@ from tests.adapted import LARGE, SMALL, AdaptedGP, assert_close
 from tests.distributed import problems
 from tests.distributed.harness import Ranks
 
-pytestmark = pytest.mark.engine_independent
+pytestmark = [pytest.mark.engine_independent, pytest.mark.every_case]
 
 BLOCK = 8
 

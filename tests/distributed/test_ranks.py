@@ -29,7 +29,7 @@ from tests.distributed import problems
 from tests.distributed.harness import ranks
 from tests.distributed.problems import Results
 
-pytestmark = pytest.mark.engine_independent
+pytestmark = [pytest.mark.engine_independent, pytest.mark.every_case]
 
 N, OUTPUTS = 18, 2  # so that four ranks have unlike shares
 PRECISE = ntk_gp.settings.solve_tolerance(1e-12)

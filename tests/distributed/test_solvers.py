@@ -18,7 +18,7 @@ from tests.distributed import problems
 from tests.distributed.harness import Ranks
 from tests.distributed.problems import Results
 
-pytestmark = pytest.mark.engine_independent  # both engines in test_ranks.py
+pytestmark = [pytest.mark.engine_independent, pytest.mark.every_case]  # both engines in test_ranks.py
 
 
 def differences(compute: Callable[[], Results], tolerance: float, **settings: Any) -> list[str]:

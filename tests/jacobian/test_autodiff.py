@@ -19,7 +19,6 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> 
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=tolerance * scale)
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("name", [*layers.NETWORKS, *layers.ONCE_DIFFERENTIABLE])
 def test_products_equal_the_explicit_jacobian(name):
     network, x = layers.make(name)
@@ -45,7 +44,6 @@ def finite_differences(
     return v * (difference @ u) / (2 * step)
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("name", layers.NETWORKS)
 def test_input_gradients_equal_finite_differences(name):
     """Torch has operators whose derivative, differentiated once more, is wrong without a word."""

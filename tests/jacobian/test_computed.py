@@ -250,7 +250,6 @@ EVERY = [pytest.param(case, id=case.name) for case in CASES]
 SOME = [param for param in EVERY if param.id in ("weight_norm", "spectral_norm", "softplus", "normalised_update")]
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("case", EVERY)
 def test_every_operation_equals_the_explicit_jacobians(case: Case):
     served = case.subject(group_by=lambda name: name).check(case.inputs(4), case.inputs(3, seed=7))

@@ -151,7 +151,6 @@ def make(name: str, outputs: int = 1) -> tuple[nn.Module, Tensor]:
     return NETWORKS[name](outputs).double().eval(), torch.randn(N, 4, dtype=torch.float64)
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("outputs", [1, 3])
 @pytest.mark.parametrize("engine", ["structured", "autodiff"])
 @pytest.mark.parametrize("name", NETWORKS)
@@ -181,7 +180,6 @@ class Model(gpytorch.models.ExactGP):
         return gpytorch.distributions.MultivariateNormal(self.mean_module(x), self.covar_module(x))
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("engine", ["structured", "autodiff"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_posteriors(name, engine):
@@ -202,7 +200,6 @@ def test_posteriors(name, engine):
     torch.testing.assert_close(functions(x[6:]).detach(), f[6:, 0] + functions.weights @ B.T, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("engine", ["structured", "autodiff"])
 @pytest.mark.parametrize("quantity", ["mean", "variance"])
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name not in (*ONCE, "slope inside", "packed", "hooked")])

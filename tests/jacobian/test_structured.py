@@ -33,7 +33,6 @@ def subject(case: Case) -> Subject:
     return Subject(case.network(), **case.options)
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("case", EVERY)
 def test_every_operation_equals_the_explicit_jacobians(case: Case):
     subject(case).check(case.inputs(5), case.inputs(4, seed=7), case.tolerance)
@@ -46,7 +45,6 @@ def test_rules_serve_what_they_know_and_nothing_else(case: Case):
     assert set(left) == set(case.autodiff)
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("case", SOME_CASES)
 @pytest.mark.parametrize("batches, count", [(2, 1), (2, 2), (1, 3)])
 def test_batches_and_weightings(case: Case, batches: int, count: int):

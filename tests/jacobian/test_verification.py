@@ -150,7 +150,6 @@ def subject(body: Callable, outputs: int = 1, **options) -> Subject:
     return Subject(Network(body, outputs).double(), output="all", **options)
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize(("order", "outputs"), [("mixed", 1), ("late", 3), ("replicated", 1)])
 @pytest.mark.parametrize("body", BODIES)
 def test_every_operation_at_rows_of_any_order(body: Callable, order: str, outputs: int):
@@ -158,7 +157,6 @@ def test_every_operation_at_rows_of_any_order(body: Callable, order: str, output
     subject(body, outputs).check(x, x[:, 9:13].flip(1) + 0.1)
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("body", BODIES)
 def test_a_plan_made_at_other_rows(body: Callable):
     """The first inputs are one row, equal rows, or of one kind; the others are served by the same engine."""
@@ -175,7 +173,6 @@ def test_a_plan_made_at_other_rows(body: Callable):
             assert_close(engine.linearize(first).gram(jacobian, weights), weights[0, 0] * J1 @ J.mT)
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("body", BODIES)
 def test_in_single_precision(body: Callable):
     network = subject(body)
@@ -286,7 +283,6 @@ RULES = (
 )  # fmt: skip
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("gate", [1.0, 1e-6])
 @pytest.mark.parametrize("rule", RULES)

@@ -95,7 +95,6 @@ def gradients(value: Tensor, leaves: list[Tensor], **options: bool) -> tuple[Ten
     return torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True, **options)
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("differentiated", ["hyperparameters", "inputs as well"])
 @pytest.mark.parametrize("batch", [(), (2,)])
 @pytest.mark.parametrize("n", [30, 300])
@@ -292,7 +291,6 @@ def test_iteration_that_does_not_converge_says_so():
 # Predictions.
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("variances", ["exact", "fast", "skipped"])

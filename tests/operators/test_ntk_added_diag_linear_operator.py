@@ -98,7 +98,6 @@ BATCHES = [
 ]
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("n", [SMALL, LARGE])
 @pytest.mark.parametrize("batches", BATCHES)
 @pytest.mark.parametrize("constant", [True, False])

@@ -101,7 +101,6 @@ def errors(solver, problem: Problem) -> dict[str, float]:
     }
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
