@@ -165,7 +165,10 @@ class TestTracing:
         jacobian = references.jacobian(net, x)
         assert_close(exported(x), net(x).detach().squeeze(-1) + jacobian.sum(-1), 1e-12)
 
-    @pytest.mark.parametrize(("backend", "loaded"), [("aot_eager", True), ("aot_eager", False), ("inductor", False)])
+    @pytest.mark.parametrize(
+        ("backend", "loaded"),
+        [("aot_eager", True), ("aot_eager", False), pytest.param("inductor", False, marks=pytest.mark.thorough)],
+    )
     def test_compile(self, backend, loaded):
         torch._dynamo.reset()
         net = nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 1)).double()
