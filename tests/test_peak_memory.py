@@ -27,7 +27,10 @@ MEASURED = {
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel counts no peak here")
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, marks=pytest.mark.thorough if case == "narrow MLP, 3 outputs" else ()) for case in MEASURED],
+    [
+        pytest.param(case, marks=pytest.mark.thorough if case in ("narrow MLP, 3 outputs", "CNN") else ())
+        for case in MEASURED
+    ],
 )
 def test_peak(case):
     for operation, measured in measure_afresh(case, MEASURED[case], BUDGET).items():
