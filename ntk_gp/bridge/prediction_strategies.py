@@ -45,9 +45,8 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
         _check_targets(train_inputs[0], train_labels)
         self._networks: set[int] = set()  # the states of the networks in K
         self._has_weights = False
-        self._last_shift: tuple[Tensor, Tensor] | None = (
-            None  # J(x) ŵ, (m·C,), at the test inputs x (1, m, d) seen last
-        )
+        # The test inputs x (1, m, d) seen last, and J(x) ŵ there, (m·C,).
+        self._last_shift: tuple[Tensor, Tensor] | None = None
         clear_cache_hook(self)  # made here, since threads that share this could each make their own later
         super().__init__(train_inputs, train_prior_dist, train_labels, likelihood, **kwargs)
 
@@ -255,21 +254,18 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
         if not self._is_linear or not (self.solver.is_exact or self._has_weights):
             return None  # GPyTorch sets the tolerance of iterations once it has f(x)
         system, weights = self.solver.system, self.mean_weights
-        if weights.shape[:-1].numel() > 1:
-            return None
-        if (
-            not system.linearization.has_values_of(network)
-            or system.state != system.linearization.network.fingerprint()
-        ):
+        is_one, linearization = weights.shape[:-1].numel() == 1, system.linearization
+        is_present = linearization.has_values_of(network) and system.state == linearization.network.fingerprint()
+        if not (is_one and is_present):
             return None
         check_finite(x)
         flat = x.detach().reshape(1, -1, x.shape[-1])
         with torch.no_grad():
             if self._is_of_last_layer:
-                jacobian = system.linearization.jacobian(flat.double(), keep=False)
+                jacobian = linearization.jacobian(flat.double(), keep=False)
                 system.remember(jacobian)
             else:
-                jacobian = system.linearization.autodiff.linearize(flat)
+                jacobian = linearization.autodiff.linearize(flat)
             found = jacobian.values_and_product(weights.reshape(-1).to(jacobian.x))
         if found is None:
             return None
@@ -289,7 +285,7 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
             (seen, shift), flat = known, x.reshape(1, -1, x.shape[-1])
             if seen.dtype == flat.dtype and torch.equal(seen, flat):
                 check_shift(shift.unsqueeze(0), x)
-                return shift
+                return shift.reshape(*x.shape[:-2], -1)
         linearization = self.solver.system.linearization
         weights = self.mean_weights.to(x.dtype)
         batch = torch.broadcast_shapes(x.shape[:-2], weights.shape[:-1])

@@ -90,14 +90,15 @@ class WeightSpaceCurvature(Curvature):
         self.space = space
         self.root = root
         size = space.num_coordinates
+        # LAPACK reads one triangle: the lower one of the transpose.
         precision = torch.zeros(size, size, dtype=root.dtype, device=root.device)
+        lower = precision.mT.unsqueeze(0)
         own_root = space.shards.own(root.flatten(0, 1), 0).unflatten(0, (-1, root.shape[1]))
         for points, rows in space.blocks():
             own = own_root[points]
             features = (own.mT @ rows.unflatten(0, own.shape[:2])).flatten(0, 1)
-            # LAPACK reads one triangle: this one of the transpose.
-            add_lower_products(precision.mT.unsqueeze(0), features.unsqueeze(0))
-        precision = space.shards.summed(precision)
+            add_lower_products(lower, features.unsqueeze(0))
+        space.shards.lower_summed(lower)
         precision.diagonal().add_(1.0)
         diagonal = precision.diagonal().clone()
         self.cholesky, info = factorise_in_place(precision)

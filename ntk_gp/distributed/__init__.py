@@ -1,6 +1,7 @@
 """Beyond one machine: points are sharded over the ranks of a process group, results are the same bits on all of them.
 
-What is here, from bottom to top: the group and what goes between its ranks (:mod:`.group`), how many bytes that is
-(:mod:`.traffic`), and the Jacobian whose rows they share (:mod:`.jacobian`). :class:`ntk_gp.settings.distributed`
-switches it on.
+What is here, from bottom to top: the group and what goes between its ranks (:mod:`.group`), which rows are whose and
+the way from those to all (:mod:`.shards`), how many bytes that takes (:mod:`.traffic`), random numbers that are the
+same on all ranks (:mod:`.draws`), the Jacobian whose rows they share (:mod:`.jacobian`), Cholesky factors in block rows
+(:mod:`.cholesky`) and the solver on them (:mod:`.function_space`). :class:`ntk_gp.settings.distributed` switches it on.
 """

@@ -8,10 +8,20 @@ one process nothing is sharded: all of these hand back what they are given.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor
 
 from .group import Group
+
+# The lower triangle of a matrix goes round in this many block columns.
+_BLOCK_COLUMNS = 4
+
+
+def block_columns(size: int, count: int = _BLOCK_COLUMNS) -> list[slice]:
+    """About equal slices of so many columns, as many as asked for, or one for each column."""
+    count = min(count, size)
+    return [slice(a, b) for a, b in pairwise([size * i // count for i in range(count + 1)])] if size else []
 
 
 class Shards:
@@ -34,6 +44,10 @@ class Shards:
 
     def summed(self, total: Tensor) -> Tensor:
         """The sum over ranks; in the memory of what it is made of, if that is contiguous."""
+        return total
+
+    def lower_summed(self, total: Tensor) -> Tensor:
+        """The same for the lower triangles of matrices (B, P, P), in place: what is above is not to be read."""
         return total
 
     def agree(self, what: str, *values: Tensor) -> None:
@@ -81,6 +95,11 @@ class RowsOfRanks(Shards):
 
     def summed(self, total: Tensor) -> Tensor:
         return self.group.sum(total)
+
+    def lower_summed(self, total: Tensor) -> Tensor:
+        for columns in block_columns(total.shape[-1]):
+            total[:, columns.start :, columns] = self.summed(total[:, columns.start :, columns])
+        return total
 
     def agree(self, what: str, *values: Tensor) -> None:
         self.group.agree(what, *values)

@@ -7,10 +7,8 @@ from each rank, and to gather pieces of b bytes, (R − 1) b.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
-#: Block columns in which weight space's sums go round, lower triangle only.
-BLOCK_COLUMNS = 4
+from .shards import block_columns
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,5 @@ class Traffic:
 
     def feature_moment(self) -> int:
         """Φᵀ D⁻¹ Φ, in weight space."""
-        count = min(BLOCK_COLUMNS, self.parameters)
-        edges = [int(self.parameters * i / count) for i in range(count + 1)]
-        return sum(self.summed((self.parameters - start) * (end - start)) for start, end in pairwise(edges))
+        columns = block_columns(self.parameters)
+        return sum(self.summed((self.parameters - each.start) * (each.stop - each.start)) for each in columns)

@@ -6,7 +6,6 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable, Hashable
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -133,14 +132,16 @@ class Linearization:
         x = x.detach()
         if not keep:
             return self.engine.linearize(x, function)
-        return self.keep("jacobian", (x,), partial(self._capture, function), function.state)
+        return self.keep("jacobian", (x,), functools.partial(self._capture, function), function.state)
 
     def _capture(self, function: NetworkFunction, x: Tensor) -> Jacobian:
         """J(x), by the ranks together where there are several and points for each."""
         group = settings.distributed.group()
         if group is None or group.size == 1 or x.shape[1] < group.size:
             return self.engine.linearize(x, function)
-        return ShardedJacobian.at_inputs(function, x, group, partial(self.engine.linearize, function=function))
+        return ShardedJacobian.at_inputs(
+            function, x, group, functools.partial(self.engine.linearize, function=function)
+        )
 
     @_in_full_precision
     def gram(self, jacobian1: Jacobian, jacobian2: Jacobian, variances: Tensor, keep: bool = True) -> Tensor:

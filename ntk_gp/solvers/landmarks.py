@@ -41,9 +41,8 @@ class PivotedCholesky:
         system.check_finite(self.remainder)
         self.limit = min(limit, len(self.remainder))
         self.shards = jacobian.shards
-        self._memory = self.remainder.new_empty(
-            self.limit, jacobian.own.num_rows
-        )  # row by row: touched as it is filled
+        # Row by row: touched as it is filled.
+        self._memory = self.remainder.new_empty(self.limit, jacobian.own.num_rows)
         self._blocks: list[Tensor] = []
         self.rows = torch.empty(0, dtype=torch.long, device=self.remainder.device)
         eps = torch.finfo(self.remainder.dtype).eps

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
 from .. import settings
+from ..distributed.shards import block_columns
 from ..jacobian.base import Jacobian
 from ..jacobian.memory import mirror_upper_triangle
 from . import orthogonal
@@ -208,15 +207,10 @@ def add_lower_products(matrix: Tensor, features: Tensor) -> None:
     """Adds ΦᵀΦ for rows Φ, (B, m, P), to the lower triangle of a matrix (B, P, P), in block columns: what is above them
     is not touched."""
     size = matrix.shape[-1]
-    columns = _block_columns(size, max(1, min(_BLOCK_COLUMNS, size // _NARROWEST)))
+    columns = block_columns(size, max(1, min(_BLOCK_COLUMNS, size // _NARROWEST)))
     for j, left in enumerate(columns):
         for right in columns[: j + 1]:
             matrix[:, left, right] += features[..., left].mT @ features[..., right]
-
-
-def _block_columns(size: int, count: int) -> list[slice]:
-    edges = torch.linspace(0, size, count + 1, device="cpu").long().tolist()
-    return [slice(a, b) for a, b in pairwise(edges)]
 
 
 def _accumulated(system: System, batch: int, scale: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
@@ -237,9 +231,7 @@ def _accumulated(system: System, batch: int, scale: Tensor | None = None, factor
         if factor is not None:
             features = torch.linalg.solve_triangular(factor, (features * roots.unsqueeze(-2)).mT, upper=False).mT
         add_lower_products(moment, features)
-    if not shards.is_whole:
-        for right in _block_columns(size, min(_BLOCK_COLUMNS, size)):  # of the lower triangle
-            moment[:, right.start :, right] = shards.summed(moment[:, right.start :, right])
+    moment = shards.lower_summed(moment)
     mirror_upper_triangle(moment.mT)
     system.check_finite(moment.diagonal(dim1=-2, dim2=-1))
     return moment
