@@ -6,13 +6,15 @@ BIN := $(VENV)/bin
 # The order of tests, what hypothesis draws and the order of sets follow from a seed: two of them, since a suite runs twice.
 # Each run prints its own; others: make test SEEDS="3 4".
 SEEDS ?= 1 2
-# Bytecode is written, so that the second suite and processes of their own need not compile anew.
-seeded = PYTHONDONTWRITEBYTECODE= PYTHONHASHSEED=$(word $(1),$(SEEDS)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal \
+seeded = PYTHONHASHSEED=$(word $(1),$(SEEDS)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal \
 	--randomly-seed=$(word $(1),$(SEEDS))
 # What names its engine in every test, or has none.
 ENGINE_NAMED := tests/jacobian tests/replacements tests/test_network.py tests/test_docs.py tests/test_peak_memory.py tests/test_readme.py
 # Small versions of the notebooks are run by themselves: make notebooks QUICK=1
 NOTEBOOKS := tests/test_notebooks.py
+
+# Bytecode is written where a module is imported, so that the next process need not compile anew; not of all that is installed.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-engines test-cuda test-versions test-peers fuzz lint notebooks benchmark docs clean
 
@@ -69,7 +71,7 @@ clean:
 
 # .venv/.NAME says that the package is installed there with the extra NAME.
 $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e ".[$*]"
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e ".[$*]"
 	touch $@
 
 $(BIN)/python:

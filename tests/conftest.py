@@ -48,6 +48,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if _device(config) != "cpu" and _is_available(_device(config)):
         torch.set_default_device(_device(config))  # of what modules of tests make when they are imported, too
         torch.Generator = _Generator
+    if not torch.cuda.is_available():  # torch.manual_seed would note the stack for when it is, thousands of times
+        torch.cuda.manual_seed_all = torch.xpu.manual_seed_all = lambda seed: None
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -100,13 +102,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _other_cases(config: pytest.Config, items: list[pytest.Item]) -> set[str]:
-    """Two thirds of the cases of each test that has four or more, and of the tests of a suite of linear_operator's or
-    GPyTorch's, drawn from the seed."""
+    """Two thirds of the cases of each test that has four or more, of the tests of a suite of linear_operator's or
+    GPyTorch's, and of those marked costly in a file, drawn from the seed."""
     cases = defaultdict(list)
     for item in items:
         if item.get_closest_marker("every_case") is None:
-            is_suite = isinstance(item, pytest.Function) and issubclass(item.cls or object, unittest.TestCase)
-            cases[item.parent.nodeid if is_suite else item.nodeid.partition("[")[0]].append(item.nodeid)
+            cases[_group(item)].append(item.nodeid)
     draw = random.Random(str(config.getoption("randomly_seed", None)))
     return {
         name
@@ -114,6 +115,14 @@ def _other_cases(config: pytest.Config, items: list[pytest.Item]) -> set[str]:
         if len(cases[test]) >= 4
         for name in draw.sample(sorted(cases[test]), 2 * len(cases[test]) // 3)
     }
+
+
+def _group(item: pytest.Item) -> str:
+    """What a sample takes a third of."""
+    if item.get_closest_marker("costly") is not None:
+        return item.location[0]
+    is_suite = isinstance(item, pytest.Function) and issubclass(item.cls or object, unittest.TestCase)
+    return item.parent.nodeid if is_suite else item.nodeid.partition("[")[0]
 
 
 def _leave_out(config: pytest.Config, items: list[pytest.Item], which: Callable[[pytest.Item], bool]) -> None:

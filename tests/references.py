@@ -1,4 +1,4 @@
-"""Independent references: explicit Jacobians by plain autograd, one row at a time, and closed forms on top of them."""
+"""Independent references: explicit Jacobians by plain autograd, some points at a time, and closed forms on them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 def jacobian(network: nn.Module, x: Tensor, parameters: list[Tensor] | None = None) -> Tensor:
     """The Jacobian (*batch, n·C, P) of a network's outputs at x (*batch, n, …), rows point-major.
 
-    One `torch.autograd.grad` for each output of each point; differentiable with respect to `x` where it requires that.
+    Some points go through the network together; differentiable with respect to `x` where it requires that.
     """
     parameters = [p for p in network.parameters() if p.requires_grad] if parameters is None else parameters
     with torch.enable_grad():
@@ -18,19 +18,21 @@ def jacobian(network: nn.Module, x: Tensor, parameters: list[Tensor] | None = No
 
 
 def _jacobian(network: nn.Module, x: Tensor, parameters: list[Tensor]) -> Tensor:
-    rows = []
-    for point in x.reshape(-1, x.shape[-1]):
-        for output in network(point.unsqueeze(0)).reshape(-1):
-            gradients = torch.autograd.grad(
-                output,
-                parameters,
-                retain_graph=True,
-                create_graph=x.requires_grad,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-            rows.append(torch.cat([gradient.reshape(-1) for gradient in gradients]))
-    return torch.stack(rows).reshape(*x.shape[:-2], -1, rows[0].shape[0])
+    rows = [_rows(network(points), parameters, x.requires_grad) for points in x.reshape(-1, x.shape[-1]).split(16)]
+    return torch.cat(rows).reshape(*x.shape[:-2], -1, rows[0].shape[1])
+
+
+def _rows(outputs: Tensor, parameters: list[Tensor], create_graph: bool) -> Tensor:
+    gradients = torch.autograd.grad(
+        outputs.reshape(-1),
+        parameters,
+        torch.eye(outputs.numel(), dtype=outputs.dtype, device=outputs.device),
+        is_grads_batched=True,
+        create_graph=create_graph,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return torch.cat([gradient.reshape(outputs.numel(), -1) for gradient in gradients], dim=1)
 
 
 def kernel(network: nn.Module, x1: Tensor, x2: Tensor | None = None, variances: Tensor | None = None) -> Tensor:

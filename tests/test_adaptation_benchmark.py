@@ -16,7 +16,7 @@ from benchmarks.adaptation.tasks import Cell, Task
 
 report = pytest.importorskip("benchmarks.adaptation.report", reason="benchmarks draw with matplotlib")
 
-pytestmark = [pytest.mark.engine_independent, pytest.mark.cpu_only]
+pytestmark = [pytest.mark.engine_independent, pytest.mark.cpu_only, pytest.mark.costly]
 
 CHEAP = ("unadapted", "Matérn")
 

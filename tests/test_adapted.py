@@ -18,7 +18,7 @@ from ntk_gp import AdaptedGP, averaged
 from ntk_gp.testing import explicit_jacobian
 from tests import adapted, references
 
-pytestmark = pytest.mark.engine_independent
+pytestmark = [pytest.mark.engine_independent, pytest.mark.costly]
 TERMS = ("gain", "tangent", "inputs", "features", "metric")
 
 

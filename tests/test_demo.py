@@ -3,10 +3,13 @@
 import importlib.util
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+
+from ntk_gp import AdaptedGP
 
 pytestmark = [pytest.mark.engine_independent, pytest.mark.cpu_only]
 
@@ -15,7 +18,7 @@ DEMO = Path(__file__).parents[1] / "notebooks" / "adaptation.py"
 
 @pytest.fixture
 def demo(monkeypatch):
-    """Its module, with fewer methods, less to average, and fewer points to draw."""
+    """Its module, with fewer methods, two terms in place of five, less to average, and fewer points to draw."""
     pytest.importorskip("matplotlib", reason="the extra 'demo' is not installed").use("Agg")
     spec = importlib.util.spec_from_file_location("demo", DEMO)
     module = importlib.util.module_from_spec(spec)
@@ -23,6 +26,7 @@ def demo(monkeypatch):
     monkeypatch.syspath_prepend(DEMO.parent)
     spec.loader.exec_module(module)
     module.DRAWS, module.GRID = 3, module.GRID[::10]
+    module.AdaptedGP = partial(AdaptedGP, terms=("gain", "tangent"))
     for name in ("RBF from scratch (ARD)", "RBF on network and gain", "untrained network's NTK"):
         del module.METHODS[name]
     before = torch.get_default_dtype(), torch.get_num_threads()

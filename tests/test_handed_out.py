@@ -106,6 +106,7 @@ class TestOwnership:
 
 
 @pytest.mark.engine_independent
+@pytest.mark.costly
 class TestTracing:
     @named(TRACED)
     def test_export(self, case):

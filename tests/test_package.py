@@ -218,14 +218,16 @@ def test_a_name_says_what_it_stands_for_and_what_else_would_do(name):
     assert "ithout" in text
 
 
+@cache
+def used(file: Path) -> set[str]:
+    """What it imports from somewhere, by name, and reads of `_compat`."""
+    imported = {alias.name for node in ast.walk(tree(file)) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    attributes = (node for node in ast.walk(tree(file)) if isinstance(node, ast.Attribute))
+    return imported | {node.attr for node in attributes if ast.unparse(node.value) == "_compat"}
+
+
 @pytest.mark.parametrize("name", offered())
 def test_a_name_is_used_and_tested(name):
-    uses = {
-        file
-        for file in [*FILES, Path(__file__).parent / "test_compat.py"]
-        for node in ast.walk(tree(file))
-        if (isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names])
-        or (isinstance(node, ast.Attribute) and ast.unparse(node) == f"_compat.{name}")
-    }
+    uses = {file for file in [*FILES, Path(__file__).parent / "test_compat.py"] if name in used(file)}
     assert any(file.name == "test_compat.py" for file in uses)
     assert len(uses) > 1

@@ -27,7 +27,7 @@ from tests.averaging.models import (
 )
 from tests.in_threads import settings_of_gpytorch_restored
 
-pytestmark = pytest.mark.engine_independent
+pytestmark = [pytest.mark.engine_independent, pytest.mark.costly]
 Z = torch.linspace(-0.3, 1.3, 7, dtype=torch.float64).unsqueeze(-1)
 
 

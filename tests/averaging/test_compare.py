@@ -8,7 +8,7 @@ from ntk_gp import averaged, compare
 from ntk_gp.priors import scale_to_data
 from tests.averaging.models import PlainGP, data, rbf_model
 
-pytestmark = pytest.mark.engine_independent
+pytestmark = [pytest.mark.engine_independent, pytest.mark.costly]
 
 
 def models() -> dict[str, PlainGP]:
