@@ -1,6 +1,6 @@
-"""The malaria maps of Nigeria and networks trained on them: what the notebook 02_malaria_variants uses.
+"""The malaria maps of Nigeria and networks trained on them: what 02_malaria and 02_malaria_variants share.
 
-Data, splits, architecture and training are those of 02_malaria. From the same seed comes the same network.
+From the same seed comes the same network.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import copy
 import ctypes
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from comparison import folder_with
 from torch import Tensor, nn
 from torch.distributions import Normal
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the benchmarks are no part of what is installed
+
+from benchmarks.data import MALARIA, folder_with
 
 # ---- 1. The maps ----
 
@@ -37,11 +41,10 @@ class Maps(NamedTuple):
 def load() -> Maps:
     """The maps of 2000 to 2015, float64.
 
-    :raises FileNotFoundError: If the file is not where :func:`comparison.folder_with` looks.
+    :raises FileNotFoundError: If the file is not where :func:`benchmarks.data.folder_with` looks.
     """
-    name = "map_pfpr_nigeria_2000_2015.npz"
     rasters = "the Malaria Atlas Project's rasters 2015_Nature_Africa_PR.2000.tif to .2015.tif"
-    data = np.load(folder_with(name, f"Make it from {rasters}, as 02_malaria describes.") / name)
+    data = np.load(folder_with(MALARIA, f"Make it from {rasters}, as 02_malaria describes.") / MALARIA)
     lon, lat = torch.tensor(data["lon"]).double(), torch.tensor(data["lat"]).double()
     pixels = torch.stack([(lon - lon.mean()) * math.cos(math.radians(9)), lat - lat.mean()], dim=-1) / 3
     years = zip(data["years"], data["pfpr"].T, strict=True)
