@@ -1,6 +1,6 @@
-"""The malaria maps of Nigeria and networks trained on them: what 02_malaria and 02_malaria_variants share.
+"""The malaria maps of Nigeria and networks trained on them: what the notebook 02_malaria_variants uses.
 
-From the same seed comes the same network.
+Data, splits, architecture and training are those of 02_malaria. From the same seed comes the same network.
 """
 
 from __future__ import annotations
@@ -38,13 +38,18 @@ class Maps(NamedTuple):
     pfpr: dict[int, Tensor]
 
 
-def load() -> Maps:
-    """The maps of 2000 to 2015, float64.
+def file() -> Path:
+    """Where the maps are.
 
-    :raises FileNotFoundError: If the file is not where :func:`benchmarks.data.folder_with` looks.
+    :raises FileNotFoundError: If they are not where :func:`benchmarks.data.folder_with` looks.
     """
     rasters = "the Malaria Atlas Project's rasters 2015_Nature_Africa_PR.2000.tif to .2015.tif"
-    data = np.load(folder_with(MALARIA, f"Make it from {rasters}, as 02_malaria describes.") / MALARIA)
+    return folder_with(MALARIA, f"Make it from {rasters}, as 02_malaria describes.") / MALARIA
+
+
+def load() -> Maps:
+    """The maps of 2000 to 2015, float64; raises as :func:`file`."""
+    data = np.load(file())
     lon, lat = torch.tensor(data["lon"]).double(), torch.tensor(data["lat"]).double()
     pixels = torch.stack([(lon - lon.mean()) * math.cos(math.radians(9)), lat - lat.mean()], dim=-1) / 3
     years = zip(data["years"], data["pfpr"].T, strict=True)
