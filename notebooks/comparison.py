@@ -6,7 +6,6 @@ observations. Gaussian processes are averaged over their hyperparameters, which 
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 import warnings
@@ -27,8 +26,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # the benchmarks are 
 from benchmarks.adaptation.methods import METHODS as BENCHMARKED
 from benchmarks.adaptation.methods import RECIPE, Predict
 from benchmarks.adaptation.predictions import scores
-from benchmarks.adaptation.real import DEFAULT_FOLDER, VARIABLE
 from benchmarks.adaptation.tasks import Task
+from benchmarks.data import folder_with as folder_with
 
 AVERAGED = ", averaged"
 NAMES = ("last layer", "Matérn", "RBF on features", "Matérn, inputs + features", "NTK", "NTK + Matérn")
@@ -46,19 +45,6 @@ METRICS = {
     "coverage": ("coverage, % of the observations within ±1.96 standard deviations", 100, 0, False),
     "seconds": ("processor seconds, of adapting and predicting", 1, 2, False),
 }
-
-
-def folder_with(name: str, source: str, folder: str | Path | None = None) -> Path:
-    """The folder that has a file: the one that is passed, `$NTK_GP_DATA`, or `shared/data` beside the repository.
-
-    :param source: A sentence on where to get the file, which the error ends with if it is not there.
-    """
-    folder = Path(folder or os.environ.get(VARIABLE) or DEFAULT_FOLDER)
-    if not (folder / name).exists():
-        raise FileNotFoundError(
-            f"The data are not here: {folder / name} does not exist. {source} Then set {VARIABLE} to its folder."
-        )
-    return folder
 
 
 def compare(

@@ -9,6 +9,7 @@ import copy
 import ctypes
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from comparison import folder_with
 from torch import Tensor, nn
 from torch.distributions import Normal
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the benchmarks are no part of what is installed
+
+from benchmarks.data import MALARIA, folder_with
 
 # ---- 1. The maps ----
 
@@ -34,14 +38,18 @@ class Maps(NamedTuple):
     pfpr: dict[int, Tensor]
 
 
-def load() -> Maps:
-    """The maps of 2000 to 2015, float64.
+def file() -> Path:
+    """Where the maps are.
 
-    :raises FileNotFoundError: If the file is not where :func:`comparison.folder_with` looks.
+    :raises FileNotFoundError: If they are not where :func:`benchmarks.data.folder_with` looks.
     """
-    name = "map_pfpr_nigeria_2000_2015.npz"
     rasters = "the Malaria Atlas Project's rasters 2015_Nature_Africa_PR.2000.tif to .2015.tif"
-    data = np.load(folder_with(name, f"Make it from {rasters}, as 02_malaria describes.") / name)
+    return folder_with(MALARIA, f"Make it from {rasters}, as 02_malaria describes.") / MALARIA
+
+
+def load() -> Maps:
+    """The maps of 2000 to 2015, float64; raises as :func:`file`."""
+    data = np.load(file())
     lon, lat = torch.tensor(data["lon"]).double(), torch.tensor(data["lat"]).double()
     pixels = torch.stack([(lon - lon.mean()) * math.cos(math.radians(9)), lat - lat.mean()], dim=-1) / 3
     years = zip(data["years"], data["pfpr"].T, strict=True)

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for benchmarks
 from benchmarks.adaptation import fine_tuning, gaussian_processes, real
 from benchmarks.adaptation.tasks import generator
 from benchmarks.adaptation.training import make_network
+from benchmarks.data import MALARIA, PRECIPITATION, folder_with
 from ntk_gp import AdaptedGP, averaged, similarity
 
 LABELS, UNLABELLED, TEST = 20, 100, 500
@@ -86,6 +87,15 @@ def sinusoids() -> Family:
     distances = [k / 8 for k in range(1, 9)]
     targets = {f"{t:.2f}": lambda seed, t=t: draw(t, seed, 1000) for t in distances}
     return Family("sinusoids", lambda seed: draw(0.0, seed, 2000), targets)
+
+
+def data_folder() -> Path:
+    """Where the maps and the weather are.
+
+    :raises FileNotFoundError: If they are not where :func:`benchmarks.data.folder_with` looks.
+    """
+    source = "Make it from the sources that the notebook names (benchmarks/adaptation/real.py says what is in it)."
+    return folder_with((MALARIA, PRECIPITATION), source)
 
 
 def malaria(folder: Path) -> Family:

@@ -153,14 +153,20 @@ class Adaptation(NamedTuple):
 RECIPE = "AdaptedGP (the recipe)"
 
 
-def adapt(network: nn.Module, task: Task, x: Tensor, y: Tensor, x_new: Tensor, draws: int = 32) -> Adaptation:
-    """Every method's prediction at x_new from the observations (x, y); averages are over so many draws."""
+def adapt(
+    network: nn.Module, task: Task, x: Tensor, y: Tensor, x_new: Tensor, draws: int = 32, effort: float = 1.0
+) -> Adaptation:
+    """Every method's prediction at x_new from the observations (x, y); averages are over so many draws.
+
+    :param effort: A part of the steps of fine-tuning and of fitting hyperparameters.
+    """
+    tuning, fitting = round(300 * effort), round(150 * effort)
 
     def unadapted():
         return Normal(network(x_new).detach(), (network(x) - y).detach().square().mean().sqrt())
 
     def gp(mean, kernel):
-        return predict(optimise(GP(x, y, mean, kernel)), x_new)
+        return predict(optimise(GP(x, y, mean, kernel), fitting), x_new)
 
     recipe = AdaptedGP(x, y, network)
     scratch = GP(x, y, ZeroMean(), ScaleKernel(RBFKernel()) + ConstantKernel())
@@ -172,8 +178,8 @@ def adapt(network: nn.Module, task: Task, x: Tensor, y: Tensor, x_new: Tensor, d
 
     methods: dict[str, Callable[[], Distribution]] = {
         "network, unadapted": unadapted,
-        "fine-tuning, all layers": lambda: predict_fine_tuned(network, x, y, x_new, last_layer_only=False),
-        "fine-tuning, last layer": lambda: predict_fine_tuned(network, x, y, x_new, last_layer_only=True),
+        "fine-tuning, all layers": lambda: predict_fine_tuned(network, x, y, x_new, False, steps=tuning),
+        "fine-tuning, last layer": lambda: predict_fine_tuned(network, x, y, x_new, True, steps=tuning),
         "NTK-GP, network mean": lambda: gp(NetworkMean(network), ScaleKernel(NTKKernel(network))),
         "NTK-GP, constant mean": lambda: gp(ConstantMean(), ScaleKernel(NTKKernel(network))),
         "NTK-GP, constant mean, averaged": lambda: averaged(GP(x, y, ConstantMean(), ScaleKernel(NTKKernel(network)))),
@@ -196,7 +202,7 @@ GRID = torch.linspace(-7, 7, 281, dtype=torch.float64).unsqueeze(-1)
 
 
 def run(
-    seed: int = 0, num_tasks: int = 4, num_points: int = 10, steps: int = 2000, draws: int = 32
+    seed: int = 0, num_tasks: int = 4, num_points: int = 10, steps: int = 2000, draws: int = 32, effort: float = 1.0
 ) -> tuple[Task, nn.Module, list[Adaptation]]:
     """Trains a network on one task and adapts it to others. Returns the task, the network and the adaptations."""
     torch.set_default_dtype(torch.float64)
@@ -206,7 +212,7 @@ def run(
     adaptations = []
     for _ in tqdm(range(num_tasks), desc="tasks", disable=None):
         task = draw_task()
-        adaptations.append(adapt(network, task, *task.sample(num_points), GRID, draws))
+        adaptations.append(adapt(network, task, *task.sample(num_points), GRID, draws, effort))
     return source, network, adaptations
 
 

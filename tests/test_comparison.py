@@ -105,16 +105,3 @@ def test_the_methods_are_those_of_the_benchmark():
     assert comparison.RECIPE in comparison.METHODS
     assert all(callable(predict) for predict in comparison.METHODS.values())
     assert comparison.METHODS["NTK"] is comparison.BENCHMARKED["NTK, averaged"].predict
-
-
-def test_files_are_looked_for_where_they_are_said_to_be(tmp_path, monkeypatch):
-    (tmp_path / "file.npz").touch()
-    monkeypatch.setenv("NTK_GP_DATA", str(tmp_path))
-    assert comparison.folder_with("file.npz", "") == tmp_path
-    with pytest.raises(FileNotFoundError, match=r"The data are not here: .*other.npz does not exist. Make it."):
-        comparison.folder_with("other.npz", "Make it.")
-    with pytest.raises(FileNotFoundError, match="elsewhere"):
-        comparison.folder_with("file.npz", "Make it.", tmp_path / "elsewhere")
-    monkeypatch.delenv("NTK_GP_DATA")
-    monkeypatch.setattr(comparison, "DEFAULT_FOLDER", tmp_path)
-    assert comparison.folder_with("file.npz", "") == tmp_path

@@ -7,6 +7,7 @@ import importlib
 from pathlib import Path
 
 from .methods import METHODS, PEERS, available
+from .real import Real
 from .run import EXPERIMENTS, Plan, estimate, run, run_peers
 from .training import BUILD
 
@@ -21,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"of {', '.join(METHODS)}")
     options.add_argument("--again", action="store_true", help="compute these methods also where there are results")
-    options.add_argument("--data", type=Path, help="folder of the real data (default: $NTK_GP_DATA or ../shared/data)")
+    options.add_argument("--data", help="folder or address of the real data (default: $NTK_GP_DATA or ../shared/data)")
     options.add_argument("--output", type=Path, help="folder of every cell's results (default: build/adaptation)")
     options.add_argument("--results", type=Path, help="folder of the table (default: benchmarks/results)")
     options.add_argument("--estimate", action="store_true", help="only say how long each method and all would take")
@@ -63,8 +64,8 @@ def _passed_on(arguments: argparse.Namespace, output: Path) -> list[str]:
     """The same options, for the peers' environment."""
     options = [arguments.experiment, "--processes", str(arguments.processes), "--output", str(output.absolute())]
     options += ["--quick"] * arguments.quick + ["--again"] * arguments.again
-    if arguments.data:
-        options += ["--data", str(arguments.data.absolute())]
+    if arguments.experiment == "real":  # a folder, also where an address was named: there nothing is fetched
+        options += ["--data", str(Real(arguments.data).folder.absolute())]
     if arguments.seeds:
         options += ["--seeds", *map(str, arguments.seeds)]
     return options

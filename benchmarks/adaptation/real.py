@@ -27,7 +27,6 @@ where there are more than 6,000 rows, the source are drawn anew for each seed.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -36,11 +35,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..data import MALARIA, PRECIPITATION, folder_with
 from .tasks import QUICK_STEPS, Cell, Task, generator, standardised
 from .training import STEPS, Trained, trained
 
-VARIABLE = "NTK_GP_DATA"
-DEFAULT_FOLDER = Path(__file__).resolve().parents[3] / "shared" / "data"
+FILES = (MALARIA, PRECIPITATION, *(f"uci/{name}/data.csv.gz" for name in ("kin40k", "protein", "yacht")))
+SOURCE = f"""They are
+  {MALARIA}   lon, lat, years, pfpr (pixels × years), from the Malaria Atlas
+                                   Project's rasters 2015_Nature_Africa_PR.YEAR.tif, clipped to Nigeria
+  {PRECIPITATION}  ppt, tmax (years × months × stations), years, lon, lat, elev, from
+                                   COmonthlyMet in the R package fields
+  uci/NAME/data.csv.gz             from the GitHub repository treforevans/uci_datasets
+Benchmarks take --data FOLDER as well."""
 
 MOST_SOURCE, MOST_TEST, LEAST_TEST = 6000, 1000, 75
 APRIL, MAY, SEPTEMBER, JANUARY = 3, 4, 8, 0
@@ -65,7 +71,7 @@ class Split(NamedTuple):
 
 def malaria(source_year: int, target_year: int) -> Split:
     def read(folder: Path) -> tuple[Rows, Rows]:
-        data = _npz(folder, "map_pfpr_nigeria_2000_2015.npz")
+        data = _npz(folder, MALARIA)
         x = np.stack([data["lon"], data["lat"]], axis=-1)
         source, target = (
             Rows(x, data["pfpr"][:, data["years"] == year].squeeze(-1)) for year in (source_year, target_year)
@@ -89,7 +95,7 @@ def colorado(
     """
 
     def read(folder: Path) -> tuple[Rows, Rows]:
-        data = _npz(folder, "co_monthly_precip_1895_1997.npz")
+        data = _npz(folder, PRECIPITATION)
         x = np.stack([data["lon"], data["lat"], data["elev"]], axis=-1)
         first, last = source_years
         source, target = (
@@ -149,16 +155,16 @@ SPLITS = {
 class Real:
     """The splits above.
 
-    :param folder: Where the data are (default: `$NTK_GP_DATA`, or `shared/data` beside the repository).
+    :param place: Where the data are, as :func:`benchmarks.data.folder_with` takes it.
+    :raises FileNotFoundError: If one of the files that the splits read is not there.
     """
 
     seeds: Sequence[int] = range(3)
 
-    def __init__(self, folder: Path | None = None):
-        self.folder = folder or Path(os.environ.get(VARIABLE, DEFAULT_FOLDER))
+    def __init__(self, place: str | Path | None = None):
+        self.folder = folder_with(FILES, SOURCE, place)
 
     def cells(self, seeds: Sequence[int], quick: bool) -> list[Cell]:
-        _require(self.folder, "uci", "map_pfpr_nigeria_2000_2015.npz", "co_monthly_precip_1895_1997.npz")
         names = list(SPLITS)[:1] if quick else SPLITS
         return [
             Cell(name, seed, n) for name in names for seed in seeds for n in SPLITS[name].labels[: 1 if quick else None]
@@ -197,30 +203,16 @@ def _tensors(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _npz(folder: Path, name: str) -> dict[str, np.ndarray]:
-    _require(folder, name)
-    with np.load(folder / name) as data:
+    with np.load(folder_with(name, SOURCE, folder) / name) as data:
         return {key: data[key] for key in data.files if key != "station"}
 
 
 @cache
 def _uci(folder: Path, name: str) -> Rows:
     """All rows; the last column is the target."""
-    _require(folder, f"uci/{name}/data.csv.gz")
-    data = np.loadtxt(folder / "uci" / name / "data.csv.gz", delimiter=",")
+    file = f"uci/{name}/data.csv.gz"
+    data = np.loadtxt(folder_with(file, SOURCE, folder) / file, delimiter=",")
     return Rows(data[:, :-1], data[:, -1])
-
-
-def _require(folder: Path, *names: str) -> None:
-    missing = [name for name in names if not (folder / name).exists()]
-    if missing:
-        raise FileNotFoundError(
-            f"Found no {' and no '.join(missing)} in {folder}. Pass --data FOLDER or set {VARIABLE} to a folder with\n"
-            "  map_pfpr_nigeria_2000_2015.npz   lon, lat, years, pfpr (pixels × years), from the Malaria Atlas\n"
-            "                                   Project's rasters 2015_Nature_Africa_PR.YEAR.tif, clipped to Nigeria\n"
-            "  co_monthly_precip_1895_1997.npz  ppt, tmax (years × months × stations), years, lon, lat, elev, from\n"
-            "                                   COmonthlyMet in the R package fields\n"
-            "  uci/NAME/data.csv.gz             from the GitHub repository treforevans/uci_datasets"
-        )
 
 
 def _present(x: np.ndarray, values: np.ndarray) -> Rows:

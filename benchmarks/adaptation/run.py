@@ -37,7 +37,7 @@ class Plan(NamedTuple):
     """What every process needs to know."""
 
     experiment: str
-    data: Path | None
+    data: str | Path | None
     quick: bool
 
     def open(self) -> Experiment:

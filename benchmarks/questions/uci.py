@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from .. import networks, problems, report
+from ..data import VARIABLE, folder_with
 from ..harness import Column, Operation, Timing, measure
 
 ADAPTATION = "benchmarks.columns.adaptation"
@@ -25,18 +25,20 @@ WAYS = {
 HIDDEN = ("40-40", "200-200")  # about 2,000 and 40,000 parameters
 DATASETS = ("kin40k", "protein")
 TRAINING_STEPS = 3000
+FILES = ("data.csv.gz", "test_mask.csv.gz")
 QUICK_ROWS = 400
-VARIABLE = "NTK_GP_DATA"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, help=f"folder with uci/NAME/data.csv.gz (default: ${VARIABLE})")
+    parser.add_argument(
+        "--data", help=f"folder or address with uci/NAME/data.csv.gz (default: ${VARIABLE} or ../shared/data)"
+    )
     parser.add_argument("--datasets", nargs="+", default=DATASETS)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Trains a network on half of the training rows of fold 0 and adapts it with the others, in every way."""
-    folder = _data_folder(arguments.data)
+    folder = _data_folder(arguments.data, arguments.datasets)
     timing = Timing(max(arguments.threads), 0, arguments.slowest, arguments.limit)
     rows = report.earlier(arguments, "uci")["rows"]
     for name, hidden in tqdm(list(product(arguments.datasets, HIDDEN))):
@@ -64,21 +66,17 @@ def _scores(results: Sequence[np.ndarray], y_test: np.ndarray) -> dict[str, floa
     return {"RMSE": float(np.sqrt(np.mean((y_test - mean) ** 2))), "NLPD": float(np.mean(density))}
 
 
-def _data_folder(argument: Path | None) -> Path:
-    folder = argument or (Path(os.environ[VARIABLE]) if VARIABLE in os.environ else None)
-    if folder is None or not (folder / "uci").is_dir():
-        raise SystemExit(
-            f"Found no folder uci in {folder or 'nothing'}. Pass --data FOLDER or set {VARIABLE} to a folder with "
-            "uci/NAME/data.csv.gz and test_mask.csv.gz, as the GitHub repository treforevans/uci_datasets has them."
-        )
-    return folder / "uci"
+def _data_folder(place: str | None, datasets: Sequence[str]) -> Path:
+    source = "Pass --data FOLDER, with the files of the GitHub repository treforevans/uci_datasets in its folder uci."
+    try:
+        return folder_with([f"uci/{name}/{file}" for name in datasets for file in FILES], source, place) / "uci"
+    except FileNotFoundError as error:
+        raise SystemExit(str(error)) from None
 
 
 def _load(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """All rows (the last column is the target), and which are test rows of fold 0."""
-    data, masks = (
-        np.loadtxt(folder / name, delimiter=",", dtype=np.float32) for name in ("data.csv.gz", "test_mask.csv.gz")
-    )
+    data, masks = (np.loadtxt(folder / name, delimiter=",", dtype=np.float32) for name in FILES)
     return data, masks[:, 0] > 0
 
 
