@@ -22,7 +22,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python notebooks/adaptation.py
 
 # Without --engine, the engine is the structured one.
-test: $(VENV)/.test $(VENV)/.docs
+test: $(VENV)/.test
 	$(MAKE) --jobs 2 --output-sync lint docs
 	$(call seeded,1) --ignore $(NOTEBOOKS) --sample
 	$(call seeded,2) --ignore $(NOTEBOOKS) $(ENGINE_NAMED:%=--ignore %) --engine autodiff --sample
@@ -63,7 +63,8 @@ notebooks: $(VENV)/$(if $(QUICK),.test,.notebooks)
 benchmark: $(VENV)/.test
 	$(BIN)/python -m benchmarks.run
 
-docs: $(VENV)/.docs
+# What the tests need has it all.
+docs: $(VENV)/$(if $(wildcard $(VENV)/.test),.test,.docs)
 	$(BIN)/python -m sphinx -q -W -n -E -b html docs build/docs
 
 clean:
