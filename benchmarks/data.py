@@ -87,5 +87,5 @@ def _pooch(address: str) -> ModuleType:
 
 def _not_here(what: str, source: str) -> FileNotFoundError:
     return FileNotFoundError(
-        f"The data are not here: {what}. {source} Then set {VARIABLE} to the folder, or to an http(s) address of it."
+        f"The data are not here: {what}. {source} {VARIABLE} names the folder, or an http(s) address of it."
     )

@@ -141,7 +141,7 @@ def test_networks_are_trained_once():
 
 
 def test_a_missing_file_says_where_to_get_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"(?s)no uci/yacht/data.csv.gz in .*set NTK_GP_DATA to the folder"):
+    with pytest.raises(FileNotFoundError, match=r"(?s)no uci/yacht/data.csv.gz in .*NTK_GP_DATA names the folder"):
         real.Real(tmp_path)
 
 

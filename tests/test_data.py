@@ -40,7 +40,7 @@ def test_a_folder_is_passed_or_named_or_beside_the_repository(tmp_path, monkeypa
 
 def test_what_is_missing_is_named_with_where_to_get_it(tmp_path):
     (tmp_path / "there").touch()
-    expected = r"^The data are not here: no one and no other in .*\. Make them\. Then set NTK_GP_DATA to the folder"
+    expected = r"^The data are not here: no one and no other in .*\. Make them\. NTK_GP_DATA names the folder"
     with pytest.raises(FileNotFoundError, match=expected):
         data.folder_with(["one", "there", "other"], "Make them.", tmp_path)
 
