@@ -43,9 +43,7 @@ class Fingerprint:
         :param thorough: Look for changes that left no trace, too.
         """
         with self._lock, torch.DisableTorchFunction():  # a mode would look at each of these calls
-            unchanged = len(tensors) == len(self._seen) and all(
-                seen.is_same(tensor) for seen, tensor in zip(self._seen, tensors, strict=True)
-            )
+            unchanged = len(tensors) == len(self._seen) and all(map(_Seen.is_same, self._seen, tensors))
             if not unchanged:
                 self._seen = [_Seen(tensor) for tensor in tensors]
                 self._serial = self._known.number(self._seen)

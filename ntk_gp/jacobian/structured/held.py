@@ -77,10 +77,9 @@ class StructuredJacobian(Jacobian):
 
     def rows(self) -> Tensor:
         outputs = self.function.num_outputs
-        if len(self.terms) == 1 and self.rest is None and isinstance(self.terms[0], FeatureTerm):
-            (term,) = self.terms
-            if term.is_whole(self.function.num_parameters):
-                return term.features.flatten(1, 2)
+        only = self.terms[0] if len(self.terms) == 1 and self.rest is None else None
+        if isinstance(only, FeatureTerm) and only.is_whole(self.function.num_parameters):
+            return only.features.flatten(1, 2)
         out = self.x.new_zeros(self.x.shape[0], self.num_points, outputs, self.function.num_parameters)
         if self.num_rows:
             for term in self.terms:
