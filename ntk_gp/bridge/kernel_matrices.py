@@ -25,7 +25,7 @@ from linear_operator.operators import (
 from linear_operator.utils.memoize import cached
 from torch import Size, Tensor
 
-from .._compat import BUFFERS, buffers_in, constant_in
+from .._compat import BUFFERS, buffers_in, constant_in, own_batch_shape
 from ..operators.ntk_sum_linear_operator import entry_by_entry, product_over_batch
 from .exactly_solved import without_constants
 from .feature_sums import sum_of_features
@@ -63,6 +63,12 @@ def named_sub_kernels(default: Callable[..., Any], kernel: Kernel) -> Iterator[t
         for name, module in named_modules_of(kernel)
         if module is not kernel and isinstance(module, Kernel)
     )
+
+
+def batch_shape(default: Callable[..., Any], kernel: Kernel) -> Size:
+    """The kernel's own where those of all kernels within are the same: most of the time that a broadcast takes."""
+    own = own_batch_shape(kernel)
+    return own if all(inner.batch_shape == own for _, inner in kernel.named_sub_kernels()) else default(kernel)
 
 
 def evaluate_kernel(default: Callable[..., Any], matrix: LazyEvaluatedKernelTensor) -> LinearOperator:

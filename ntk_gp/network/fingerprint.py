@@ -99,7 +99,9 @@ class _Seen:
         self._checksum = self._sums()
 
     def is_same(self, tensor: Tensor) -> bool:
-        return self._tensor() is tensor and self._version == version_of(tensor) and self._address == _address(tensor)
+        if self._tensor() is not tensor or self._version != version_of(tensor):
+            return False
+        return self._address == (tensor.data_ptr() if tensor.layout == torch.strided else 0)
 
     def has_same_contents(self) -> bool:
         """Whether not a bit has changed since this was last asked."""
