@@ -196,6 +196,10 @@ parameters_in = attrgetter(PARAMETERS)
 """The dictionary of a module's own parameters. `nn.Module._parameters`; without it,
 `named_parameters(recurse=False)`."""
 
+own_batch_shape = attrgetter("_batch_shape")
+"""The batch shape of a kernel itself, without those of kernels in it. `Kernel._batch_shape`; without it, leave
+`Kernel.batch_shape` to GPyTorch, which is slower."""
+
 buffers_in = attrgetter(BUFFERS)
 """The dictionary of its own buffers. `nn.Module._buffers`; without it, `named_buffers(recurse=False)`."""
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
+from gpytorch.kernels import RBFKernel, ScaleKernel
 from linear_operator.operators import (
     AddedDiagLinearOperator,
     ConstantDiagLinearOperator,
@@ -333,6 +334,11 @@ class TestGPyTorch:
             with pytest.raises(ValueError):
                 _compat.check_sample(MultivariateNormal(torch.zeros(3), torch.eye(3), validate_args=True), value)
         _compat.check_sample(MultivariateNormal(torch.zeros(3), torch.eye(3), validate_args=True), torch.ones(3))
+
+    def test_own_batch_shape(self):
+        kernel = ScaleKernel(RBFKernel(batch_shape=torch.Size([2])))
+        assert (_compat.own_batch_shape(kernel), kernel.batch_shape) == (torch.Size(), torch.Size([2]))
+        assert _compat.own_batch_shape(kernel.base_kernel) == torch.Size([2])
 
     def test_is_interleaved(self):
         mean, covariance = torch.zeros(3, 2), torch.eye(6)

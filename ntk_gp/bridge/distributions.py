@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from gpytorch import settings as gpytorch_settings
 from gpytorch.distributions import MultivariateNormal
 from linear_operator.operators import LinearOperator
@@ -15,6 +14,7 @@ from torch import Size, Tensor
 from .._compat import check_sample
 from ..distributed.draws import same_on_all_ranks
 from ..operators import NTKLinearOperator
+from ..operators._batches import common_shape
 from .exactly_solved import exactly_solved, without_constants
 from .recognised import contains_ntk
 
@@ -31,7 +31,7 @@ def log_prob(default: Callable[..., Any], distribution: MultivariateNormal, valu
     check_sample(distribution, value)
     residual = value - distribution.loc
     covariance = exactly_solved(distribution.lazy_covariance_matrix)
-    shape = torch.broadcast_shapes(residual.shape[:-1], covariance.batch_shape)
+    shape = common_shape(residual.shape[:-1], covariance.batch_shape)
     residual = residual.expand(*shape, residual.shape[-1]).contiguous()
     inv_quad, logdet = _repeated(covariance, shape).inv_quad_logdet(residual.unsqueeze(-1), logdet=True)
     return -0.5 * (inv_quad + logdet + residual.shape[-1] * math.log(2 * math.pi))
@@ -39,9 +39,11 @@ def log_prob(default: Callable[..., Any], distribution: MultivariateNormal, valu
 
 def _repeated(matrix: LinearOperator, batch_shape: Size) -> LinearOperator:
     """The matrix with these batches, as a repetition, which has its solves do more columns."""
+    if matrix.batch_shape == batch_shape:
+        return matrix
     own = (*[1] * (len(batch_shape) - len(matrix.batch_shape)), *matrix.batch_shape)
     repeats = [size // of for size, of in zip(batch_shape, own, strict=True)]
-    return matrix if matrix.batch_shape == batch_shape else matrix.repeat(*repeats, 1, 1)
+    return matrix.repeat(*repeats, 1, 1)
 
 
 def rsample(

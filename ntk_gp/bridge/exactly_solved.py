@@ -72,8 +72,8 @@ def exactly_solved(matrix: LinearOperator) -> LinearOperator:
     """
     if isinstance(matrix, SOLVED_OPERATORS):
         return matrix
-    matrix = _evaluated(matrix)
-    if isinstance(matrix, _KEPT):
+    matrix = evaluated(matrix)
+    if isinstance(matrix, (*SOLVED_OPERATORS, *_KEPT)):
         return matrix
     for kind, rule in _RULES.items():
         if isinstance(matrix, kind):
@@ -81,12 +81,12 @@ def exactly_solved(matrix: LinearOperator) -> LinearOperator:
     return NTKSumLinearOperator(matrix)
 
 
-def _evaluated(matrix: LinearOperator) -> LinearOperator:
+def evaluated(matrix: LinearOperator) -> LinearOperator:
     """With nothing in it to evaluate. A kernel's matrix and noise, the usual case, need not be taken apart for that."""
     if type(matrix) is not AddedDiagLinearOperator:
         return matrix.evaluate_kernel()
-    parts = (part if isinstance(part, DiagLinearOperator) else part.evaluate_kernel() for part in matrix.linear_ops)
-    return AddedDiagLinearOperator(*parts)
+    kernel, noise = without_diagonal(matrix).evaluate_kernel(), added_diagonal(matrix)
+    return kernel + noise if isinstance(kernel, NTKLinearOperator) else AddedDiagLinearOperator(kernel, noise)
 
 
 def without_constants(matrix: LinearOperator) -> LinearOperator:

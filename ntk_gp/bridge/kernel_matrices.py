@@ -7,7 +7,7 @@ sum or a product of kernels has the dtype and device of its neural tangent kerne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gpytorch import settings as gpytorch_settings
@@ -23,13 +23,13 @@ from linear_operator.operators import (
     ZeroLinearOperator,
 )
 from linear_operator.utils.memoize import cached
-from torch import Tensor
+from torch import Size, Tensor
 
-from .._compat import BUFFERS, buffers_in, constant_in
+from .._compat import BUFFERS, buffers_in, constant_in, own_batch_shape
 from ..operators.ntk_sum_linear_operator import entry_by_entry, product_over_batch
 from .exactly_solved import without_constants
 from .feature_sums import sum_of_features
-from .recognised import NeuralTangentKernel, contains_ntk
+from .recognised import NeuralTangentKernel, contains_ntk, named_modules_of
 
 
 def dtype_of_matrix(default: Callable[..., Any], matrix: LazyEvaluatedKernelTensor) -> Any:
@@ -56,6 +56,21 @@ def _ntk_without_parameters(kernel: Kernel) -> NeuralTangentKernel | None:
     return next((module for module in kernel.modules() if isinstance(module, NeuralTangentKernel)), None)
 
 
+def named_sub_kernels(default: Callable[..., Any], kernel: Kernel) -> Iterator[tuple[str, Kernel]]:
+    """The same ones, found without a walk through the snapshots of networks, in which there are none."""
+    return (
+        (name, module)
+        for name, module in named_modules_of(kernel)
+        if module is not kernel and isinstance(module, Kernel)
+    )
+
+
+def batch_shape(default: Callable[..., Any], kernel: Kernel) -> Size:
+    """The kernel's own where those of all kernels within are the same: most of the time that a broadcast takes."""
+    own = own_batch_shape(kernel)
+    return own if all(inner.batch_shape == own for _, inner in kernel.named_sub_kernels()) else default(kernel)
+
+
 def evaluate_kernel(default: Callable[..., Any], matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
     """As GPyTorch does, but without what other threads would meet meanwhile: lazy evaluation switched off for the whole
     process, and a kernel whose `active_dims` are gone."""
@@ -68,7 +83,7 @@ def evaluated(matrix: LazyEvaluatedKernelTensor) -> LinearOperator:
     """The same for any kernel."""
     result = _evaluated_unchecked(matrix)
     if gpytorch_settings.debug.on():
-        _check_shape(result.shape, matrix.shape)
+        _check_shape(result.shape, _shape(matrix))
     return result
 
 
@@ -95,6 +110,14 @@ def _rows_and_columns(matrix: LazyEvaluatedKernelTensor) -> tuple[int, int]:
     outputs = matrix.kernel.num_outputs_per_input(matrix.x1, matrix.x2)
     of_rows, of_columns = outputs if isinstance(outputs, tuple) else (outputs, outputs)
     return matrix.x1.shape[-2] * of_rows, matrix.x2.shape[-2] * of_columns
+
+
+def _shape(matrix: LazyEvaluatedKernelTensor) -> Size:
+    """As GPyTorch finds it, by three walks through all kernels within; in the usual case, by one."""
+    batch = matrix.kernel.batch_shape
+    if matrix.last_dim_is_batch or not batch == matrix.x1.shape[:-2] == matrix.x2.shape[:-2]:
+        return matrix.shape
+    return Size([*batch, *_rows_and_columns(matrix)])
 
 
 def _is_sum(kernel: Kernel) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..jacobian.linearization import Linearization
 from ..network import FrozenNetwork, check_finite
 from .prediction_strategies import NTKPredictionStrategy
-from .recognised import KnownFeaturesKernel
+from .recognised import KnownFeaturesKernel, named_modules_of
 
 # What may stand around or beside the kernel.
 _LINEAR = (ScaleKernel, AdditiveKernel, KnownFeaturesKernel)
@@ -44,7 +44,7 @@ def values_along(model: GP, network: FrozenNetwork, x: Tensor) -> Tensor | None:
 def _linearization_of(model: ExactGP) -> Linearization | None:
     """That of the one neural tangent kernel, where the model's matrix is linear in its weights: those are solved from
     J in float64."""
-    kernels = [module for module in model.modules() if isinstance(module, Kernel)]
+    kernels = [module for _, module in named_modules_of(model) if isinstance(module, Kernel)]
     tangent = [kernel for kernel in kernels if getattr(kernel, "is_linear_in_weights", False)]
     if len(tangent) != 1 or not all(isinstance(kernel, _LINEAR) for kernel in kernels if kernel is not tangent[0]):
         return None

@@ -16,14 +16,14 @@ from .._compat import without_diagonal
 from ..jacobian.one_output import is_of_last_layer
 from ..network import FrozenNetwork, check_finite, is_finite, normal_tensor
 from ..operators import NTKAddedDiagLinearOperator, NTKLinearOperator
-from ..operators._batches import FoldedColumns
+from ..operators._batches import FoldedColumns, common_shape
 from ..operators._densely_solved import DenselySolved
 from ..operators.ntk_posterior_linear_operator import NTKPosteriorLinearOperator
 from ..operators.ntk_sum_linear_operator import NTKSumLinearOperator
 from ..solvers import FastVariance, Solver, System, choose_fast_variance
 from ..solvers.cholesky import cholesky_solve
 from .combined_predictions import KeptFactor
-from .exactly_solved import exactly_solved, without_constants
+from .exactly_solved import evaluated, exactly_solved, without_constants
 from .recognised import networks_of
 
 
@@ -69,7 +69,7 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
     def _train_matrix(self) -> LinearOperator:
         """K + D of the training data; exactly solved also where K is a sum or a product that an NTK is part of, and
         where targets are missing."""
-        matrix = self.lik_train_train_covar.evaluate_kernel()
+        matrix = evaluated(self.lik_train_train_covar)
         self._networks = networks_of(matrix)
         if self._missing.any():
             observed = (~self._missing).to(self.train_labels.dtype)
@@ -164,9 +164,13 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
     @property
     def _is_linear(self) -> bool:
         """Whether what was learned is ŵ, and derivatives by hyperparameters are not asked for."""
+        return gpytorch_settings.detach_test_caches.on() and self._has_positive_system
+
+    @property
+    @cached(name="has_positive_system")
+    def _has_positive_system(self) -> bool:
         matrix = self._train_matrix
-        is_constant = gpytorch_settings.detach_test_caches.on()
-        return is_constant and isinstance(matrix, NTKAddedDiagLinearOperator) and matrix._is_positive
+        return isinstance(matrix, NTKAddedDiagLinearOperator) and matrix._is_positive
 
     def exact_prediction(self, test_mean, test_test_covar, test_train_covar):
         test_test_covar = without_constants(to_linear_operator(test_test_covar))
@@ -288,7 +292,7 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
                 return shift.reshape(*x.shape[:-2], -1)
         linearization = self.solver.system.linearization
         weights = self.mean_weights.to(x.dtype)
-        batch = torch.broadcast_shapes(x.shape[:-2], weights.shape[:-1])
+        batch = common_shape(x.shape[:-2], weights.shape[:-1])
         if not weights.shape[:-1].numel() > 1:
             flat, tangents = x.reshape(-1, *x.shape[-2:]), weights.reshape(1, 1, -1)
         else:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 
 from gpytorch.kernels import Kernel
 from gpytorch.lazy import LazyEvaluatedKernelTensor
 from linear_operator.operators import LinearOperator
 from torch import Tensor, nn
 
-from .._compat import arguments_of, keyword_arguments_of
+from .._compat import arguments_of, children_in, keyword_arguments_of
 from ..jacobian.columns import Column
+from ..network import FrozenNetwork
 from ..operators import NTKAddedDiagLinearOperator, NTKLinearOperator
 from ..operators._densely_solved import DenselySolved
 from ..operators.ntk_block_linear_operators import NTKBlockDiagLinearOperator, NTKBlockInterleavedLinearOperator
@@ -56,10 +58,26 @@ class KnownFeaturesKernel(NeuralTangentKernel):
         They are functions of the inputs as the neural tangent kernel of the sum takes them: by output, or not."""
 
 
+def named_modules_of(whole: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As `named_modules()` gives them, but for those in snapshots of networks: deep networks have hundreds, each only
+    there for its tensors."""
+    seen: set[nn.Module] = set()
+    pending = [("", whole)]
+    while pending:
+        name, module = pending.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield name, module
+        if not isinstance(module, FrozenNetwork):
+            children = [(key, child) for key, child in children_in(module).items() if child is not None]
+            pending += [(f"{name}.{key}" if name else key, child) for key, child in reversed(children)]
+
+
 def contains_ntk(whole: nn.Module | LinearOperator) -> bool:
     """Whether a neural tangent kernel is this kernel or a part of it, or of a model or a matrix, evaluated or not."""
     if isinstance(whole, nn.Module):
-        return any(isinstance(module, NeuralTangentKernel) for module in whole.modules())
+        return any(isinstance(module, NeuralTangentKernel) for _, module in named_modules_of(whole))
     if isinstance(whole, LazyEvaluatedKernelTensor):
         return contains_ntk(whole.kernel)
     return isinstance(whole, _NTK_OPERATORS) or any(contains_ntk(part) for part in parts_of(whole))

@@ -27,6 +27,8 @@ REPLACED: tuple[tuple[Any, str, _Replacement], ...] = (
     (exact_gp, "prediction_strategy", models.prediction_strategy),
     (exact_prediction_strategies, "prediction_strategy", models.prediction_strategy),
     (GP, "__call__", models.call),
+    (Kernel, "named_sub_kernels", kernel_matrices.named_sub_kernels),
+    (Kernel, "batch_shape", kernel_matrices.batch_shape),
     (Kernel, "dtype", kernel_matrices.dtype_of_kernel),
     (Kernel, "device", kernel_matrices.device_of_kernel),
     (LazyEvaluatedKernelTensor, "dtype", kernel_matrices.dtype_of_matrix),

@@ -68,7 +68,8 @@ class Jacobian(ABC):
 
     @abstractmethod
     def rows(self) -> Tensor:
-        """All rows of J, (B, N, P). Meant for few points: select them first, `jacobian[index].rows()`."""
+        """All rows of J, (B, N, P), not to be written to: they may be what J is kept as. Meant for few points: select
+        them first, `jacobian[index].rows()`."""
 
     def some_columns(self, index: Tensor) -> Tensor:
         """Some columns of J, (B, N, k), for the numbers of k parameters: as many Jacobian-vector products."""

@@ -45,7 +45,8 @@ class ContentsCache:
         label = (kind, state())
         while True:
             with self._lock:
-                entry = next((known for known in reversed(self._entries) if known.is_for(label, tensors)), None)
+                alike = (known for known in reversed(self._entries) if known.label == label)
+                entry = next((known for known in alike if known.is_of(tensors)), None)
                 mine = entry is None
                 if entry is None:
                     entry = _Entry(label, tensors)
@@ -105,8 +106,8 @@ class _Entry:
         self._key_bytes = sum(key.nbytes for key in copies.values())
         self.done = threading.Event()
 
-    def is_for(self, label: Hashable, tensors: tuple[Tensor, ...]) -> bool:
-        return self.label == label and all(map(_same, self.keys, tensors))
+    def is_of(self, tensors: tuple[Tensor, ...]) -> bool:
+        return all(map(_same, self.keys, tensors))
 
     def set(self, value: Any) -> None:
         """Takes the result; whoever waits is told of it by `done`."""

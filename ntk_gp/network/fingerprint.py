@@ -43,9 +43,7 @@ class Fingerprint:
         :param thorough: Look for changes that left no trace, too.
         """
         with self._lock, torch.DisableTorchFunction():  # a mode would look at each of these calls
-            unchanged = len(tensors) == len(self._seen) and all(
-                seen.is_same(tensor) for seen, tensor in zip(self._seen, tensors, strict=True)
-            )
+            unchanged = len(tensors) == len(self._seen) and all(map(_Seen.is_same, self._seen, tensors))
             if not unchanged:
                 self._seen = [_Seen(tensor) for tensor in tensors]
                 self._serial = self._known.number(self._seen)
@@ -101,7 +99,9 @@ class _Seen:
         self._checksum = self._sums()
 
     def is_same(self, tensor: Tensor) -> bool:
-        return self._tensor() is tensor and self._version == version_of(tensor) and self._address == _address(tensor)
+        if self._tensor() is not tensor or self._version != version_of(tensor):
+            return False
+        return self._address == (tensor.data_ptr() if tensor.layout == torch.strided else 0)
 
     def has_same_contents(self) -> bool:
         """Whether not a bit has changed since this was last asked."""

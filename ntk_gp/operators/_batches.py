@@ -35,6 +35,11 @@ def expand(x: Tensor, batch_shape: Size | list[int]) -> Tensor:
     return x.expand(*batch_shape, *x.shape[-2:]).requires_grad_(x.requires_grad)
 
 
+def common_shape(shape: Size, *others: Size) -> Size:
+    """What shapes broadcast to; `torch.broadcast_shapes` takes twenty microseconds to find that equal ones are."""
+    return shape if all(other == shape for other in others) else torch.broadcast_shapes(shape, *others)
+
+
 def select(x: Tensor, batch_indices: tuple[IndexType, ...], points: IndexType = slice(None)) -> Tensor:
     """Some batches of (*batch, n, d), and some points in each."""
     return x[(*batch_indices, slice(None), slice(None))][..., points, :]

@@ -88,7 +88,7 @@ class JacobianLinearOperator(LinearOperator):
 
     def to_dense(self) -> Tensor:
         with full_precision(self.x.device.type):
-            dense = self._jacobian.rows()
+            dense = self._jacobian.rows().clone()  # the caller's own
         dense = dense.expand(self.batch_shape.numel(), *dense.shape[-2:]).reshape(*self.batch_shape, *dense.shape[-2:])
         return dense.mT if self.transposed else dense
 

@@ -20,7 +20,7 @@ from ..solvers import Solver, SolverReport, Spectrum, System, choose_solver, rep
 from ..solvers.function_space import FunctionSpaceSolver
 from ..solvers.rounding import accuracy, rounding_error
 from ..solvers.spectrum import Groups, SpectrumBeside
-from ._batches import FoldedColumns, flatten_batch
+from ._batches import FoldedColumns, common_shape, flatten_batch
 from ._marginal_terms import Assembly, MarginalTerms
 from ._one_output import one_output_blocks
 from ._solve import Solve
@@ -55,6 +55,9 @@ class NTKAddedDiagLinearOperator(SolvesWithLogdet, AddedDiagLinearOperator):
     def root_decomposition(self, method: str | None = None) -> LinearOperator:
         """A square root, for samples: exact as long as the matrix fits in the memory budget."""
         return self._as_sum.root_decomposition(method)
+
+    def _size(self) -> Size:
+        return common_shape(*(part.shape for part in self.linear_ops))
 
     def _kept(self, kind: str, system: System, build: Any) -> Any:
         """What was built for an equal system before: operators are rebuilt at every call, the linearization stays."""
@@ -100,7 +103,7 @@ class NTKAddedDiagLinearOperator(SolvesWithLogdet, AddedDiagLinearOperator):
         # A system with one batch serves all of the operator's, as more columns.
         columns = FoldedColumns(rhs.double(), self.batch_shape if self.solver.system.batch > 1 else Size())
         solution = columns.unfold(self.solver.solve(columns.flat))
-        shape = torch.broadcast_shapes(solution.shape[:-2], self.batch_shape)
+        shape = common_shape(solution.shape[:-2], self.batch_shape)
         return solution.expand(*shape, *solution.shape[-2:]).to(self.dtype)
 
     @property
@@ -156,7 +159,7 @@ class NTKAddedDiagLinearOperator(SolvesWithLogdet, AddedDiagLinearOperator):
 
     def _flat_arguments(self, rhs: Tensor) -> tuple[Size, Tensor, Tensor, Tensor]:
         """Everything in float64 with one batch dimension: the batch shape, rhs, variances and noise."""
-        shape = torch.broadcast_shapes(rhs.shape[:-2], self.batch_shape)
+        shape = common_shape(rhs.shape[:-2], self.batch_shape)
         rhs = rhs.expand(*shape, *rhs.shape[-2:]).reshape(-1, *rhs.shape[-2:]).double()
         variances = without_diagonal(self).variances
         variances = variances.expand(*shape, *variances.shape[-2:]).reshape(-1, variances.shape[-1]).double()

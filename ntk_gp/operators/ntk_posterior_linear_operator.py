@@ -17,7 +17,7 @@ from torch import Size, Tensor
 from .. import settings
 from .._compat import added_diagonal, without_diagonal
 from ..solvers import PosteriorCovariance
-from ._batches import expand, select
+from ._batches import common_shape, expand, select
 from ._densely_solved import DenselySolved
 
 _NO_BATCH = Size()
@@ -58,7 +58,7 @@ class NTKPosteriorLinearOperator(_FactorisedInDouble):
     """
 
     def __init__(self, x1: Tensor, x2: Tensor, *, source: PosteriorCovariance, batch_shape: Size = _NO_BATCH):
-        shape = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2])
+        shape = common_shape(x1.shape[:-2], x2.shape[:-2])
         same = x1 is x2
         x1 = expand(x1, shape)
         x2 = x1 if same else expand(x2, shape)

@@ -174,7 +174,11 @@ class WeightSpaceSolver(Solver):
         return whitened1.mT @ whitened2
 
     def variance(self, jacobian: Jacobian) -> Tensor:
-        return self.whitened_cross(jacobian).square().sum(-2)
+        if self.system.variances.shape[-1] > 1 or jacobian.x.requires_grad:
+            return self.whitened_cross(jacobian).square().sum(-2)
+        # One number for all parameters can wait: no copies of N×P numbers for it, nor for the squares.
+        unscaled = torch.linalg.solve_triangular(self.cholesky, jacobian.rows().mT, upper=False)
+        return torch.linalg.vector_norm(unscaled, dim=-2).square() * self.system.variances
 
 
 def feature_moment(system: System, factor: Tensor | None = None, keep: bool = True) -> Tensor:

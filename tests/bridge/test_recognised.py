@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpytorch.kernels import AdditiveKernel, MaternKernel, ProductKernel, RBFKernel, ScaleKernel
+from gpytorch.kernels import AdditiveKernel, Kernel, MaternKernel, ProductKernel, RBFKernel, ScaleKernel
 from linear_operator import to_linear_operator
 from linear_operator.operators import (
     BlockDiagLinearOperator,
@@ -14,7 +14,8 @@ from linear_operator.operators import (
 
 from ntk_gp import NTKKernel
 from ntk_gp.bridge.exactly_solved import exactly_solved
-from ntk_gp.bridge.recognised import contains_ntk, networks_of
+from ntk_gp.bridge.recognised import contains_ntk, named_modules_of, networks_of
+from ntk_gp.network import FrozenNetwork
 from tests.adapted import AdaptedGP, data, network
 
 KERNELS = {
@@ -46,6 +47,22 @@ def test_kernels_and_models(name):
         assert contains_ntk(kernel) == contains_ntk(model) == expected
         for matrix in (kernel(x), kernel(x).evaluate_kernel(), model.forward(x).lazy_covariance_matrix):
             assert contains_ntk(matrix) == expected
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_modules_and_kernels_within_are_torchs_and_gpytorchs(name):
+    for kernel in (NTKKernel(network()), RBFKernel()):
+        whole = KERNELS[name](kernel)
+        model = AdaptedGP(*data(5), network(), AdditiveKernel(whole, kernel))  # one kernel twice
+        within = {id(module): inner for inner, module in model.named_modules() if isinstance(module, FrozenNetwork)}
+        outside = [
+            (name, module)
+            for name, module in model.named_modules()
+            if not any(name.startswith(f"{snapshot}.") for snapshot in within.values())
+        ]
+        assert within and list(named_modules_of(model)) == outside
+        kernels = [(name, module) for name, module in whole.named_modules() if name and isinstance(module, Kernel)]
+        assert [*whole.named_sub_kernels()] == ([] if whole is kernel else kernels)
 
 
 @pytest.mark.parametrize("name", MATRICES)

@@ -105,6 +105,8 @@ PLACES = (
     (exact_gp, "prediction_strategy"),
     (exact_prediction_strategies, "prediction_strategy"),
     (GP, "__call__"),
+    (Kernel, "named_sub_kernels"),
+    (Kernel, "batch_shape"),
     (Kernel, "dtype"),
     (Kernel, "device"),
     (LazyEvaluatedKernelTensor, "dtype"),

@@ -6,7 +6,7 @@ import torch
 from linear_operator.test.linear_operator_test_case import RectangularLinearOperatorTestCase
 from torch import nn
 
-from ntk_gp import JacobianLinearOperator
+from ntk_gp import JacobianLinearOperator, NTKKernel
 from ntk_gp.jacobian.linearization import Linearization
 from ntk_gp.network import FrozenNetwork
 from tests import references
@@ -21,6 +21,15 @@ def make_operator(network: nn.Module, x: torch.Tensor, transposed: bool = False)
     output = "all" if network[-1].out_features > 1 else None
     linearization = Linearization(FrozenNetwork(network, output=output))
     return JacobianLinearOperator(x, linearization=linearization, transposed=transposed)
+
+
+class Times(nn.Module):
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
 
 
 class _Suite(RectangularLinearOperatorTestCase):
@@ -83,6 +92,22 @@ def test_products_equal_the_explicit_jacobian(outputs, batch_shape):
     torch.testing.assert_close(operator @ u, expected @ u, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(operator.mT @ v, expected.mT @ v, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(operator.to_dense(), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("factor", [1.0, -2.0])
+def test_a_last_layer_is_what_it_is_given_and_the_caller_owns_the_copy(bias, factor):
+    """Where its output is the network's, J is the layer's inputs, which are kept as they are."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1, bias=bias), Times(factor)).double()
+    x = torch.randn(5, 2, dtype=torch.float64)
+    kernel = NTKKernel(network, parameters="last_layer")
+    expected = references.jacobian(network, x, list(network[2].parameters()))
+    for _ in range(2):
+        dense = kernel.jacobian(x).to_dense()
+        torch.testing.assert_close(dense, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(kernel(x).to_dense(), expected @ expected.mT, rtol=1e-12, atol=1e-12)
+        dense.zero_()
 
 
 def test_shape_and_dtype():

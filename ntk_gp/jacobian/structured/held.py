@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...network import NetworkFunction
 from ..base import Jacobian
-from ..terms import Term
+from ..terms import FeatureTerm, Term
 from .blocks import add_products, blocks, points_formed, rows_of_blocks
 from .gram import Gram, is_tiled
 
@@ -77,6 +77,9 @@ class StructuredJacobian(Jacobian):
 
     def rows(self) -> Tensor:
         outputs = self.function.num_outputs
+        only = self.terms[0] if len(self.terms) == 1 and self.rest is None else None
+        if isinstance(only, FeatureTerm) and only.is_whole(self.function.num_parameters):
+            return only.features.flatten(1, 2)
         out = self.x.new_zeros(self.x.shape[0], self.num_points, outputs, self.function.num_parameters)
         if self.num_rows:
             for term in self.terms:

@@ -40,6 +40,15 @@ class FeatureTerm(Term):
     def sizes(self) -> list[int]:
         return [math.prod(view.shape) for view in self._views]
 
+    def is_whole(self, num_parameters: int) -> bool:
+        """Whether the columns are all P parameters, in their order."""
+        end = 0
+        for view in self._views:
+            if view.offset != end or not view.is_contiguous:
+                return False
+            end += view.numel()
+        return end == num_parameters
+
     def read(self, tangents: Tensor) -> Tensor:
         """(..., P) to (..., p)."""
         lead = tangents.shape[:-1]

@@ -239,11 +239,17 @@ class MatrixTerm(Term):
         columns = self.num_columns
         if self.num_positions > 1 or heads * d_out * columns > heads * (d_out + columns) + _DENSE_MARGIN:
             return self
-        rows = self.gradient_rows(slice(None))  # (B, n, C, H, d_out, columns)
+        rows = self._all_rows()  # (B, n, C, H, d_out, columns)
         if self.bias is None or heads * d_out == 1:  # the columns are in the parameters' order
             return FeatureTerm(self.views, rows.flatten(3))
         parts = [rows[..., :-1].flatten(3), rows[..., -1].flatten(3)]
         return FeatureTerm([self.weight, self.bias], torch.cat(parts, dim=-1))
+
+    def _all_rows(self) -> Tensor:
+        """The per-point gradients of all points; where every g is the number one, they are the inputs themselves."""
+        if self.gradients.shape[2:] == (1, 1, 1, 1) and bool((self.gradients == 1).all()):
+            return self.inputs.unsqueeze(3)
+        return self.gradient_rows(slice(None))
 
     # For matrices that are computed from parameters
 
