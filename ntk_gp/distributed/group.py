@@ -105,6 +105,26 @@ class Group:
             whole = torch.cat([piece[:size] for piece, size in zip(whole.split(longest), sizes, strict=True)])
         return whole.movedim(0, dim)
 
+    def scatter_sums(self, pieces: Tensor, sizes: Sequence[int]) -> Tensor:
+        """The sum over ranks of what they have for this one.
+
+        All pieces go to their ranks, which add them up: not every backend adds up pieces of unlike lengths on the way,
+        and the bytes are those of a ring that does.
+
+        :param pieces: What this rank has for each one, one after the other, (sum of sizes,).
+        :param sizes: Their lengths, the same on all ranks.
+        """
+        if self.size == 1 or sum(sizes) == 0:
+            return pieces
+        pieces = pieces.detach().contiguous()
+        mine = sizes[self.rank]
+        received = pieces.new_empty(self.size * mine)
+        outgoing, incoming = list(sizes), [mine] * self.size
+        exchange = partial(dist.all_to_all_single, received, pieces, incoming, outgoing, self.process_group)
+        self._wait("scatter sums", partial(exchange, async_op=True))
+        self.traffic["scatter sums"] += pieces.nbytes - mine * pieces.element_size()
+        return received.view(self.size, mine).sum(0)
+
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """What one rank has, on all of them; in the tensor's memory, if that is contiguous.
 

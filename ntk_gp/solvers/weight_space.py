@@ -27,7 +27,7 @@ _BLOCK_COLUMNS = 4
 # Products with fewer columns than this are slower than what they save.
 _NARROWEST = 128
 # Weights lose more digits than variances do, and are cheaper to refine.
-_MEAN_FACTOR = 30
+MEAN_FACTOR = 30
 
 
 class WeightSpaceSolver(Solver):
@@ -51,9 +51,10 @@ class WeightSpaceSolver(Solver):
 
     @classmethod
     def cost(cls, system: System) -> float:
-        """Five eighths of the products of features, which are symmetric, and the factor."""
-        parameters = system.num_parameters
-        return system.batch * (1.25 * system.num_rows * parameters**2 + parameters**3 / 3)
+        """Five eighths of the products of features, which are symmetric, and the factor; over ranks, of all together,
+        each of which factorises."""
+        parameters, ranks = system.num_parameters, system.jacobian.shards.ranks
+        return system.batch * (1.25 * system.num_rows * parameters**2 + ranks * parameters**3 / 3)
 
     @classmethod
     def nbytes_needed(cls, system: System) -> float:
@@ -76,7 +77,7 @@ class WeightSpaceSolver(Solver):
             raise not_positive_definite(system)
         self.cholesky = factor
         error, allowed = rounding_error(self.cholesky), accuracy(system)
-        self._mean_is_refined = error > allowed / _MEAN_FACTOR
+        self._mean_is_refined = error > allowed / MEAN_FACTOR
         if error > allowed:
             self._refine()
 
@@ -113,12 +114,16 @@ class WeightSpaceSolver(Solver):
         if self.is_orthogonalised:
             factor, rotated = orthogonal.weight_space_factor(self.system, rhs)
             return torch.linalg.solve_triangular(factor.mT, rotated, upper=True)
-        weights = cholesky_solve(self.cholesky, self._moment(rhs))
+        weights = self._precision_solve(self._moment(rhs))
         if not self._mean_is_refined:
             return weights
         # From what the weights leave, with their own rounding in it: the error then is of second order.
         remainder = rhs - self.system.jacobian.jvp((self.system.root_variances.unsqueeze(-1) * weights).mT).mT
-        return weights + cholesky_solve(self.cholesky, self._moment(remainder) - weights)
+        return weights + self._precision_solve(self._moment(remainder) - weights)
+
+    def _precision_solve(self, rhs: Tensor) -> Tensor:
+        """Λ⁻¹ rhs, (B, P, r)."""
+        return cholesky_solve(self.cholesky, rhs)
 
     def _moment(self, rhs: Tensor) -> Tensor:
         """Φᵀ D⁻¹ rhs."""
