@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..solvers.rounding import (
     warn_of_rounding_over_ranks,
 )
 from ..solvers.system import System
-from ..solvers.weight_space import MEAN_FACTOR, WeightSpaceSolver
+from ..solvers.weight_space import MEAN_FACTOR, WeightSpaceSolver, kept_moment
 from .cholesky import Block, BlockRows, DistributedCholesky, Layout
 from .function_space import DistributedFunctionSpaceSolver, group_of
 from .graph import ForwardSolve, OnEachRank, Solve, SumOverRanks
@@ -37,7 +37,7 @@ class DistributedWeightSpaceSolver(WeightSpaceSolver):
     Parameters are dealt to ranks in contiguous slices. Each rank adds up the products of its own rows of Φ, strip by
     strip of Λ's lower triangle: rows are formed again for each, of which there are about R, fewer where the memory
     budget has more room. A strip goes to the ranks that own its block rows, which add up what comes: P²/2 numbers, half
-    of what a sum takes that all ranks receive.
+    of what a sum takes that all ranks receive. Where JᵀJ is kept on all of them, from fitting, each takes its own.
 
     c(x) = M⁻¹ Φ(x)ᵀ stays with the ranks that have its rows; of M test points, sums of M numbers go round, of
     covariances M². Derivatives of the log-determinant take W = M⁻¹, whose block rows are broadcast, once: the squared
@@ -254,8 +254,9 @@ def _precision(system: System) -> list[BlockRows]:
     order = layout.order().to(system.x.device)
     matrices = [BlockRows(group, layout, system.x) for _ in range(system.batch)]
     roots = system.root_variances[:, order].expand(system.batch, -1)
+    known = kept_moment(system)
     for blocks in settings.progress(list(_strips(system)), "Accumulating features"):
-        own = _strip_of_moment(system, blocks, order)
+        own = _summed_strip(system, blocks, order) if known is None else _known_strip(system, known, blocks, order)
         for block, values in own:
             values = values.expand(system.batch, -1, -1)
             for matrix, one, root in zip(matrices, values, roots, strict=True):
@@ -267,7 +268,15 @@ def _precision(system: System) -> list[BlockRows]:
     return matrices
 
 
-def _strip_of_moment(system: System, blocks: list[Block], order: Tensor) -> list[tuple[Block, Tensor]]:
+def _known_strip(system: System, moment: Tensor, blocks: list[Block], order: Tensor) -> Iterator[tuple[Block, Tensor]]:
+    """The same as :func:`_summed_strip` of JᵀJ, which all ranks have."""
+    for block in blocks:
+        if block.rank == group_of(system).rank:
+            values = moment[:, order[block.columns]].index_select(2, order[: block.columns.stop])
+            yield block, values / system.noise[:, :1, None]
+
+
+def _summed_strip(system: System, blocks: list[Block], order: Tensor) -> Iterable[tuple[Block, Tensor]]:
     """Jᵀ D⁻¹ J in some blocks' rows, up to their own columns: this rank's blocks of the sum over all rows,
     (B or 1, b, width).
 

@@ -28,6 +28,8 @@ _BLOCK_COLUMNS = 4
 _NARROWEST = 128
 # Weights lose more digits than variances do, and are cheaper to refine.
 MEAN_FACTOR = 30
+# What JᵀJ is kept as.
+_MOMENT = "feature moment"
 
 
 class WeightSpaceSolver(Solver):
@@ -193,7 +195,7 @@ def feature_moment(system: System, factor: Tensor | None = None, keep: bool = Tr
     """
     noise, roots = system.noise, system.root_variances
     if factor is None and keep and _keeps_moment(system):
-        moment = system.linearization.keep("feature moment", (system.x,), lambda _: _accumulated(system, len(system.x)))
+        moment = system.linearization.keep(_MOMENT, (system.x,), lambda _: _accumulated(system, len(system.x)))
         moment = moment * (roots.unsqueeze(-1) * noise[:, :1, None].reciprocal())
         return moment.mul_(roots.unsqueeze(-2))
     moment = _accumulated(system, system.batch, noise.rsqrt(), factor)
@@ -202,10 +204,19 @@ def feature_moment(system: System, factor: Tensor | None = None, keep: bool = Tr
     return moment.mul_(roots.unsqueeze(-1)).mul_(roots.unsqueeze(-2))
 
 
+def kept_moment(system: System) -> Tensor | None:
+    """JᵀJ, (B or 1, P, P), if it serves these data and has been kept by :func:`feature_moment`."""
+    return system.linearization.kept(_MOMENT, (system.x,)) if _has_constant_noise(system) else None
+
+
 def _keeps_moment(system: System) -> bool:
     """Whether JᵀJ serves these data, and stays beside what is made of it."""
-    has_room = system.fits(4.0 * system.batch * system.num_parameters**2)
-    return has_room and bool((system.noise == system.noise[:, :1]).all())
+    return system.fits(4.0 * system.batch * system.num_parameters**2) and _has_constant_noise(system)
+
+
+def _has_constant_noise(system: System) -> bool:
+    """Whether the noise is one number in each batch."""
+    return bool((system.noise == system.noise[:, :1]).all())
 
 
 def add_lower_products(matrix: Tensor, features: Tensor) -> None:
