@@ -21,7 +21,7 @@ from ..solvers.rounding import (
     is_beyond_repair,
     not_positive_definite,
     rounding_error_by,
-    warn_of_rounding_over_ranks,
+    warn_of_rounding_by,
 )
 from ..solvers.system import System
 from ..solvers.weight_space import MEAN_FACTOR, WeightSpaceSolver, kept_moment
@@ -88,7 +88,7 @@ class DistributedWeightSpaceSolver(WeightSpaceSolver):
         if diagonal is None:
             raise not_positive_definite(system)
         if is_beyond_repair(system, lost):
-            warn_of_rounding_over_ranks(diagonal)
+            warn_of_rounding_by(diagonal)
         error, allowed = rounding_error_by(diagonal), accuracy(system)
         self.is_refined, self._mean_is_refined = error > allowed, error > allowed / MEAN_FACTOR
         self._log_root = diagonal.log().sum(-1)
