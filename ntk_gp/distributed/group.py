@@ -105,25 +105,24 @@ class Group:
             whole = torch.cat([piece[:size] for piece, size in zip(whole.split(longest), sizes, strict=True)])
         return whole.movedim(0, dim)
 
-    def scatter_sums(self, pieces: Tensor, sizes: Sequence[int]) -> Tensor:
-        """The sum over ranks of what they have for this one.
+    def scatter_sums(self, pieces: Sequence[Tensor], owners: Sequence[int]) -> None:
+        """Sums over ranks, each for one rank alone, in the memory of its piece there; on others contents are lost.
 
-        All pieces go to their ranks, which add them up: not every backend adds up pieces of unlike lengths on the way,
-        and the bytes are those of a ring that does.
+        One reduction for each piece: not every backend scatters pieces of unlike lengths, and an exchange of all pieces
+        would hold those of all ranks at once. The bytes are the same.
 
-        :param pieces: What this rank has for each one, one after the other, (sum of sizes,).
-        :param sizes: Their lengths, the same on all ranks.
+        :param pieces: Contiguous tensors; of each, the shape is the same on all ranks.
+        :param owners: The rank that gets the sum of each.
         """
-        if self.size == 1 or sum(sizes) == 0:
-            return pieces
-        pieces = pieces.detach().contiguous()
-        mine = sizes[self.rank]
-        received = pieces.new_empty(self.size * mine)
-        outgoing, incoming = list(sizes), [mine] * self.size
-        exchange = partial(dist.all_to_all_single, received, pieces, incoming, outgoing, self.process_group)
-        self._wait("scatter sums", partial(exchange, async_op=True))
-        self.traffic["scatter sums"] += pieces.nbytes - mine * pieces.element_size()
-        return received.view(self.size, mine).sum(0)
+        if self.size == 1:
+            return
+        reductions = [
+            partial(dist.reduce, piece.detach(), self.global_rank(owner), group=self.process_group, async_op=True)
+            for piece, owner in zip(pieces, owners, strict=True)
+        ]
+        self._wait("scatter sums", *reductions)
+        sent = (piece.nbytes for piece, owner in zip(pieces, owners, strict=True) if owner != self.rank)
+        self.traffic["scatter sums"] += sum(sent)
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """What one rank has, on all of them; in the tensor's memory, if that is contiguous.

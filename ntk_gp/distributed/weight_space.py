@@ -36,7 +36,7 @@ class DistributedWeightSpaceSolver(WeightSpaceSolver):
 
     Parameters are dealt to ranks in contiguous slices. Each rank adds up the products of its own rows of Φ, strip by
     strip of Λ's lower triangle: rows are formed again for each, of which there are about R, fewer where the memory
-    budget has more room. A strip goes to the ranks that own its block rows, which add up what comes: P²/2 numbers, half
+    budget has more room. A strip goes to the ranks that own its block rows, as sums for these alone: P²/2 numbers, half
     of what a sum takes that all ranks receive. Where JᵀJ is kept on all of them, from fitting, each takes its own.
 
     c(x) = M⁻¹ Φ(x)ᵀ stays with the ranks that have its rows; of M test points, sums of M numbers go round, of
@@ -67,8 +67,8 @@ class DistributedWeightSpaceSolver(WeightSpaceSolver):
 
     @classmethod
     def nbytes_needed(cls, system: System) -> float:
-        """Of the rank that needs most: its block rows, a strip that goes to others and one that comes from them, and
-        two panels."""
+        """Of the rank that needs most: its block rows, those of W beside them for derivatives, a strip of either that
+        all ranks have, and two panels."""
         layout = _layout(system)
         return 8.0 * (3 * system.batch * layout.most_numbers_held + 2 * system.num_parameters * layout.block)
 
@@ -223,11 +223,11 @@ def _layout(system: System) -> Layout:
 
 
 def _strips(system: System) -> Iterator[list[Block]]:
-    """Consecutive blocks, as many as have together no more numbers than the memory budget has room for twice beside a
-    rank's own rows: at least as many as a rank holds of all."""
+    """Consecutive blocks, as many as have together no more numbers than the memory budget has room for beside a rank's
+    own rows: at least as many as a rank holds of all."""
     layout = _layout(system)
     spare = memory.SYSTEM.bytes(system.x.device) - DistributedWeightSpaceSolver.nbytes_needed(system)
-    limit = layout.most_numbers_held + max(0.0, spare) / (2 * 8 * system.batch)
+    limit = layout.most_numbers_held + max(0.0, spare) / (8 * system.batch)
     strip: list[Block] = []
     numbers = 0
     for block in layout.blocks:
@@ -284,17 +284,11 @@ def _summed_strip(system: System, blocks: list[Block], order: Tensor) -> Iterabl
     """
     group, batch = group_of(system), max(len(system.x), len(system.noise))
     scale = system.jacobian.shards.own(system.noise, -1).rsqrt().unsqueeze(-1)
-    dealt = sorted(blocks, key=lambda block: block.rank)  # those of a rank follow one another
-    shapes = [(batch, block.size, block.columns.stop) for block in dealt]
-    lengths = [batch * block.size * block.columns.stop for block in dealt]
-    memory_of_all = empty((sum(lengths),), like=system.x).zero_()
-    sums = [part.view(shape) for part, shape in zip(memory_of_all.split(lengths), shapes, strict=True)]
+    sums = [empty((batch, block.size, block.columns.stop), like=system.x).zero_() for block in blocks]
     for where, rows in _own_rows(system):
         features = (rows * scale[:, where])[..., order[: blocks[-1].columns.stop]]
-        for block, total in zip(dealt, sums, strict=True):
+        for block, total in zip(blocks, sums, strict=True):
             left, right = features[..., block.columns], features[..., : block.columns.stop]
             total.baddbmm_(left.mT.expand(batch, -1, -1), right.expand(batch, -1, -1))
-    sizes = [sum(n for n, one in zip(lengths, dealt, strict=True) if one.rank == rank) for rank in range(group.size)]
-    mine = [(block, shape) for block, shape in zip(dealt, shapes, strict=True) if block.rank == group.rank]
-    received = group.scatter_sums(memory_of_all, sizes).split([batch * one.size * one.columns.stop for one, _ in mine])
-    return [(block, part.view(shape)) for (block, shape), part in zip(mine, received, strict=True)]
+    group.scatter_sums(sums, [block.rank for block in blocks])
+    return [(block, total) for block, total in zip(blocks, sums, strict=True) if block.rank == group.rank]
