@@ -163,7 +163,8 @@ class love_tolerance(ValueSetting):
 
 class solver(ValueSetting):
     """The one way to solve with K + D: `"function_space"`, `"weight_space"`, `"iterative"`, or within
-    :class:`distributed` also `"distributed"`, function space over ranks; None for the cheapest.
+    :class:`distributed` also `"distributed"`, function space over ranks, and `"distributed_weight_space"`; None for the
+    cheapest.
 
     By default the one with the least flops of those that are exact and fit in the memory budget is taken, and iteration
     where none does: :func:`ntk_gp.solver_report` says which that is for a model, and why. A solver that is set here

@@ -20,6 +20,7 @@ forward        N² r / R        N r / R                                  1 for e
 backward       N² r / R        2 (R − 1) N r / R                        1 for each block
 solve          2 N² r / R      those, and (R − 1) N r / R               those, and 1
 inverse        2 N³/(3R)       N² / (2R)                                1 for each block
+L⁻¹            N³/(3R)         N² / (2R)                                1 for each block
 =============  ==============  ======================================  ===================================
 
 Rows in one dimension keep to a rank what is the data's; what all receive then does not fall with R, N²/2 numbers. A
@@ -49,6 +50,9 @@ _BLOCK = 256
 # rank has several, and all have work until the end.
 _SMALLEST_BLOCK = 32
 _BLOCKS_PER_RANK = 8
+# Messages that each block of a factorisation and of a solve takes, and for how many flops a rank waits for one: for 100
+# µs at 30 Gflop/s.
+_MESSAGES, _FLOPS_PER_MESSAGE = 4, 3e6
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,11 @@ class Layout:
         for one in self.blocks:
             self._of_rank[one.rank].append(one)
 
+    @classmethod
+    def even(cls, size: int, ranks: int) -> Layout:
+        """So many rows, as equally many for each rank as can be, the first ones having one more."""
+        return cls([size // ranks + (rank < size % ranks) for rank in range(ranks)])
+
     def of_rank(self, rank: int, start: int = 0) -> list[Block]:
         """The blocks of a rank that are eliminated at `start` or later: its last ones."""
         return self._of_rank[rank][self._first(rank, start) :]
@@ -116,6 +125,16 @@ class Layout:
     def numbers_held(self, rank: int) -> int:
         """How many numbers of a matrix, or of its factor, a rank holds."""
         return sum(block.size * block.columns.stop for block in self._of_rank[rank])
+
+    @property
+    def most_numbers_held(self) -> int:
+        """The same of the rank that holds most."""
+        return max(map(self.numbers_held, range(len(self.sizes))))
+
+    @property
+    def waiting_flops(self) -> float:
+        """What all ranks together could compute while they wait for the messages of a factorisation and a solve."""
+        return len(self.sizes) * len(self.blocks) * _MESSAGES * _FLOPS_PER_MESSAGE
 
     @cached_property
     def panel_numbers(self) -> int:
@@ -356,23 +375,36 @@ class DistributedCholesky:
     def inverse(self) -> BlockRows:
         """A⁻¹, in the same layout, in memory of its own.
 
-        With W = L⁻¹, the inverse is WᵀW. A block row of W is finished by its rank, broadcast, subtracted from the block
-        rows of W below, and added to those of WᵀW above, which have taken the place of rows of W broadcast before.
+        With W = L⁻¹, the inverse is WᵀW: a block row of W is added to the block rows of WᵀW above, which have taken the
+        place of rows of W that came before.
         """
         result = self.rows.copy()
-        for block in settings.progress(self.layout.blocks, "Inverse"):
-            row = self._row_of_inverse_factor(block, result)
-            before, corner = slice(block.columns.start), row[:, block.columns]
+        for block, row in self._inverse_factor(result):
             for own, piece in zip(result.blocks, result.pieces, strict=True):
-                if own.index > block.index:
-                    factor = piece[:, block.columns].clone()
-                    piece[:, before].addmm_(factor, row[:, before], alpha=-1)
-                    piece[:, block.columns] = -(factor @ corner)
-                elif own.index < block.index:
+                if own.index < block.index:
                     piece.addmm_(row[:, own.columns].mT, row[:, : own.columns.stop])
-                else:
-                    torch.mm(corner.mT, row, out=piece)
+                elif own.index == block.index:
+                    torch.mm(row[:, block.columns].mT, row, out=piece)
         return result
+
+    def inverse_factor(self) -> Iterator[tuple[Block, Tensor]]:
+        """The block rows of W = L⁻¹ in the order of elimination, (b, width) up to and including a block's own columns,
+        each on all ranks: N³/(3R) flops, and a copy of this rank's rows while it lasts."""
+        return self._inverse_factor(self.rows.copy())
+
+    def _inverse_factor(self, rows: BlockRows) -> Iterator[tuple[Block, Tensor]]:
+        """A block row of W is finished by its rank, broadcast, and subtracted from the block rows of W below.
+
+        :param rows: L; of it, what is below a block row of W is overwritten.
+        """
+        for block in settings.progress(self.layout.blocks, "Inverse"):
+            row = self._row_of_inverse_factor(block, rows)
+            before, corner = slice(block.columns.start), row[:, block.columns]
+            for _, piece in rows.from_block(block.index + 1):
+                factor = piece[:, block.columns].clone()
+                piece[:, before].addmm_(factor, row[:, before], alpha=-1)
+                piece[:, block.columns] = -(factor @ corner)
+            yield block, row
 
     def _row_of_inverse_factor(self, block: Block, result: BlockRows) -> Tensor:
         """A block row of W, on all ranks."""
@@ -398,7 +430,7 @@ def traffic(layout: Layout, rank: int, columns: int = 1) -> dict[str, Counter[st
     """
     ranks = len(layout.sizes)
     if ranks == 1:
-        return {name: Counter() for name in ("factorise", "forward", "backward", "solve", "inverse")}
+        return {name: Counter() for name in ("factorise", "forward", "backward", "solve", "inverse", "inverse factor")}
     corners = sum(one.size**2 for one in layout.of_rank(rank))
     rows = layout.blocks[:-1]
     parts = sum(one.size for one in rows if one.rank == rank)
@@ -412,4 +444,5 @@ def traffic(layout: Layout, rank: int, columns: int = 1) -> dict[str, Counter[st
         "backward": backward,
         "solve": forward + backward + gathered,
         "inverse": Counter(broadcast=8 * layout.numbers_held(rank)),
+        "inverse factor": Counter(broadcast=8 * layout.numbers_held(rank)),
     }

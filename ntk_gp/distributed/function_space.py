@@ -24,12 +24,10 @@ from ..solvers.rounding import (
 )
 from ..solvers.system import System
 from .cholesky import Block, BlockRows, DistributedCholesky, Layout
+from .graph import ForwardSolve, OnEachRank, Solve, SumOverRanks
 from .group import Group, OneProcess
 from .shards import RowsOfRanks
 
-# Messages that each block of a factorisation and of a solve takes, and for how many flops a rank waits for one: for 100
-# µs at 30 Gflop/s.
-_MESSAGES, _FLOPS_PER_MESSAGE = 4, 3e6
 # Columns of K are formed for several blocks of a rank at once, so many of these steps for each rank: entries above the
 # diagonal that are formed with them and not needed are no more than this part of K.
 _STEPS_PER_RANK = 16
@@ -60,23 +58,26 @@ class DistributedFunctionSpaceSolver(FunctionSpaceSolver):
     def cost(cls, system: System) -> float:
         """Of all ranks together: the Gram matrix, its factor, and for each block the time that messages take."""
         jacobian, layout = system.jacobian, _layout(system)
-        messages = len(layout.sizes) * len(layout.blocks) * _MESSAGES
-        flops = system.num_rows**3 / 3 + messages * _FLOPS_PER_MESSAGE
-        return jacobian.gram_cost(jacobian) + system.batch * flops
+        return jacobian.gram_cost(jacobian) + system.batch * (system.num_rows**3 / 3 + layout.waiting_flops)
 
     @classmethod
     def nbytes_needed(cls, system: System) -> float:
         """Of the rank that needs most: its rows, two panels, and what is formed of K at once."""
         layout = _layout(system)
-        held = max(layout.numbers_held(rank) for rank in range(len(layout.sizes)))
+        held = layout.most_numbers_held
         formed = system.batch * max(layout.sizes) * layout.block * _blocks_at_once(layout)
         return 8.0 * (system.batch * held + 2 * system.num_rows * layout.block + formed)
 
     @classmethod
     def obstacle(cls, system: System) -> str | None:
+        return cls.why_not_here(system) or super().obstacle(system)
+
+    @staticmethod
+    def why_not_here(system: System) -> str | None:
+        """Why nothing over ranks can serve a system, as words that follow "it"; None where it can."""
         if system.jacobian.shards.is_whole:
             return "is for rows that are sharded over ranks, within ntk_gp.settings.distributed"
-        return super().obstacle(system)
+        return None
 
     def __init__(self, system: System):
         Solver.__init__(self, system)
@@ -116,17 +117,16 @@ class DistributedFunctionSpaceSolver(FunctionSpaceSolver):
     @property
     def nbytes(self) -> int:
         """On the rank that holds most."""
-        layout = _layout(self.system)
-        return 8 * self.system.batch * max(layout.numbers_held(rank) for rank in range(len(layout.sizes)))
+        return 8 * self.system.batch * _layout(self.system).most_numbers_held
 
     def solve(self, rhs: Tensor) -> Tensor:
-        return _Solve.apply(rhs, self)
+        return Solve.apply(rhs, self.factors)
 
     def logdet(self) -> Tensor:
         return self._logdet
 
     def logdet_derivatives(self) -> tuple[Tensor, Tensor]:
-        system, rank = self.system, _group(self.system).rank
+        system, rank = self.system, group_of(self.system).rank
         inverses = [factor.inverse() for factor in self.factors]
         groups = torch.eye(system.variances.shape[1], dtype=torch.float64, device=system.x.device)
         by_group = groups.new_zeros(system.batch, len(groups))
@@ -152,19 +152,19 @@ class DistributedFunctionSpaceSolver(FunctionSpaceSolver):
             cross = own.gram(jacobian, system.variances)
         else:
             tangents = jacobian.rows() * system.parameter_variances.unsqueeze(-2)
-            cross = JacobianProduct.apply(_OnEachRank.apply(tangents, self._summed), own).mT
-        return _Forward.apply(cross.expand(system.batch, -1, -1), self)
+            cross = JacobianProduct.apply(OnEachRank.apply(tangents, self._summed), own).mT
+        return ForwardSolve.apply(cross.expand(system.batch, -1, -1), self.factors)
 
     def _explained(self, whitened1: Tensor, whitened2: Tensor) -> Tensor:
-        return _SumOverRanks.apply(whitened1.mT @ whitened2, self._summed)
+        return SumOverRanks.apply(whitened1.mT @ whitened2, self._summed)
 
     def _explained_variance(self, whitened: Tensor) -> Tensor:
-        return _SumOverRanks.apply(whitened.square().sum(-2), self._summed)
+        return SumOverRanks.apply(whitened.square().sum(-2), self._summed)
 
     def _cancels(self, prior: Tensor, whitened: Tensor) -> Tensor:
         """What one rank finds, whose processor may round otherwise, is what all do."""
         mask = super()._cancels(prior, whitened)
-        return _group(self.system).largest(mask.to(torch.uint8)).bool()
+        return group_of(self.system).largest(mask.to(torch.uint8)).bool()
 
     def _gathered(self, own: list[Tensor]) -> Tensor:
         """(B, N), of each batch's numbers for this rank's rows."""
@@ -175,7 +175,7 @@ class DistributedFunctionSpaceSolver(FunctionSpaceSolver):
         return self.system.jacobian.shards.summed(total.detach().clone())
 
 
-def _group(system: System) -> Group:
+def group_of(system: System) -> Group:
     """The ranks; this process alone, where what was made by ranks has come to it."""
     shards = system.jacobian.shards
     return shards.group if isinstance(shards, RowsOfRanks) else OneProcess(system.x.device)
@@ -198,7 +198,7 @@ def _blocks_at_once(layout: Layout) -> int:
 
 def _kernel_matrix(system: System) -> list[BlockRows]:
     """This rank's rows of K + D, of each batch."""
-    group, layout = _group(system), _layout(system)
+    group, layout = group_of(system), _layout(system)
     matrices = [BlockRows(group, layout, system.x) for _ in range(system.batch)]
     for blocks, own, there in _columns(system):
         grams = own.gram(there, system.variances).expand(system.batch, -1, -1)
@@ -213,7 +213,7 @@ def _kernel_matrix(system: System) -> list[BlockRows]:
 
 def _columns(system: System) -> Iterator[tuple[list[Block], Jacobian, Jacobian]]:
     """Some blocks of one rank, J at this rank's points whose rows have columns there, and J at those of the blocks."""
-    layout, mine, starts = _layout(system), _group(system).rank, [rows.start for rows in _rows_of_ranks(system)]
+    layout, mine, starts = _layout(system), group_of(system).rank, [rows.start for rows in _rows_of_ranks(system)]
     jacobian, outputs = system.jacobian, system.jacobian.function.num_outputs
     steps = []
     for rank in range(len(layout.sizes)):
@@ -236,56 +236,3 @@ def _by_block(layout: Layout, rank: int, blocks: list[Block], grams: Tensor) -> 
         skipped = layout.rows_of_rank(rank, block.index).start - start
         yield block, grams[:, skipped:, end : end + block.size]
         end += block.size
-
-
-class _Solve(torch.autograd.Function):
-    """A⁻¹ rhs, (B, N, r), replicated."""
-
-    @staticmethod
-    def forward(ctx: Any, rhs: Tensor, solver: DistributedFunctionSpaceSolver) -> Tensor:
-        ctx.solver, ctx.batch = solver, len(rhs)
-        rhs = rhs.expand(len(solver.factors), -1, -1)
-        return torch.stack([factor.solve(one) for factor, one in zip(solver.factors, rhs, strict=True)])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Solve.apply(grad, ctx.solver).sum_to_size(ctx.batch, *grad.shape[1:]), None
-
-
-class _Forward(torch.autograd.Function):
-    """L⁻¹ Π B of a rank's rows of B, (B, N_r, M)."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, solver: DistributedFunctionSpaceSolver) -> Tensor:
-        ctx.solver = solver
-        return torch.stack([factor.forward(one) for factor, one in zip(solver.factors, own, strict=True)])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        factors = ctx.solver.factors
-        return torch.stack([factor.backward(one) for factor, one in zip(factors, grad, strict=True)]), None
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """What is each rank's, added up and replicated: the derivative of each part is that of the sum."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, summed: Any) -> Tensor:
-        return summed(own)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _OnEachRank(torch.autograd.Function):
-    """What is replicated, where each rank goes on to something of its own: derivatives are added up."""
-
-    @staticmethod
-    def forward(ctx: Any, replicated: Tensor, summed: Any) -> Tensor:
-        ctx.summed = summed
-        return replicated.view_as(replicated)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.summed(grad), None

@@ -105,6 +105,25 @@ class Group:
             whole = torch.cat([piece[:size] for piece, size in zip(whole.split(longest), sizes, strict=True)])
         return whole.movedim(0, dim)
 
+    def scatter_sums(self, pieces: Sequence[Tensor], owners: Sequence[int]) -> None:
+        """Sums over ranks, each for one rank alone, in the memory of its piece there; on others contents are lost.
+
+        One reduction for each piece: not every backend scatters pieces of unlike lengths, and an exchange of all pieces
+        would hold those of all ranks at once. The bytes are the same.
+
+        :param pieces: Contiguous tensors; of each, the shape is the same on all ranks.
+        :param owners: The rank that gets the sum of each.
+        """
+        if self.size == 1:
+            return
+        reductions = [
+            partial(dist.reduce, piece.detach(), self.global_rank(owner), group=self.process_group, async_op=True)
+            for piece, owner in zip(pieces, owners, strict=True)
+        ]
+        self._wait("scatter sums", *reductions)
+        sent = (piece.nbytes for piece, owner in zip(pieces, owners, strict=True) if owner != self.rank)
+        self.traffic["scatter sums"] += sum(sent)
+
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """What one rank has, on all of them; in the tensor's memory, if that is contiguous.
 

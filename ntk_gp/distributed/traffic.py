@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .cholesky import Layout
 from .shards import block_columns
 
 
@@ -86,3 +87,9 @@ class Traffic:
         """Φᵀ D⁻¹ Φ, in weight space."""
         columns = block_columns(self.parameters)
         return sum(self.summed((self.parameters - each.start) * (each.stop - each.start)) for each in columns)
+
+    def scattered_feature_moment(self, rank: int = 0) -> int:
+        """The same for its factor over ranks: of the lower triangle in block rows, what other ranks have of it."""
+        layout = Layout.even(self.parameters, self.ranks)
+        others = (layout.numbers_held(other) for other in range(self.ranks) if other != rank)
+        return sum(others) * self.itemsize

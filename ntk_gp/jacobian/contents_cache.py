@@ -59,6 +59,13 @@ class ContentsCache:
             if not entry.failed:
                 return entry.value
 
+    def known(self, kind: str, state: Callable[[], Hashable], tensors: tuple[Tensor, ...]) -> Any:
+        """The kept result for these tensors, or None; as for :meth:`get`."""
+        label = (kind, state())
+        with self._lock:
+            entry = next((known for known in reversed(self._entries) if known.is_for(label, tensors)), None)
+        return entry.value if entry is not None and entry.done.is_set() and not entry.failed else None
+
     def _fill(self, entry: _Entry, compute: Callable[..., Any]) -> Any:
         try:
             value = compute(*entry.keys)

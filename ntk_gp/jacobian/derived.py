@@ -40,6 +40,9 @@ class DerivedLinearization(Linearization):
     ) -> Any:
         return self.base.keep(f"{kind} {self.label}", tensors, compute, network_state)
 
+    def kept(self, kind: str, tensors: tuple[Tensor, ...]) -> Any:
+        return self.base.kept(f"{kind} {self.label}", tensors)
+
     def unit_grams(self, jacobian1: Jacobian, jacobian2: Jacobian) -> None:
         """None: they are not kept, a product makes them at once."""
         return None

@@ -124,6 +124,10 @@ class Linearization:
         """
         return self._cache.get(kind, functools.partial(self._state, network_state), tensors, compute)
 
+    def kept(self, kind: str, tensors: tuple[Tensor, ...]) -> Any:
+        """What :meth:`keep` has kept, or None."""
+        return self._cache.known(kind, functools.partial(self._state, None), tensors)
+
     def jacobian(self, x: Tensor, keep: bool = True) -> Jacobian:
         """J(x) at x (B, n, d): differentiable where x requires a gradient, otherwise kept for the next time."""
         function = self.network.at(x)

@@ -58,11 +58,12 @@ class SolverReport:
         batches = "" if self.batch == 1 else f", {self.batch} batches"
         size = f"N = {self.num_rows} rows, P = {self.num_parameters} parameters{batches}"
         who = f"{self.solver} {'solves' if self.is_in_use else 'would solve'}" if self.solver else "Nothing can solve"
+        width = max(15, *(len(one.name) + 1 for one in self.candidates))
         lines = [
-            f"  {one.name:<15}{one.flops:>8.1e} flops{readable_bytes(one.nbytes):>11}   {one.verdict}"
+            f"  {one.name:<{width}}{one.flops:>8.1e} flops{readable_bytes(one.nbytes):>11}   {one.verdict}"
             for one in self.candidates
         ]
-        budget = f"  memory budget{readable_bytes(self.memory_budget):>27}"
+        budget = f"  {'memory budget':<{width}}{readable_bytes(self.memory_budget):>25}"
         return "\n".join([f"{who} K + D with {size}: {self.reason}", *lines, budget])
 
 

@@ -89,12 +89,17 @@ def accuracy(system: System) -> float:
 
 def warn_of_rounding(cholesky: Tensor) -> None:
     """Says that a posterior made with this factor, (B, N, N), has lost digits."""
+    warn_of_rounding_by(cholesky.diagonal(dim1=-2, dim2=-1))
+
+
+def warn_of_rounding_by(diagonal: Tensor) -> None:
+    """The same, from the diagonal of the factor, (B, N)."""
     reason = "there is no memory for a more exact factorisation. Give ntk_gp.settings.memory_budget more, or the "
-    _warn(cholesky.diagonal(dim1=-2, dim2=-1), f"{reason}likelihood more noise")
+    _warn(diagonal, f"{reason}likelihood more noise")
 
 
 def warn_of_rounding_over_ranks(diagonal: Tensor) -> None:
-    """The same, of a factor over ranks, from its diagonal, (B, N)."""
+    """The same, in function space over ranks."""
     reason = "features are not orthogonalised over ranks. Give the likelihood more noise, or set "
     _warn(diagonal, f"{reason}ntk_gp.settings.solver('weight_space')")
 

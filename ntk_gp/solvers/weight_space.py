@@ -27,7 +27,9 @@ _BLOCK_COLUMNS = 4
 # Products with fewer columns than this are slower than what they save.
 _NARROWEST = 128
 # Weights lose more digits than variances do, and are cheaper to refine.
-_MEAN_FACTOR = 30
+MEAN_FACTOR = 30
+# What JᵀJ is kept as.
+_MOMENT = "feature moment"
 
 
 class WeightSpaceSolver(Solver):
@@ -51,9 +53,10 @@ class WeightSpaceSolver(Solver):
 
     @classmethod
     def cost(cls, system: System) -> float:
-        """Five eighths of the products of features, which are symmetric, and the factor."""
-        parameters = system.num_parameters
-        return system.batch * (1.25 * system.num_rows * parameters**2 + parameters**3 / 3)
+        """Five eighths of the products of features, which are symmetric, and the factor; over ranks, of all together,
+        each of which factorises."""
+        parameters, ranks = system.num_parameters, system.jacobian.shards.ranks
+        return system.batch * (1.25 * system.num_rows * parameters**2 + ranks * parameters**3 / 3)
 
     @classmethod
     def nbytes_needed(cls, system: System) -> float:
@@ -76,7 +79,7 @@ class WeightSpaceSolver(Solver):
             raise not_positive_definite(system)
         self.cholesky = factor
         error, allowed = rounding_error(self.cholesky), accuracy(system)
-        self._mean_is_refined = error > allowed / _MEAN_FACTOR
+        self._mean_is_refined = error > allowed / MEAN_FACTOR
         if error > allowed:
             self._refine()
 
@@ -113,12 +116,16 @@ class WeightSpaceSolver(Solver):
         if self.is_orthogonalised:
             factor, rotated = orthogonal.weight_space_factor(self.system, rhs)
             return torch.linalg.solve_triangular(factor.mT, rotated, upper=True)
-        weights = cholesky_solve(self.cholesky, self._moment(rhs))
+        weights = self._precision_solve(self._moment(rhs))
         if not self._mean_is_refined:
             return weights
         # From what the weights leave, with their own rounding in it: the error then is of second order.
         remainder = rhs - self.system.jacobian.jvp((self.system.root_variances.unsqueeze(-1) * weights).mT).mT
-        return weights + cholesky_solve(self.cholesky, self._moment(remainder) - weights)
+        return weights + self._precision_solve(self._moment(remainder) - weights)
+
+    def _precision_solve(self, rhs: Tensor) -> Tensor:
+        """Λ⁻¹ rhs, (B, P, r)."""
+        return cholesky_solve(self.cholesky, rhs)
 
     def _moment(self, rhs: Tensor) -> Tensor:
         """Φᵀ D⁻¹ rhs."""
@@ -192,7 +199,7 @@ def feature_moment(system: System, factor: Tensor | None = None, keep: bool = Tr
     """
     noise, roots = system.noise, system.root_variances
     if factor is None and keep and _keeps_moment(system):
-        moment = system.linearization.keep("feature moment", (system.x,), lambda _: _accumulated(system, len(system.x)))
+        moment = system.linearization.keep(_MOMENT, (system.x,), lambda _: _accumulated(system, len(system.x)))
         moment = moment * (roots.unsqueeze(-1) * noise[:, :1, None].reciprocal())
         return moment.mul_(roots.unsqueeze(-2))
     moment = _accumulated(system, system.batch, noise.rsqrt(), factor)
@@ -201,10 +208,19 @@ def feature_moment(system: System, factor: Tensor | None = None, keep: bool = Tr
     return moment.mul_(roots.unsqueeze(-1)).mul_(roots.unsqueeze(-2))
 
 
+def kept_moment(system: System) -> Tensor | None:
+    """JᵀJ, (B or 1, P, P), if it serves these data and has been kept by :func:`feature_moment`."""
+    return system.linearization.kept(_MOMENT, (system.x,)) if _has_constant_noise(system) else None
+
+
 def _keeps_moment(system: System) -> bool:
     """Whether JᵀJ serves these data, and stays beside what is made of it."""
-    has_room = system.fits(4.0 * system.batch * system.num_parameters**2)
-    return has_room and bool((system.noise == system.noise[:, :1]).all())
+    return system.fits(4.0 * system.batch * system.num_parameters**2) and _has_constant_noise(system)
+
+
+def _has_constant_noise(system: System) -> bool:
+    """Whether the noise is one number in each batch."""
+    return bool((system.noise == system.noise[:, :1]).all())
 
 
 def add_lower_products(matrix: Tensor, features: Tensor) -> None:

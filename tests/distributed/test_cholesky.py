@@ -58,6 +58,11 @@ def everything(sizes: tuple[int, ...]) -> dict[str, Tensor]:
     backward = call("backward", lambda: factor.backward(local))
     results["solve"] = call("solve", lambda: factor.solve(vectors))
     inverse = call("inverse", factor.inverse)
+    rows = call("inverse factor", lambda: [row for _, row in factor.inverse_factor()])
+    whole = matrix.new_zeros(matrix.shape)
+    for block, row in zip(factor.layout.blocks, rows, strict=True):
+        whole[block.columns, : row.shape[1]] = row
+    results["inverse factor"] = whole
     results["forward"] = group.gather(forward, 0, sizes)
     results["backward"] = group.gather(backward, 0, sizes)
     results["logdet"] = factor.logdet()
@@ -86,6 +91,7 @@ def expected(sizes: tuple[int, ...]) -> dict[str, Tensor]:
         "forward": torch.linalg.solve_triangular(factor, vectors[order], upper=False)[back],
         "backward": torch.linalg.solve_triangular(factor.mT, vectors[order], upper=True)[back],
         "logdet": torch.linalg.slogdet(matrix).logabsdet,
+        "inverse factor": torch.linalg.solve_triangular(factor, torch.eye(len(order)).double(), upper=False),
         "diagonal": factor.diagonal()[back],
         "diagonal of the inverse": inverse.diagonal(),
         "trace": (inverse * matrix.square()).sum(),

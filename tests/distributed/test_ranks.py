@@ -199,7 +199,10 @@ def pickled(solver: str | None, fast: bool) -> tuple[bytes, Results]:
         return pickle.dumps(copy.deepcopy(model)), found
 
 
-@pytest.mark.parametrize(("solver", "fast"), [("iterative", False), ("distributed", False), (None, True)])
+@pytest.mark.parametrize(
+    ("solver", "fast"),
+    [("iterative", False), ("distributed", False), ("distributed_weight_space", False), (None, True)],
+)
 def test_a_pickled_model_serves_one_process(two, solver, fast):
     model, found = two.run(pickled, solver, fast)[0]
     with PRECISE:
