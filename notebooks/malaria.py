@@ -1,6 +1,6 @@
-"""The malaria maps of Nigeria and networks trained on them: what the notebook 02_malaria_variants uses.
+"""The malaria maps of Nigeria and networks trained on them: what 02_malaria and 02_malaria_variants share.
 
-Data, splits, architecture and training are those of 02_malaria. From the same seed comes the same network.
+From the same seed comes the same network.
 """
 
 from __future__ import annotations
