@@ -72,8 +72,8 @@ def exactly_solved(matrix: LinearOperator) -> LinearOperator:
     """
     if isinstance(matrix, SOLVED_OPERATORS):
         return matrix
-    matrix = evaluated(matrix)
-    if isinstance(matrix, (*SOLVED_OPERATORS, *_KEPT)):
+    matrix = _evaluated(matrix)
+    if isinstance(matrix, _KEPT):
         return matrix
     for kind, rule in _RULES.items():
         if isinstance(matrix, kind):
@@ -81,12 +81,12 @@ def exactly_solved(matrix: LinearOperator) -> LinearOperator:
     return NTKSumLinearOperator(matrix)
 
 
-def evaluated(matrix: LinearOperator) -> LinearOperator:
+def _evaluated(matrix: LinearOperator) -> LinearOperator:
     """With nothing in it to evaluate. A kernel's matrix and noise, the usual case, need not be taken apart for that."""
     if type(matrix) is not AddedDiagLinearOperator:
         return matrix.evaluate_kernel()
-    kernel, noise = without_diagonal(matrix).evaluate_kernel(), added_diagonal(matrix)
-    return kernel + noise if isinstance(kernel, NTKLinearOperator) else AddedDiagLinearOperator(kernel, noise)
+    parts = (part if isinstance(part, DiagLinearOperator) else part.evaluate_kernel() for part in matrix.linear_ops)
+    return AddedDiagLinearOperator(*parts)
 
 
 def without_constants(matrix: LinearOperator) -> LinearOperator:

@@ -23,7 +23,7 @@ from ..operators.ntk_sum_linear_operator import NTKSumLinearOperator
 from ..solvers import FastVariance, Solver, System, choose_fast_variance
 from ..solvers.cholesky import cholesky_solve
 from .combined_predictions import KeptFactor
-from .exactly_solved import evaluated, exactly_solved, without_constants
+from .exactly_solved import exactly_solved, without_constants
 from .recognised import networks_of
 
 
@@ -69,7 +69,7 @@ class NTKPredictionStrategy(DefaultPredictionStrategy):
     def _train_matrix(self) -> LinearOperator:
         """K + D of the training data; exactly solved also where K is a sum or a product that an NTK is part of, and
         where targets are missing."""
-        matrix = evaluated(self.lik_train_train_covar)
+        matrix = self.lik_train_train_covar.evaluate_kernel()
         self._networks = networks_of(matrix)
         if self._missing.any():
             observed = (~self._missing).to(self.train_labels.dtype)
