@@ -45,8 +45,7 @@ class ContentsCache:
         label = (kind, state())
         while True:
             with self._lock:
-                alike = (known for known in reversed(self._entries) if known.label == label)
-                entry = next((known for known in alike if known.is_of(tensors)), None)
+                entry = self._entry(label, tensors)
                 mine = entry is None
                 if entry is None:
                     entry = _Entry(label, tensors)
@@ -63,8 +62,12 @@ class ContentsCache:
         """The kept result for these tensors, or None; as for :meth:`get`."""
         label = (kind, state())
         with self._lock:
-            entry = next((known for known in reversed(self._entries) if known.is_for(label, tensors)), None)
+            entry = self._entry(label, tensors)
         return entry.value if entry is not None and entry.done.is_set() and not entry.failed else None
+
+    def _entry(self, label: Hashable, tensors: tuple[Tensor, ...]) -> _Entry | None:
+        alike = (known for known in reversed(self._entries) if known.label == label)
+        return next((known for known in alike if known.is_of(tensors)), None)
 
     def _fill(self, entry: _Entry, compute: Callable[..., Any]) -> Any:
         try:
