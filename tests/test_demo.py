@@ -3,7 +3,6 @@
 import importlib.util
 import math
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,14 @@ pytestmark = [pytest.mark.engine_independent, pytest.mark.cpu_only]
 DEMO = Path(__file__).parents[1] / "notebooks" / "adaptation.py"
 
 
+def adapted(*data, **options):
+    """Two terms in place of five do for the figure, where inputs of the source are passed."""
+    return AdaptedGP(*data, **options, terms=("gain", "tangent")) if options else AdaptedGP(*data)
+
+
 @pytest.fixture
 def demo(monkeypatch):
-    """Its module, with fewer methods, two terms in place of five, less to average, and fewer points to draw."""
+    """Its module, with fewer methods and steps, less to average, and fewer points to draw."""
     pytest.importorskip("matplotlib", reason="the extra 'demo' is not installed").use("Agg")
     spec = importlib.util.spec_from_file_location("demo", DEMO)
     module = importlib.util.module_from_spec(spec)
@@ -26,7 +30,9 @@ def demo(monkeypatch):
     monkeypatch.syspath_prepend(DEMO.parent)
     spec.loader.exec_module(module)
     module.DRAWS, module.GRID = 3, module.GRID[::10]
-    module.AdaptedGP = partial(AdaptedGP, terms=("gain", "tangent"))
+    module.AdaptedGP = adapted
+    tune = module.predict_fine_tuned
+    module.predict_fine_tuned = lambda *given, steps: tune(*given, steps=steps // 10)
     for name in ("RBF from scratch (ARD)", "RBF on network and gain", "untrained network's NTK"):
         del module.METHODS[name]
     before = torch.get_default_dtype(), torch.get_num_threads()

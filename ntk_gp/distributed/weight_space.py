@@ -189,8 +189,10 @@ class DistributedWeightSpaceSolver(WeightSpaceSolver):
         return approximate - self._over_ranks(left1 @ left2.mT)
 
     def variance(self, jacobian: Jacobian) -> Tensor:
+        if self.is_orthogonalised:
+            return super().variance(jacobian)
         if not self.is_refined:
-            return self._over_ranks(super().variance(jacobian))
+            return self._over_ranks(self.whitened_cross(jacobian).square().sum(-2))
         features, weights, left = self._least_squares(jacobian)
         approximate = ((2 * features - weights) * weights).sum(-1)
         return (approximate - self._over_ranks(left.square().sum(-1))).clamp_min(0.0)
