@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
+import itertools
 import threading
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
+import torch.distributed as dist
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -16,8 +19,9 @@ from ..network.snapshot import unwrap
 from .linearization import Linearization
 
 _lock = threading.Lock()
-# Holds neither networks nor linearizations alive.
+# Those of each network, in the order in which they were made. Holds neither networks nor linearizations alive.
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_numbers = itertools.count()
 
 
 def linearization_of(network: nn.Module, engine: str | None = None, **options: Any) -> Linearization:
@@ -34,10 +38,7 @@ def linearization_of(network: nn.Module, engine: str | None = None, **options: A
     """
     new = Linearization(FrozenNetwork(network, **options), engine)
     source = unwrap(network)
-    with _lock:
-        others: WeakSet[Linearization] = _known.setdefault(source, WeakSet())
-        alive = list(others)
-    known = next((other for other in alive if _is_same(other, new)), None)
+    known = next((other for other in _alive(source) if _is_same(other, new)), None)
     shared = None if known is None else copy.deepcopy(known)
     if shared is not None and _is_same(shared, new):  # still: another thread may just have converted it
         # A selection by a function may select otherwise in another network.
@@ -46,8 +47,20 @@ def linearization_of(network: nn.Module, engine: str | None = None, **options: A
         share_snapshot(source, shared.network.tensors)
         new = shared
     with _lock:
-        others.add(new)
+        _known.setdefault(source, WeakValueDictionary())[next(_numbers)] = new
     return new
+
+
+def _alive(source: nn.Module) -> list[Linearization]:
+    """Those of a network, the oldest first.
+
+    On several ranks without those that nobody holds any more: each collects its garbage at a time of its own, and what
+    one of them still knows the others would compute without it, waiting for its part.
+    """
+    if dist.is_available() and dist.is_initialized() and source in _known:
+        gc.collect()
+    with _lock:
+        return list(_known.get(source, {}).values())
 
 
 def _is_same(one: Linearization, other: Linearization) -> bool:

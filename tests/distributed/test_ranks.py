@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import os
 import pickle
@@ -209,6 +210,29 @@ def test_a_pickled_model_serves_one_process(two, solver, fast):
         predicted = problems.predictions(pickle.loads(model), fast)
     for name, value in predicted.items():
         assert_close(value, found[name])
+
+
+def with_garbage() -> int:
+    """What a kernel has captured whose predecessor waits for the garbage collector on one rank, and is gone on the
+    other."""
+    net, x = network(), data(8)[0].unsqueeze(0)
+    gc.disable()
+    with ntk_gp.settings.distributed(timeout=20):
+        held: list = [NTKKernel(net)]
+        held[0]._linearization.jacobian(x)
+        if dist.get_rank() == 0:
+            held.append(held)
+        else:
+            held.clear()
+            gc.collect()
+        del held
+        rows = NTKKernel(net)._linearization.jacobian(x).num_rows
+    gc.enable()
+    return rows
+
+
+def test_garbage_makes_no_difference(two):
+    assert two.run(with_garbage) == [8, 8]
 
 
 def example(source: str, folder: str) -> torch.Tensor:

@@ -253,3 +253,13 @@ def test_made_in_several_threads():
     assert all(matches(kernel, network) for kernel in kernels)
     another = NTKKernel(network)
     assert any(share(kernel, another) for kernel in kernels)
+
+
+def test_the_oldest_is_shared():
+    """Whatever their addresses are: ranks that share must take the same one."""
+    net = make_network()
+    kernels = [NTKKernel(net) for _ in range(8)]
+    for kernel in kernels[1:]:
+        kernel._linearization.clear()
+    assert NTKKernel(net)._linearization._cache is kernels[0]._linearization._cache
+    assert NTKKernel(net)._linearization._cache is kernels[0]._linearization._cache
