@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,15 +24,15 @@ from ..solvers.rounding import (
 from ..solvers.system import System
 from .cholesky import Block, BlockRows, DistributedCholesky, Layout
 from .graph import ForwardSolve, OnEachRank, Solve, SumOverRanks
-from .group import Group, OneProcess
 from .shards import RowsOfRanks
+from .solver import SolverOverRanks, group_of
 
 # Columns of K are formed for several blocks of a rank at once, so many of these steps for each rank: entries above the
 # diagonal that are formed with them and not needed are no more than this part of K.
 _STEPS_PER_RANK = 16
 
 
-class DistributedFunctionSpaceSolver(FunctionSpaceSolver):
+class DistributedFunctionSpaceSolver(SolverOverRanks, FunctionSpaceSolver):
     """Exact, by the Cholesky factor L of A = K + D over R ranks (:mod:`.cholesky`), which share the flops of the Gram
     matrix and N³/3; 4 N²/R bytes on each.
 
@@ -68,17 +67,6 @@ class DistributedFunctionSpaceSolver(FunctionSpaceSolver):
         formed = system.batch * max(layout.sizes) * layout.block * _blocks_at_once(layout)
         return 8.0 * (system.batch * held + 2 * system.num_rows * layout.block + formed)
 
-    @classmethod
-    def obstacle(cls, system: System) -> str | None:
-        return cls.why_not_here(system) or super().obstacle(system)
-
-    @staticmethod
-    def why_not_here(system: System) -> str | None:
-        """Why nothing over ranks can serve a system, as words that follow "it"; None where it can."""
-        if system.jacobian.shards.is_whole:
-            return "is for rows that are sharded over ranks, within ntk_gp.settings.distributed"
-        return None
-
     def __init__(self, system: System):
         Solver.__init__(self, system)
         self.basis = None
@@ -105,14 +93,6 @@ class DistributedFunctionSpaceSolver(FunctionSpaceSolver):
                 "lower the outputscale, or set ntk_gp.settings.solver('weight_space').",
             )
         return factors
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the factor, of which other processes have their rows: it is made again where it is asked for."""
-        return {name: value for name, value in self.__dict__.items() if name != "factors"}
-
-    def extended(self, system: System) -> None:
-        """None: with more points, other ranks have them."""
-        return None
 
     @property
     def nbytes(self) -> int:
@@ -173,12 +153,6 @@ class DistributedFunctionSpaceSolver(FunctionSpaceSolver):
     def _summed(self, total: Tensor) -> Tensor:
         """The sum over ranks, in memory of its own."""
         return self.system.jacobian.shards.summed(total.detach().clone())
-
-
-def group_of(system: System) -> Group:
-    """The ranks; this process alone, where what was made by ranks has come to it."""
-    shards = system.jacobian.shards
-    return shards.group if isinstance(shards, RowsOfRanks) else OneProcess(system.x.device)
 
 
 def _rows_of_ranks(system: System) -> Sequence[slice]:

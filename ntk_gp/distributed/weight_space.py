@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +25,12 @@ from ..solvers.rounding import (
 from ..solvers.system import System
 from ..solvers.weight_space import MEAN_FACTOR, WeightSpaceSolver, kept_moment
 from .cholesky import Block, BlockRows, DistributedCholesky, Layout
-from .function_space import DistributedFunctionSpaceSolver, group_of
+from .function_space import DistributedFunctionSpaceSolver
 from .graph import ForwardSolve, OnEachRank, Solve, SumOverRanks
+from .solver import SolverOverRanks, group_of
 
 
-class DistributedWeightSpaceSolver(WeightSpaceSolver):
+class DistributedWeightSpaceSolver(SolverOverRanks, WeightSpaceSolver):
     r"""Exact, by the Cholesky factor M of :math:`\Lambda = I + \Phi^\top D^{-1} \Phi` over R ranks (:mod:`.cholesky`),
     which share the flops, P³/3 as well as N P²; 12 P²/R bytes on each, and no P×P matrix on any.
 
@@ -72,10 +72,6 @@ class DistributedWeightSpaceSolver(WeightSpaceSolver):
         layout = _layout(system)
         return 8.0 * (3 * system.batch * layout.most_numbers_held + 2 * system.num_parameters * layout.block)
 
-    @classmethod
-    def obstacle(cls, system: System) -> str | None:
-        return DistributedFunctionSpaceSolver.why_not_here(system) or super().obstacle(system)
-
     def __init__(self, system: System):
         Solver.__init__(self, system)
         self.is_orthogonalised = self.is_refined = self._mean_is_refined = False
@@ -111,14 +107,6 @@ class DistributedWeightSpaceSolver(WeightSpaceSolver):
         if any(factor.info for factor in factors):
             self.system.check_finite(self._gathered(own))
         return factors
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the factor, of which other processes have their rows: it is made again where it is asked for."""
-        return {name: value for name, value in self.__dict__.items() if name != "factors"}
-
-    def extended(self, system: System) -> None:
-        """None: with more points, other ranks have them."""
-        return None
 
     @property
     def nbytes(self) -> int:

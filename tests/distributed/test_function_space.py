@@ -4,7 +4,6 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -18,41 +17,11 @@ from ntk_gp.distributed.function_space import DistributedFunctionSpaceSolver
 from ntk_gp.solvers import System, choose_solver, solver_class
 from ntk_gp.solvers.function_space import FunctionSpaceSolver
 from ntk_gp.testing import SolverProblem as Problem
-from tests.adapted import LARGE, SMALL
-from tests.distributed import problems
-from tests.distributed.answers import check, of_models, sharded, small_blocks
+from tests.distributed.answers import sharded, small_blocks
 
 pytestmark = [pytest.mark.engine_independent, pytest.mark.every_case]
 
 NAME = "distributed"
-
-
-# The second has more parameters than rows, the third batches of inputs, the last of everything else.
-@pytest.mark.parametrize(
-    ("n", "batches", "outputs"),
-    [(61, (1, 1, 1), 1), (12, (1, 1, 1), 2), (26, (3, 1, 1), 1), (26, (1, 3, 3), 1)],
-)
-def test_two_ranks(two, n, batches, outputs):
-    check(two, NAME, n, batches, outputs, 0.1)
-
-
-def test_four_ranks(four):
-    check(four, NAME, 45, (1, 1, 1), 1, 0.1)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        partial(problems.model_of, "layers", LARGE),
-        partial(problems.model_of, "gain", SMALL + 1),
-        problems.batched,
-        partial(problems.multitask, last_layer=True),
-    ],
-)
-def test_models(two, make):
-    """Training and predictions as users have them: known features beside J, batches, outputs with and without
-    parameters in common."""
-    assert two.run(of_models, NAME, make) == [[], []]
 
 
 @small_blocks
