@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -106,6 +106,7 @@ class Hyperparameters:
                 "averaged over. Set requires_grad_(False) on those that should stay as they are."
             )
         self.priors = [PriorTerm(prior, owner, closure, self) for _, owner, prior, closure, _ in _priors(model)]
+        self._priors_by_turns = _disjoint(self.priors)
         self._jacobians = jacobians
 
     @property
@@ -140,10 +141,12 @@ class Hyperparameters:
             except (NanError, NotPSDError, torch.linalg.LinAlgError):
                 return -math.inf, torch.full_like(u, math.nan)
             outer = [torch.zeros_like(r) if g is None else g.to(r) for g, r in zip(gradients, raw, strict=True)]
-            value, through = float(of_model.detach()), torch.autograd.grad(raw, u, outer, retain_graph=True)[0]
+            value = float(of_model.detach())
             if self._jacobians:
                 of_raw = self._log_slopes(u, raw)
-                value, through = value + float(of_raw.detach()), through + torch.autograd.grad(of_raw, u)[0]
+                value += float(of_raw.detach())
+                raw, outer = [*raw, of_raw], [*outer, torch.ones_like(of_raw)]
+            (through,) = torch.autograd.grad(raw, u, outer)
         return value if math.isfinite(value) else -math.inf, through
 
     def value(self, u: Tensor) -> float:
@@ -156,7 +159,8 @@ class Hyperparameters:
                 with torch.enable_grad():
                     if self._jacobians:
                         u = u.detach().requires_grad_()
-                        value += float(self._of_priors().detach()) + float(self._log_slopes(u, self._raw(u)).detach())
+                        value += float(self._of_priors(create_graph=False))
+                        value += float(self._log_slopes(u, self._raw(u)).detach())
         except (NanError, NotPSDError, torch.linalg.LinAlgError):
             return -math.inf
         return value if math.isfinite(value) else -math.inf
@@ -216,9 +220,9 @@ class Hyperparameters:
         value = self._mll(output, model.train_targets, *model.train_inputs).double() * output.event_shape.numel()
         return value - sum(prior.constant() for prior in self.priors)
 
-    def _of_priors(self) -> Tensor:
-        """Σ log |dt/draw|."""
-        slopes = [prior.log_slope() for prior in self.priors] if self._jacobians else []
+    def _of_priors(self, create_graph: bool = True) -> Tensor:
+        """Σ log |det dt/draw|, differentiable in the raw parameters."""
+        slopes = [_log_slope(priors, create_graph) for priors in self._priors_by_turns] if self._jacobians else []
         return torch.stack(slopes).sum() if slopes else self.parameters[0].new_zeros((), dtype=torch.float64)
 
     def _log_slopes(self, u: Tensor, raw: list[Tensor]) -> Tensor:
@@ -241,11 +245,12 @@ class PriorTerm:
         self._prior, self._owner, self._closure = prior, owner, closure
         self._parameters = hyperparameters.parameters
         self.elements: Tensor | None = None
-        self._is_elementwise = False
+        self.is_elementwise = False
+        """Whether each element of t depends on one of u, and each of these has one."""
         self._find_elements()
 
     def _find_elements(self) -> None:
-        slopes = self._slopes()
+        slopes = self.slopes()
         depends = (slopes != 0).any(0)
         self.elements = depends.nonzero().squeeze(-1).cpu()
         if len(self.elements) == 0:  # of what is not trained: a constant
@@ -253,7 +258,7 @@ class PriorTerm:
         if len(self.elements) != slopes.shape[0]:
             self.elements = None
             return
-        self._is_elementwise = bool(((slopes != 0).sum(0) <= 1).all() and ((slopes != 0).sum(1) == 1).all())
+        self.is_elementwise = bool(((slopes != 0).sum(0) <= 1).all() and ((slopes != 0).sum(1) == 1).all())
 
     def constant(self) -> float:
         """The log density of a prior on what is not trained: of a number that is given, it is none."""
@@ -262,37 +267,59 @@ class PriorTerm:
         with torch.no_grad():
             return float(self._prior.log_prob(self._closure(self._owner)).sum())
 
-    def log_slope(self) -> Tensor:
-        """log |det dt/draw|, differentiable in the raw parameters."""
-        if self.elements is None or len(self.elements) == 0:
-            return torch.zeros((), dtype=torch.float64, device=self._parameters[0].device)
-        if self._is_elementwise:
-            t = self._closure(self._owner)
-            slopes = self._flat(self._gradients(t.sum(), create_graph=True))
-            return slopes[self.elements.to(slopes.device)].abs().log().sum()
-        slopes = self._slopes(create_graph=True)
-        return torch.linalg.slogdet(slopes[:, self.elements.to(slopes.device)])[1]
+    def t(self) -> Tensor:
+        """What the prior is on, flat, as the model has it."""
+        return self._closure(self._owner).flatten()
 
-    def _slopes(self, create_graph: bool = False) -> Tensor:
+    def slopes(self, create_graph: bool = False) -> Tensor:
         """dt/draw, (elements of t, d)."""
         with torch.enable_grad():
-            t = self._closure(self._owner).flatten()
-            rows = [self._flat(self._gradients(each, create_graph)) for each in t]
-        return torch.stack(rows)
+            return torch.stack([self.gradient(each, create_graph) for each in self.t()])
 
-    def _gradients(self, value: Tensor, create_graph: bool = False) -> tuple[Any, ...]:
-        if not value.requires_grad:
-            return (None,) * len(self._parameters)
-        return torch.autograd.grad(
-            value, self._parameters, create_graph=create_graph, retain_graph=True, allow_unused=True
-        )
-
-    def _flat(self, gradients: tuple[Any, ...]) -> Tensor:
+    def gradient(self, value: Tensor, create_graph: bool = False) -> Tensor:
+        """dvalue/draw, (d,)."""
+        gradients: tuple[Any, ...] = (None,) * len(self._parameters)
+        if value.requires_grad:
+            gradients = torch.autograd.grad(
+                value, self._parameters, create_graph=create_graph, retain_graph=True, allow_unused=True
+            )
         pieces = [
             torch.zeros_like(p) if g is None else g.expand_as(p)
             for p, g in zip(self._parameters, gradients, strict=True)
         ]
         return torch.cat([piece.flatten() for piece in pieces]).double()
+
+
+def _disjoint(priors: Sequence[PriorTerm]) -> list[list[PriorTerm]]:
+    """Those with a slope; together what is elementwise and on different elements: one backward pass has the slopes of
+    all of them."""
+    turns: list[list[PriorTerm]] = []
+    for prior in priors:
+        if prior.elements is None or len(prior.elements) == 0:
+            continue
+        joins = next((turn for turn in turns if all(_are_apart(prior, other) for other in turn)), None)
+        if joins is None:
+            turns.append([prior])
+        else:
+            joins.append(prior)
+    return turns
+
+
+def _are_apart(one: PriorTerm, other: PriorTerm) -> bool:
+    elements = [*one.elements.tolist(), *other.elements.tolist()]  # type: ignore[union-attr]
+    return one.is_elementwise and other.is_elementwise and len(set(elements)) == len(elements)
+
+
+def _log_slope(priors: Sequence[PriorTerm], create_graph: bool) -> Tensor:
+    """Σ log |det dt/draw| of priors that are apart."""
+    first = priors[0]
+    elements = torch.cat([prior.elements for prior in priors])  # type: ignore[misc]
+    if first.is_elementwise:
+        total = torch.cat([prior.t() for prior in priors]).sum()
+        slopes = first.gradient(total, create_graph)
+        return slopes[elements.to(slopes.device)].abs().log().sum()
+    slopes = first.slopes(create_graph)
+    return torch.linalg.slogdet(slopes[:, elements.to(slopes.device)])[1]
 
 
 def _priors(model: ExactGP) -> list[tuple]:

@@ -58,11 +58,13 @@ def model_with(constraint, register) -> PlainGP:
 
 
 PRIORS = {
-    "on θ": lambda kernel: kernel.register_prior("p", GammaPrior(2.0, 3.0), "outputscale"),
+    "on θ": lambda kernel, name="p": kernel.register_prior(name, GammaPrior(2.0, 3.0), "outputscale"),
     "log-normal on θ": lambda kernel: kernel.register_prior("p", LogNormalPrior(0.1, 0.6), "outputscale"),
     "on log θ": lambda kernel: register_log_prior(kernel, "outputscale", 0.7, 0.5),
-    "on raw": lambda kernel: kernel.register_prior("p", NormalPrior(-0.5, 1.3), "raw_outputscale"),
-    "on a root": lambda kernel: kernel.register_prior("p", GammaPrior(3.0, 2.0), lambda k: k.outputscale.sqrt()),
+    "on raw": lambda kernel, name="p": kernel.register_prior(name, NormalPrior(-0.5, 1.3), "raw_outputscale"),
+    "on a root": lambda kernel, name="p": kernel.register_prior(
+        name, GammaPrior(3.0, 2.0), lambda k: k.outputscale.sqrt()
+    ),
 }
 
 
@@ -91,6 +93,20 @@ def test_priors_are_densities_in_u(constraint, prior):
     u = torch.linspace(-16, 12, 71, dtype=torch.float64)  # smooth: exact to 1e-5 or so
     total = torch.trapezoid(torch.tensor(prior_density(model, u), dtype=torch.float64).exp(), u).item()
     assert total == pytest.approx(allowed(model, prior), abs=2e-4)
+
+
+def test_several_priors_on_one_parameter_add():
+    """Each with the slope of what it is on, though one backward pass takes those of several parameters."""
+    names = ("on θ", "on a root", "on raw")
+
+    def register(kernel):
+        for name in names:
+            PRIORS[name](kernel, name)
+
+    u = torch.linspace(-3, 3, 7, dtype=torch.float64)
+    apart = [prior_density(model_with(Positive(), PRIORS[name]), u) for name in names]
+    together = prior_density(model_with(Positive(), register), u)
+    assert together == pytest.approx([sum(each) for each in zip(*apart, strict=True)], abs=1e-9)
 
 
 def allowed(model: PlainGP, prior: str) -> float:

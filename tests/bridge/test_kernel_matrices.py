@@ -92,3 +92,25 @@ def test_kernels_without_one_are_gpytorchs(dtype):
     assert kernel(x).dtype == kernel.dtype == torch.float32
     assert AdditiveKernel().dtype == torch.get_default_dtype()
     assert AdditiveKernel().device is None
+
+
+class OfThree(RBFKernel):
+    """A batch of three, as its class says."""
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        return torch.Size([3])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "expected"),
+    [
+        (RBFKernel() + ScaleKernel(MaternKernel()), ()),
+        (ScaleKernel(RBFKernel(batch_shape=torch.Size([2])) * RBFKernel()), (2,)),
+        (ScaleKernel(RBFKernel(batch_shape=torch.Size([2])), batch_shape=torch.Size([2])), (2,)),
+        (ScaleKernel(RBFKernel() + ScaleKernel(OfThree())), (3,)),
+        (RBFKernel(batch_shape=torch.Size([2, 1])) + OfThree(), (2, 3)),
+    ],
+)
+def test_batch_shapes_are_broadcast(kernel, expected):
+    assert kernel.batch_shape == torch.Size(expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import tempfile
 import traceback
@@ -18,8 +19,10 @@ _SECONDS = 60.0  # that a rank may take to answer
 
 # A server that has imported torch once, and has used neither its threads nor autograd's, forks ranks in milliseconds.
 _CONTEXT = multiprocessing.get_context("forkserver")
-# The second module is what autograd imports when it is first used.
-_CONTEXT.set_forkserver_preload(["ntk_gp", "torch.fx.experimental.symbolic_shapes"])
+# The others are what autograd imports when it is first used, and in forward mode.
+_CONTEXT.set_forkserver_preload(
+    ["ntk_gp", "torch.fx.experimental.symbolic_shapes", "torch._decomp.decompositions_for_jvp"]
+)
 
 
 class Ranks:
@@ -90,6 +93,7 @@ def ranks(size: int) -> Iterator[Ranks]:
 def _serve(end: Connection, rank: int, size: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+    gc.freeze()  # what was imported stays: garbage is collected for each kernel, and need not be looked for in it
     while True:
         try:
             function, args = end.recv()
