@@ -229,6 +229,10 @@ def check_sample(distribution: torch.distributions.Distribution, value: Tensor) 
         distribution._validate_sample(value)
 
 
+transforms_of = attrgetter("_transform", "_inv_transform")
+"""What a constraint makes a parameter of its raw one by, and back. `Interval._transform` and `_inv_transform`; without
+them, take parameters one by one in `averaging/coordinates.py`."""
+
 is_interleaved = attrgetter("_interleaved")
 """Whether a multitask distribution's covariance has tasks within points. `MultitaskMultivariateNormal._interleaved`, as
 its constructor names it; without it, compare `distribution[..., 0].lazy_covariance_matrix` with the whole's."""

@@ -6,6 +6,7 @@ import gpytorch
 import pytest
 import torch
 import torch.nn.functional as F
+from gpytorch.constraints import Positive
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from gpytorch.kernels import RBFKernel, ScaleKernel
 from linear_operator.operators import (
@@ -339,6 +340,12 @@ class TestGPyTorch:
         kernel = ScaleKernel(RBFKernel(batch_shape=torch.Size([2])))
         assert (_compat.own_batch_shape(kernel), kernel.batch_shape) == (torch.Size(), torch.Size([2]))
         assert _compat.own_batch_shape(kernel.base_kernel) == torch.Size([2])
+
+    def test_transforms_of(self):
+        transform, inverse = _compat.transforms_of(Positive())
+        raw = torch.linspace(-3, 3, 5)
+        assert_close(inverse(transform(raw)), raw)
+        assert _compat.transforms_of(Positive(torch.exp, torch.log)) == (torch.exp, torch.log)
 
     def test_is_interleaved(self):
         mean, covariance = torch.zeros(3, 2), torch.eye(6)

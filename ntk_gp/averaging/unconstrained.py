@@ -5,75 +5,25 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from gpytorch import settings as gpytorch_settings
-from gpytorch.constraints import Interval
 from gpytorch.mlls import ExactMarginalLogLikelihood
 from gpytorch.models import ExactGP
-from gpytorch.priors import Prior
 from linear_operator.utils.errors import NanError, NotPSDError
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..bridge.recognised import contains_ntk
 from ..operators import NTKAddedDiagLinearOperator
 from ..operators.ntk_sum_linear_operator import NTKSumLinearOperator
 from ..priors import check_is_regression
+from .coordinates import Coordinate, Coordinates
+from .marginal_likelihood import SumOfKernels
+from .prior_terms import PriorTerm, by_turns, log_slope
 
 # Second differences of a gradient for each; beyond, an approximation of their posterior is another task.
 MOST = 200
-
-
-class Coordinate:
-    """One tensor of parameters θ as coordinates u without constraints.
-
-    u = log(θ - lower) where θ is bounded below, log(upper - θ) above, log(θ - lower) - log(upper - θ) on both sides,
-    and θ itself without bounds; whatever the transform is that GPyTorch keeps the raw parameter by.
-
-    :param name: Of the raw parameter in the model.
-    :param parameter: The raw parameter.
-    :param constraint: What GPyTorch makes θ of it by, or None.
-    """
-
-    def __init__(self, name: str, parameter: nn.Parameter, constraint: Interval | None):
-        self.name = name
-        self.parameter = parameter
-        self.constraint = constraint
-        self.has_lower = constraint is not None and bool((constraint.lower_bound > -math.inf).all())
-        self.has_upper = constraint is not None and bool((constraint.upper_bound < math.inf).all())
-
-    @property
-    def public_name(self) -> str:
-        """The name of θ: the parameter's without `raw_`."""
-        owner, _, name = self.name.rpartition(".")
-        return f"{owner}.{name.removeprefix('raw_')}".lstrip(".")
-
-    def value(self) -> Tensor:
-        """θ, float64."""
-        raw = self.parameter.detach()
-        return (raw if self.constraint is None else self.constraint.transform(raw)).double()
-
-    def u(self) -> Tensor:
-        """The present u, in the parameter's shape."""
-        value = self.value()
-        above = (value - self.constraint.lower_bound).log() if self.has_lower else None  # type: ignore[union-attr]
-        below = (self.constraint.upper_bound - value).log() if self.has_upper else None  # type: ignore[union-attr]
-        if above is None:
-            return value if below is None else below
-        return above if below is None else above - below
-
-    def raw(self, u: Tensor) -> Tensor:
-        """The raw parameter for u of its shape, differentiable."""
-        if self.constraint is None or not (self.has_lower or self.has_upper):
-            return u
-        lower, upper = self.constraint.lower_bound.double(), self.constraint.upper_bound.double()
-        if self.has_lower and self.has_upper:
-            value = lower + (upper - lower) * u.sigmoid()
-        else:
-            value = lower + u.exp() if self.has_lower else upper - u.exp()
-        return self.constraint.inverse_transform(value)
 
 
 class Hyperparameters:
@@ -94,37 +44,38 @@ class Hyperparameters:
         self.model = model.train()
         self.likelihood = model.likelihood.train()
         self._mll = ExactMarginalLogLikelihood(self.likelihood, model)
-        self.coordinates = [
-            Coordinate(name, parameter, model.constraint_for_parameter_name(name))
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        ]
-        self.size = sum(coordinate.parameter.numel() for coordinate in self.coordinates)
+        self.coordinates = Coordinates(
+            [
+                Coordinate(name, parameter, model.constraint_for_parameter_name(name))
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad
+            ]
+        )
+        self.parameters = self.coordinates.parameters
+        self.size = sum(self.coordinates.sizes)
         if not 0 < self.size <= MOST:
             raise ValueError(
                 f"{type(model).__name__} has {self.size} hyperparameters that are trained; between 1 and {MOST} are "
                 "averaged over. Set requires_grad_(False) on those that should stay as they are."
             )
-        self.priors = [PriorTerm(prior, owner, closure, self) for _, owner, prior, closure, _ in _priors(model)]
-        self._priors_by_turns = _disjoint(self.priors)
+        self.priors = [
+            PriorTerm(prior, owner, closure, self.parameters) for _, owner, prior, closure, _ in _priors(model)
+        ]
+        self._priors_by_turns = by_turns(self.priors)
         self._jacobians = jacobians
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [coordinate.parameter for coordinate in self.coordinates]
 
     def present(self) -> Tensor:
         """u as the model has it, (d,)."""
-        return torch.cat([coordinate.u().flatten() for coordinate in self.coordinates])
+        return self.coordinates.u()
 
     def values(self) -> dict[str, Tensor]:
         """θ as the model has it, by name."""
-        return {coordinate.public_name: coordinate.value().clone() for coordinate in self.coordinates}
+        return {coordinate.public_name: coordinate.value().clone() for coordinate in self.coordinates.each}
 
     def set(self, u: Tensor) -> None:
         """Writes u (d,) into the model."""
         with torch.no_grad():
-            self._write(self._raw(u.detach()))
+            self._write(self.coordinates.raw(u.detach()))
 
     def log_density(self, u: Tensor) -> tuple[float, Tensor]:
         """The log density at u (d,), up to the constant of parameters without a prior, and its gradient (d,).
@@ -133,7 +84,7 @@ class Hyperparameters:
         """
         u = u.detach().requires_grad_()
         with torch.inference_mode(False), torch.enable_grad():
-            raw = self._raw(u)
+            raw = self.coordinates.raw(u)
             self._write([each.detach() for each in raw])
             try:
                 of_model = self._of_model() + self._of_priors()
@@ -160,7 +111,7 @@ class Hyperparameters:
                     if self._jacobians:
                         u = u.detach().requires_grad_()
                         value += float(self._of_priors(create_graph=False))
-                        value += float(self._log_slopes(u, self._raw(u)).detach())
+                        value += float(self._log_slopes(u, self.coordinates.raw(u)).detach())
         except (NanError, NotPSDError, torch.linalg.LinAlgError):
             return -math.inf
         return value if math.isfinite(value) else -math.inf
@@ -187,15 +138,11 @@ class Hyperparameters:
             if prior.elements is None:
                 return f"the prior {prior.name} is on a function of several parameters that does not determine them"
             covered[prior.elements] += 1
-        names = [c.public_name for c in self.coordinates for _ in range(c.parameter.numel())]
+        names = [c.public_name for c in self.coordinates.each for _ in range(c.parameter.numel())]
         for count, why in ((covered == 0, "no prior"), (covered > 1, "more than one prior")):
             if count.any():
                 return f"{', '.join(dict.fromkeys(n for n, c in zip(names, count.tolist(), strict=True) if c))}: {why}"
         return None
-
-    def _raw(self, u: Tensor) -> list[Tensor]:
-        pieces = u.split([parameter.numel() for parameter in self.parameters])
-        return [c.raw(piece.reshape(c.parameter.shape)) for c, piece in zip(self.coordinates, pieces, strict=True)]
 
     def _write(self, raw: list[Tensor]) -> None:
         with torch.no_grad():
@@ -213,16 +160,41 @@ class Hyperparameters:
 
     def _of_model(self) -> Tensor:
         """Marginal likelihood times densities of what priors are on."""
+        return self._of_any_model() if self._sum_of_kernels is None else self._of_sum(self._sum_of_kernels)
+
+    @functools.cached_property
+    def _sum_of_kernels(self) -> SumOfKernels | None:
+        """What has the marginal likelihood of a plain sum of kernels sooner than GPyTorch: tried beside that at other
+        hyperparameters than those it was made at."""
+        found = None if self._has_spectrum else SumOfKernels.of(self.model)
+        if found is None:
+            return None
+        before, u = [parameter.detach().clone() for parameter in self.parameters], self.present()
+        self.set(u + torch.linspace(0.1, 0.3, self.size).to(u))
+        try:
+            with torch.no_grad():
+                expected, value = self._of_any_model(), self._of_sum(found)
+        except (NanError, NotPSDError, torch.linalg.LinAlgError):
+            return None
+        finally:
+            self._write(before)
+        return found if torch.allclose(value, expected, rtol=1e-8, atol=1e-8) else None
+
+    def _of_sum(self, likelihood: SumOfKernels) -> Tensor:
+        return likelihood() + sum(prior.log_density() for prior in self.priors if not prior.is_constant)
+
+    def _of_any_model(self) -> Tensor:
+        """The same as GPyTorch has it."""
         model = self.model
         output = model(*model.train_inputs)
         if not contains_ntk(model):  # where there is one, GPyTorch is exact as it is
             output = type(output)(output.mean, NTKSumLinearOperator(output.lazy_covariance_matrix))
         value = self._mll(output, model.train_targets, *model.train_inputs).double() * output.event_shape.numel()
-        return value - sum(prior.constant() for prior in self.priors)
+        return value - sum(float(prior.log_density().detach()) for prior in self.priors if prior.is_constant)
 
     def _of_priors(self, create_graph: bool = True) -> Tensor:
         """Σ log |det dt/draw|, differentiable in the raw parameters."""
-        slopes = [_log_slope(priors, create_graph) for priors in self._priors_by_turns] if self._jacobians else []
+        slopes = [log_slope(priors, create_graph) for priors in self._priors_by_turns] if self._jacobians else []
         return torch.stack(slopes).sum() if slopes else self.parameters[0].new_zeros((), dtype=torch.float64)
 
     def _log_slopes(self, u: Tensor, raw: list[Tensor]) -> Tensor:
@@ -232,94 +204,6 @@ class Hyperparameters:
         if not elements or not slopes.requires_grad:
             return slopes.new_zeros((), requires_grad=True) + 0.0 * u.sum()
         return slopes[torch.cat(elements).to(slopes.device)].abs().log().sum()
-
-
-class PriorTerm:
-    """What a registered prior is on: t, of as many elements as those of u that it depends on, else `elements` is None.
-
-    :param hyperparameters: Those of the model it is registered in.
-    """
-
-    def __init__(self, prior: Prior, owner: nn.Module, closure: Callable, hyperparameters: Hyperparameters):
-        self.name = f"{type(prior).__name__} of {type(owner).__name__}"
-        self._prior, self._owner, self._closure = prior, owner, closure
-        self._parameters = hyperparameters.parameters
-        self.elements: Tensor | None = None
-        self.is_elementwise = False
-        """Whether each element of t depends on one of u, and each of these has one."""
-        self._find_elements()
-
-    def _find_elements(self) -> None:
-        slopes = self.slopes()
-        depends = (slopes != 0).any(0)
-        self.elements = depends.nonzero().squeeze(-1).cpu()
-        if len(self.elements) == 0:  # of what is not trained: a constant
-            return
-        if len(self.elements) != slopes.shape[0]:
-            self.elements = None
-            return
-        self.is_elementwise = bool(((slopes != 0).sum(0) <= 1).all() and ((slopes != 0).sum(1) == 1).all())
-
-    def constant(self) -> float:
-        """The log density of a prior on what is not trained: of a number that is given, it is none."""
-        if self.elements is None or len(self.elements) > 0:
-            return 0.0
-        with torch.no_grad():
-            return float(self._prior.log_prob(self._closure(self._owner)).sum())
-
-    def t(self) -> Tensor:
-        """What the prior is on, flat, as the model has it."""
-        return self._closure(self._owner).flatten()
-
-    def slopes(self, create_graph: bool = False) -> Tensor:
-        """dt/draw, (elements of t, d)."""
-        with torch.enable_grad():
-            return torch.stack([self.gradient(each, create_graph) for each in self.t()])
-
-    def gradient(self, value: Tensor, create_graph: bool = False) -> Tensor:
-        """dvalue/draw, (d,)."""
-        gradients: tuple[Any, ...] = (None,) * len(self._parameters)
-        if value.requires_grad:
-            gradients = torch.autograd.grad(
-                value, self._parameters, create_graph=create_graph, retain_graph=True, allow_unused=True
-            )
-        pieces = [
-            torch.zeros_like(p) if g is None else g.expand_as(p)
-            for p, g in zip(self._parameters, gradients, strict=True)
-        ]
-        return torch.cat([piece.flatten() for piece in pieces]).double()
-
-
-def _disjoint(priors: Sequence[PriorTerm]) -> list[list[PriorTerm]]:
-    """Those with a slope; together what is elementwise and on different elements: one backward pass has the slopes of
-    all of them."""
-    turns: list[list[PriorTerm]] = []
-    for prior in priors:
-        if prior.elements is None or len(prior.elements) == 0:
-            continue
-        joins = next((turn for turn in turns if all(_are_apart(prior, other) for other in turn)), None)
-        if joins is None:
-            turns.append([prior])
-        else:
-            joins.append(prior)
-    return turns
-
-
-def _are_apart(one: PriorTerm, other: PriorTerm) -> bool:
-    elements = [*one.elements.tolist(), *other.elements.tolist()]  # type: ignore[union-attr]
-    return one.is_elementwise and other.is_elementwise and len(set(elements)) == len(elements)
-
-
-def _log_slope(priors: Sequence[PriorTerm], create_graph: bool) -> Tensor:
-    """Σ log |det dt/draw| of priors that are apart."""
-    first = priors[0]
-    elements = torch.cat([prior.elements for prior in priors])  # type: ignore[misc]
-    if first.is_elementwise:
-        total = torch.cat([prior.t() for prior in priors]).sum()
-        slopes = first.gradient(total, create_graph)
-        return slopes[elements.to(slopes.device)].abs().log().sum()
-    slopes = first.slopes(create_graph)
-    return torch.linalg.slogdet(slopes[:, elements.to(slopes.device)])[1]
 
 
 def _priors(model: ExactGP) -> list[tuple]:

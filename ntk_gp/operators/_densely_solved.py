@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -17,7 +16,6 @@ from linear_operator.operators import (
 from linear_operator.utils import linear_cg
 from linear_operator.utils.cholesky import psd_safe_cholesky
 from linear_operator.utils.memoize import cached
-from linear_operator.utils.warnings import NumericalWarning
 from torch import Size, Tensor
 
 from .. import memory
@@ -25,7 +23,7 @@ from .._compat import InvQuadLogdet
 from ..solvers.iterative import tolerance
 from ..stock import STOCK_CHOLESKY_SIZES, chosen_cholesky_size
 from ._iteration import Iteration
-from ._marginal_terms import Assembly, MarginalTerms, in_double
+from ._marginal_terms import Assembly, exact_terms, in_double, warn_of_lost_digits
 from ._roots import square_root, warn_of_low_rank
 from ._solve import Solve
 from ._solving_operators import Factorised
@@ -70,7 +68,7 @@ class DenselySolved(Factorised):
         else:
             assembly, tensors = self._assembly()
             factor, largest = assembly.factor(tensors)
-        _warn_of_lost_digits(largest, factor, self.dtype)
+        warn_of_lost_digits(largest, factor, self.dtype)
         return factor
 
     def _solve_columns(self, rhs: Tensor) -> Tensor:
@@ -121,11 +119,7 @@ class DenselySolved(Factorised):
     def _differentiable_terms(self, rhs: Tensor | None, logdet: bool) -> tuple[Tensor, Tensor]:
         """The same, with derivatives that are written out."""
         assembly, tensors = self._assembly()
-        with torch.no_grad():
-            factor, largest = assembly.factor(tensors)
-        _warn_of_lost_digits(largest, factor, self.dtype)
-        columns = factor.new_zeros(*self.shape[:-1], 1) if rhs is None else rhs.double()
-        inv_quad, log_determinant = MarginalTerms.apply(assembly, factor, columns, logdet, *tensors)
+        inv_quad, log_determinant = exact_terms(assembly, tensors, rhs, self.dtype, logdet)
         return self._zeros() if rhs is None else inv_quad, log_determinant if logdet else self._zeros()
 
     def _estimated_terms(self, rhs: Tensor | None, logdet: bool) -> tuple[Tensor, Tensor]:
@@ -159,20 +153,6 @@ class DenselySolved(Factorised):
                 warn_of_low_rank(self.shape[-1])
             return super().root_decomposition(method)
         return RootLinearOperator(square_root(self._double()).to(self.dtype))
-
-
-def _warn_of_lost_digits(largest: Tensor, factor: Tensor, dtype: torch.dtype) -> None:
-    """Warns where a matrix, the largest entry of whose diagonal is given, is not known well enough for its factor."""
-    rounding = torch.finfo(dtype).eps * largest
-    smallest = factor.detach().diagonal(dim1=-2, dim2=-1).amin().square()
-    if 0.1 * smallest < rounding:
-        warnings.warn(
-            f"A sum or product of kernels in {dtype} with so little noise loses too many digits: what its "
-            f"factorisation leaves falls to {float(smallest):.1e}, and its entries are known to "
-            f"{float(rounding):.1e}. Use float64 inputs and model, or more noise.",
-            NumericalWarning,
-            stacklevel=2,
-        )
 
 
 def _cholesky_size() -> float:

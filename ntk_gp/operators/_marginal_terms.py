@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from linear_operator.operators import LinearOperator
 from linear_operator.utils.cholesky import psd_safe_cholesky
+from linear_operator.utils.warnings import NumericalWarning
 from torch import Size, Tensor
 
 from ..jacobian.memory import empty
@@ -72,6 +74,37 @@ def in_double(matrix: LinearOperator) -> Tensor:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return assembly.differentiable(tensors)
     return assembly.dense(tensors)
+
+
+def exact_terms(
+    assembly: Assembly, tensors: list[Tensor], rhs: Tensor | None, dtype: torch.dtype, logdet: bool = True
+) -> tuple[Tensor, Tensor]:
+    """rhsᵀ A⁻¹ rhs for each column, (*batch, r), and log |A|, (*batch), in float64; with derivatives.
+
+    :param tensors: What A is a function of.
+    :param rhs: (*batch, N, r); None for one column of zeros.
+    :param dtype: That in which the entries of A are known.
+    :raises NotPSDError: If A has no Cholesky factor, not even with jitter.
+    """
+    with torch.no_grad():
+        factor, largest = assembly.factor(tensors)
+    warn_of_lost_digits(largest, factor, dtype)
+    columns = factor.new_zeros(*assembly.shape[:-1], 1) if rhs is None else rhs.double()
+    return MarginalTerms.apply(assembly, factor, columns, logdet, *tensors)
+
+
+def warn_of_lost_digits(largest: Tensor, factor: Tensor, dtype: torch.dtype) -> None:
+    """Warns where a matrix, the largest entry of whose diagonal is given, is not known well enough for its factor."""
+    rounding = torch.finfo(dtype).eps * largest
+    smallest = factor.detach().diagonal(dim1=-2, dim2=-1).amin().square()
+    if 0.1 * smallest < rounding:
+        warnings.warn(
+            f"A sum or product of kernels in {dtype} with so little noise loses too many digits: what its "
+            f"factorisation leaves falls to {float(smallest):.1e}, and its entries are known to "
+            f"{float(rounding):.1e}. Use float64 inputs and model, or more noise.",
+            NumericalWarning,
+            stacklevel=2,
+        )
 
 
 class MarginalTerms(torch.autograd.Function):

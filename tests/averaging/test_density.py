@@ -12,6 +12,7 @@ from linear_operator.operators import DiagLinearOperator
 from linear_operator.utils.errors import NanError, NotPSDError
 
 from ntk_gp import NetworkMean, NTKKernel
+from ntk_gp.averaging.marginal_likelihood import SumOfKernels
 from ntk_gp.averaging.unconstrained import Hyperparameters, working_copy
 from ntk_gp.priors import register_log_prior
 from tests import adapted
@@ -235,20 +236,30 @@ def test_the_likelihood_is_exact_beyond_what_gpytorch_factorises():
 
 
 @pytest.mark.parametrize("error", [NotPSDError, NanError, torch.linalg.LinAlgError])
-def test_where_the_model_cannot_be_evaluated(monkeypatch, error):
+@pytest.mark.parametrize("way", ["sum of kernels", "GPyTorch"])
+def test_where_the_model_cannot_be_evaluated(monkeypatch, error, way):
     def fail(*_):
         raise error("not positive definite")
 
-    hyperparameters = Hyperparameters(working_copy(rbf_model()))
-    monkeypatch.setattr(hyperparameters.model, "forward", fail)
+    def check() -> None:
+        value, gradient = hyperparameters.log_density(u)
+        assert value == hyperparameters.value(u) == -math.inf
+        assert gradient.isnan().all()
+
     u = torch.zeros(3, dtype=torch.float64)
-    value, gradient = hyperparameters.log_density(u)
-    assert value == -math.inf
-    assert gradient.isnan().all()
+    if way == "GPyTorch":
+        monkeypatch.setattr(SumOfKernels, "of", lambda model: None)
+    hyperparameters = Hyperparameters(working_copy(rbf_model()))
+    with monkeypatch.context() as patch:
+        patch.setattr(hyperparameters.model, "forward", fail)  # from the beginning
+        check()
     hyperparameters = Hyperparameters(working_copy(rbf_model()))
     assert math.isfinite(hyperparameters.value(u))
-    monkeypatch.setattr(hyperparameters.model, "forward", fail)
-    assert hyperparameters.value(u) == -math.inf
+    if way == "GPyTorch":
+        monkeypatch.setattr(hyperparameters.model, "forward", fail)
+    else:
+        monkeypatch.setattr(SumOfKernels, "__call__", fail)
+    check()
 
 
 def test_float32_models_are_computed_in_float64():
@@ -288,7 +299,7 @@ def test_noise_of_several_kinds_is_learned():
     x, y = data()
     likelihood = gpytorch.likelihoods.FixedNoiseGaussianLikelihood(torch.full_like(y, 0.1), learn_additional_noise=True)
     model = PlainGP(x, y, ScaleKernel(RBFKernel()), likelihood)
-    names = [c.public_name for c in Hyperparameters(working_copy(model)).coordinates]
+    names = [c.public_name for c in Hyperparameters(working_copy(model)).coordinates.each]
     assert names[0] == "likelihood.second_noise_covar.noise"
 
 

@@ -1,0 +1,124 @@
+"""Marginal likelihoods of sums of scaled kernels at inputs that stay as they are.
+
+A search for hyperparameters evaluates hundreds of them. With few data GPyTorch takes nearly all of the time for finding
+out, each time anew, what the model is made of; here that is found out once, and what has no hyperparameters is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from gpytorch import settings as gpytorch_settings
+from gpytorch.distributions import MultivariateNormal
+from gpytorch.kernels import AdditiveKernel, Kernel, ScaleKernel
+from gpytorch.lazy import LazyEvaluatedKernelTensor
+from gpytorch.likelihoods import GaussianLikelihood
+from gpytorch.models import ExactGP
+from torch import Tensor
+
+from .. import memory
+from ..operators._marginal_terms import Assembly, exact_terms, in_double
+from ..operators._parts import Arguments, Diagonal, Multiple, Numbers, Part, Sum, part_of
+
+# With more data, what is asked for anew takes no part of the time.
+_LARGEST = 1000
+
+
+class _Term(NamedTuple):
+    """A kernel of the sum, what it is scaled by, and its matrix in float64 where nothing in it is trained."""
+
+    scales: tuple[ScaleKernel, ...]
+    kernel: Kernel
+    kept: Tensor | None
+
+    def part(self, x: Tensor, arguments: Arguments) -> Part:
+        part = part_of(self.kernel(x), arguments) if self.kept is None else Numbers(arguments.add(self.kept))
+        if not self.scales:
+            return part
+        scale = torch.stack([scale.outputscale for scale in self.scales]).prod(0)
+        return Multiple(arguments.add(scale), part)
+
+
+class SumOfKernels:
+    """The log marginal likelihood log p(y) of a model, at the hyperparameters that it has whenever it is asked for.
+
+    :param likelihood: With one noise for all.
+    :param x: The inputs as the kernels take them, (n, d).
+    :param residual: The targets minus the mean, (n,) in float64.
+    :param terms: What is added up.
+    """
+
+    def __init__(self, likelihood: GaussianLikelihood, x: Tensor, residual: Tensor, terms: list[_Term]):
+        self._likelihood = likelihood
+        self._x = x
+        self._residual = residual
+        self._terms = terms
+
+    @classmethod
+    def of(cls, model: ExactGP) -> SumOfKernels | None:
+        """That of a model in train mode; None where it is of another form, or has many data."""
+        inputs, targets, likelihood = model.train_inputs, model.train_targets, model.likelihood
+        is_plain = type(likelihood) is GaussianLikelihood and not any(True for _ in model.added_loss_terms())
+        if not is_plain or targets.dim() != 1 or len(targets) > _LARGEST or not targets.isfinite().all():
+            return None
+        with torch.enable_grad():
+            prior = model(*inputs)
+        matrix = prior.lazy_covariance_matrix
+        if type(prior) is not MultivariateNormal or prior.mean.requires_grad or not _is_kernels(matrix):
+            return None
+        kernels = list(_flat(matrix.kernel))
+        kept = sum(not _is_trained(kernel) for _, kernel in kernels)
+        if 8 * (kept + 3) * len(targets) ** 2 > memory.SYSTEM.bytes(targets.device):
+            return None
+        with torch.no_grad():
+            terms = [
+                _Term(scales, kernel, None if _is_trained(kernel) else in_double(kernel(matrix.x1)))
+                for scales, kernel in kernels
+            ]
+        return cls(likelihood, matrix.x1, (targets - prior.mean).double(), terms)
+
+    def __call__(self) -> Tensor:
+        """log p(y), with derivatives that are written out.
+
+        :raises NotPSDError: If the matrix has no Cholesky factor.
+        """
+        arguments, n = Arguments(), len(self._residual)
+        parts = [term.part(self._x, arguments) for term in self._terms]
+        noise = Diagonal(arguments.add(self._likelihood.noise.expand(n)))
+        jitter = gpytorch_settings.cholesky_jitter.value(torch.float64)
+        assembly = Assembly(Sum([*parts, noise]), torch.Size([n, n]), jitter)
+        inv_quad, logdet = exact_terms(assembly, arguments.tensors, self._residual.unsqueeze(-1), torch.float64)
+        return -0.5 * (inv_quad.sum() + logdet + n * math.log(2 * math.pi))
+
+
+def _is_kernels(matrix: Any) -> bool:
+    """Whether it is a kernel's matrix at inputs that no hyperparameter changes."""
+    return (
+        type(matrix) is LazyEvaluatedKernelTensor
+        and not matrix.last_dim_is_batch
+        and not matrix.params
+        and not (matrix.x1.requires_grad or matrix.x2.requires_grad)
+        and torch.equal(matrix.x1, matrix.x2)
+        and matrix.x1.dim() == 2
+        and matrix.kernel.active_dims is None  # or else it has been heeded already
+        and len(matrix.kernel.batch_shape) == 0
+    )
+
+
+def _flat(kernel: Kernel, scales: tuple[ScaleKernel, ...] = ()) -> Iterator[tuple[tuple[ScaleKernel, ...], Kernel]]:
+    """The kernels of a sum, each with those that scale it."""
+    is_composed = kernel.active_dims is None
+    if is_composed and type(kernel) is AdditiveKernel:
+        for each in kernel.kernels:
+            yield from _flat(each, scales)
+    elif is_composed and type(kernel) is ScaleKernel:
+        yield from _flat(kernel.base_kernel, (*scales, kernel))
+    else:
+        yield scales, kernel
+
+
+def _is_trained(kernel: Kernel) -> bool:
+    return any(parameter.requires_grad for parameter in kernel.parameters())
