@@ -1,5 +1,6 @@
 """The README's examples are short and run as they stand; its links lead somewhere."""
 
+import importlib.metadata
 import re
 from pathlib import Path
 
@@ -29,3 +30,16 @@ def test_links_lead_to_files():
     targets = [target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target]
     assert targets
     assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_the_packages_description_has_no_links_to_files():
+    """What a package index shows: there, they would lead nowhere. The examples are the same."""
+    shown = importlib.metadata.metadata("ntk_gp").get_payload()
+    assert re.findall(r"```python\n(.*?)```", shown, flags=re.DOTALL) == EXAMPLES
+    links = re.findall(r"\]\(([^)]+)\)", shown)
+    assert links
+    assert [link for link in links if not link.startswith("https://")] == []
+    assert "[the recipe](docs/recipe.md)" in README
+    assert "the recipe" in shown
+    assert "grey" in README  # what the figure's caption explains
+    assert "grey" not in shown
