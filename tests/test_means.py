@@ -160,6 +160,16 @@ class TestReuse:
             assert actual.dtype == points.dtype
             torch.testing.assert_close(actual, expected if output == "all" else expected[..., 0], rtol=1e-6, atol=1e-6)
 
+    def test_training_inputs_in_between_do_not_push_out_test_inputs(self, monkeypatch):
+        """As of several draws of hyperparameters, each of which asks for both: the network is asked for once."""
+        mean, x = NetworkMean(make_network().eval()), randn(20, 3)
+        asked, values = [], mean.network.values
+        monkeypatch.setattr(mean.network, "values", lambda x, *rest: asked.append(len(x)) or values(x, *rest))
+        for _ in range(3):
+            mean(x[:4]), mean(x)
+        mean(torch.cat([x[:4], randn(7, 3)]))
+        assert asked == [4, 16, 7]
+
     def test_made_in_inference_mode(self):
         network, x = make_network().eval(), randn(5, 3)
         mean = NetworkMean(network)
