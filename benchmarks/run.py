@@ -14,6 +14,7 @@ from . import peers, report
 QUESTIONS = [
     "engines",
     "computed",
+    "outputs",
     "posterior",
     "condition",
     "fit",

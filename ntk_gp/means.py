@@ -80,7 +80,7 @@ class NetworkMean(Mean):
             new_values = values.reshape(*new.shape[:-1], values.shape[-1])
             values = torch.cat([begin.expand(*x.shape[:-2], *begin.shape), new_values], dim=-2).flatten(0, -2)
         shaped = self.network.outputs.shaped(values, x.shape[:-1])
-        if x.dim() > 2 or (prefix is not None and known == len(x)):  # all of it was known: what follows may be asked next
+        if x.dim() > 2 or (prefix is not None and known == len(x)):  # what follows all of these may be asked for next
             return shaped
         # What began both the last inputs and these is likely to begin the next; without much of that, start over.
         kept = known if 2 * known >= len(x) else len(x)

@@ -61,7 +61,8 @@ class SumOfKernels:
     def of(cls, model: ExactGP) -> SumOfKernels | None:
         """That of a model in train mode; None where it is of another form, or has many data."""
         inputs, targets, likelihood = model.train_inputs, model.train_targets, model.likelihood
-        is_plain = type(likelihood) is GaussianLikelihood and not any(True for _ in model.added_loss_terms())
+        is_plain = type(likelihood) is GaussianLikelihood and likelihood.noise.numel() == 1
+        is_plain = is_plain and not any(True for _ in model.added_loss_terms())
         if not is_plain or targets.dim() != 1 or len(targets) > _LARGEST or not targets.isfinite().all():
             return None
         with torch.enable_grad():
