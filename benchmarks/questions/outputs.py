@@ -80,8 +80,8 @@ def _markdown(rows: list[dict]) -> str:
         for row in rows
     ]
     legend = (
-        f"MLPs with two hidden layers of {WIDTH}: kernel matrices at new inputs, capture included. A batch has ten times "
-        "the numbers of one output's matrix, all together a hundred times: what copying them takes is a floor."
+        f"MLPs with two hidden layers of {WIDTH}: kernel matrices at new inputs, capture included. A batch has ten "
+        "times the numbers of one output's matrix, all together a hundred times: what copying them takes is a floor."
     )
     return "\n\n".join(
         ["# Ten outputs beside one", report.machine_line(), legend, report.markdown_table(header, lines)]
