@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ._compat import children_in
 from .classification import LaplaceGP
-from .distributed.draws import same_on_all_ranks
+from .distributed.replicated import same_on_all_ranks
 from .jacobian.columns import Column, sizes_of
 from .jacobian.columns import products as products_of_columns
 from .linearized import LinearizedModule, owned

@@ -12,7 +12,7 @@ from linear_operator.operators import LinearOperator
 from torch import Size, Tensor
 
 from .._compat import check_sample
-from ..distributed.draws import same_on_all_ranks
+from ..distributed.replicated import must_agree, same_random_numbers
 from ..operators import NTKLinearOperator
 from ..operators._batches import common_shape
 from .exactly_solved import exactly_solved, without_constants
@@ -29,6 +29,7 @@ def log_prob(default: Callable[..., Any], distribution: MultivariateNormal, valu
     if chosen or not distribution.islazy or not contains_ntk(distribution.lazy_covariance_matrix):
         return default(distribution, value)
     check_sample(distribution, value)
+    must_agree("values of which the density is asked for", value)
     residual = value - distribution.loc
     covariance = exactly_solved(distribution.lazy_covariance_matrix)
     shape = common_shape(residual.shape[:-1], covariance.batch_shape)
@@ -58,5 +59,7 @@ def rsample(
     covariance = without_constants(distribution.lazy_covariance_matrix)
     if base_samples is not None or not isinstance(covariance, NTKLinearOperator):  # they need a square root
         covariance = exactly_solved(covariance)
-    drawn = default(MultivariateNormal(distribution.loc, covariance), sample_shape, base_samples)
-    return drawn if drawn.requires_grad else same_on_all_ranks(drawn)
+    if base_samples is not None:
+        must_agree("base samples", base_samples)
+    with same_random_numbers(distribution.loc.device):
+        return default(MultivariateNormal(distribution.loc, covariance), sample_shape, base_samples)

@@ -13,6 +13,7 @@ from linear_operator.utils.memoize import cached, clear_cache_hook
 from torch import Size, Tensor
 
 from .._compat import without_diagonal
+from ..distributed.replicated import must_agree
 from ..jacobian.one_output import is_of_last_layer
 from ..network import FrozenNetwork, check_finite, is_finite, normal_tensor
 from ..operators import NTKAddedDiagLinearOperator, NTKLinearOperator
@@ -346,3 +347,4 @@ def _check_targets(inputs: Tensor, targets: Tensor) -> None:
             f"Training targets of shape {tuple(targets.shape)} have NaN or infinite values, first at {bad}. Remove "
             "them, or set gpytorch.settings.observation_nan_policy('mask')."
         )
+    must_agree("training targets", targets)

@@ -28,6 +28,7 @@ from .. import memory, settings
 from .._compat import is_interleaved
 from ..bridge.exactly_solved import without_constants
 from ..bridge.recognised import networks_of
+from ..distributed.replicated import must_agree
 from ..operators import NTKLinearOperator
 from ..operators._marginal_terms import in_double
 from ..solvers import System
@@ -99,6 +100,7 @@ class LaplaceApproximation:
     def __init__(
         self, prior: LatentPrior, density: LogDensity, at_prior_mean: bool = False, start: Tensor | None = None
     ):
+        must_agree("labels", density.labels)
         self.prior, self.density, self.at_prior_mean = prior, density, at_prior_mean
         mean = prior.mean.detach()
         with torch.no_grad():

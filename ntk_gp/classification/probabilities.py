@@ -8,7 +8,7 @@ import torch
 from gpytorch.likelihoods import BernoulliLikelihood
 from torch import Tensor, nn
 
-from ..distributed.draws import same_on_all_ranks
+from ..distributed.replicated import same_on_all_ranks
 from ..operators._roots import root_by_eigenvalues
 from .likelihoods import LogisticLikelihood
 

@@ -17,7 +17,7 @@ from linear_operator.utils.warnings import NumericalWarning
 from torch import Tensor, nn
 
 from .. import memory
-from ..distributed.draws import same_on_all_ranks
+from ..distributed.replicated import same_on_all_ranks
 from ..sampling import LinearizedFunctions, LinearizedNetwork
 from .expansions import Eigenvectors, Expansion, KrylovExpansion
 from .filters import Descent, Filter, Flow

@@ -99,6 +99,7 @@ def _serve(end: Connection, rank: int, size: int, store: str) -> None:
             function, args = end.recv()
         except EOFError:
             break
+        torch.manual_seed(0)  # whatever the last one has left behind
         try:
             end.send((True, function(*args)))
         except Exception:

@@ -178,6 +178,34 @@ def trained() -> tuple[bytes, dict[str, torch.Tensor]]:
         return checkpoint.getvalue(), found
 
 
+def differentiated() -> dict[str, torch.Tensor]:
+    """Samples of prior and posterior with gradients, by random numbers that were seeded apart."""
+    torch.manual_seed(dist.get_rank())
+    found = {}
+    with ntk_gp.settings.distributed(timeout=20) as group:
+        for kernel in ("scaled", "gain"):
+            model = problems.model_of(kernel, LARGE)
+            for name, distribution in (
+                ("prior", model.train()(*model.train_inputs)),
+                ("posterior", model.eval()(data(5, seed=1)[0])),
+            ):
+                sample = distribution.rsample(torch.Size([2]))
+                group.agree(f"{name} of {kernel}", sample.detach())
+                found[f"{name} of {kernel}"] = sample.detach()
+                if name == "prior":
+                    gradients = torch.autograd.grad(sample.square().sum(), list(model.covar_module.parameters()))
+                    group.agree(f"gradients of the {name} of {kernel}", *gradients)
+        after = torch.rand(3)  # of each rank's own
+    return found | {"after": after}
+
+
+def test_samples_with_gradients_are_the_same_however_ranks_are_seeded(two):
+    one, other = two.run(differentiated)
+    assert not torch.equal(one.pop("after"), other.pop("after"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert one["prior of gain"].std() > 0
+
+
 def test_a_checkpoint_serves_one_process(two):
     checkpoint, found = two.run(trained)[0]
     state = torch.load(io.BytesIO(checkpoint), weights_only=True)
@@ -304,6 +332,39 @@ def test_one_rank_is_one_process(tmp_path):
         dist.destroy_process_group()
 
 
+def of_targets(rank: int) -> None:
+    model = problems.model_of("scaled")
+    model.train_targets[3] += 1e-9 * rank
+    model.eval()(data(2)[0])
+
+
+def of_a_density(rank: int) -> None:
+    model = problems.model_of("scaled")
+    model.train()(*model.train_inputs).log_prob(model.train_targets + 1e-9 * rank)
+
+
+def of_base_samples(rank: int) -> None:
+    model = problems.model_of("scaled")
+    model.train()(*model.train_inputs).rsample(base_samples=torch.full_like(model.train_targets, rank))
+
+
+def of_labels(rank: int) -> None:
+    model = Problem("softmax").model()
+    labels = model.train_targets.clone()
+    labels[0] = (labels[0] + rank) % 3
+    model.set_train_data(targets=labels)
+    model.eval().latent_posterior()
+
+
+# What users give to each rank.
+GIVEN = {
+    "training targets": of_targets,
+    "values of which the density is asked for": of_a_density,
+    "base samples": of_base_samples,
+    "labels": of_labels,
+}
+
+
 def disagreeing(what: str) -> str:
     rank = dist.get_rank()
     net = network(seed=rank if what == "network's parameters" else 0)
@@ -314,13 +375,15 @@ def disagreeing(what: str) -> str:
                 model = problems.model_of("scaled")
                 model.likelihood.noise = 0.1 + rank
                 problems.predictions(model)
+            if what in GIVEN:
+                GIVEN[what](rank)
             NTKKernel(net)._linearization.jacobian(x)
         except RuntimeError as error:
             return str(error)
     return "no error"
 
 
-@pytest.mark.parametrize("what", ["inputs", "network's parameters", "prior variances and noise"])
+@pytest.mark.parametrize("what", ["inputs", "network's parameters", "prior variances and noise", *GIVEN])
 def test_ranks_must_agree(two, what):
     for message in two.run(disagreeing, what):
         assert f"same {what}" in message and "of 2 ranks 1 differ" in message
