@@ -33,7 +33,8 @@ def test_links_lead_to_files():
 
 
 def test_the_packages_description_has_no_links_to_files():
-    """What a package index shows: there, they would lead nowhere. The examples are the same."""
+    """What a package index shows: there, they would lead nowhere. The examples are the same. It is as it was when the
+    package was installed: after a change of README.md, install it again."""
     shown = importlib.metadata.metadata("ntk_gp").get_payload()
     assert re.findall(r"```python\n(.*?)```", shown, flags=re.DOTALL) == EXAMPLES
     links = re.findall(r"\]\(([^)]+)\)", shown)

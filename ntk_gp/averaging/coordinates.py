@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from gpytorch.constraints import Interval
+from gpytorch.constraints import GreaterThan, Interval, LessThan, Positive
 from torch import Tensor, nn
 
 from .._compat import transforms_of
@@ -62,12 +62,15 @@ class Coordinate:
         return self.constraint.inverse_transform(value)
 
     def is_alike(self, other: Coordinate) -> bool:
-        """Whether the raw parameters are the same functions of u."""
+        """Whether the raw parameters are the same functions of u, entry by entry, as far as is known of GPyTorch's own
+        constraints."""
         one, another = self.constraint, other.constraint
         if one is None or another is None:
             return one is another
         bounds = [(each.lower_bound, each.upper_bound) for each in (one, another)]
-        if type(one) is not type(another) or any(bound.numel() != 1 for pair in bounds for bound in pair):
+        if type(one) is not type(another) or type(one) not in (Interval, GreaterThan, LessThan, Positive):
+            return False
+        if any(bound.dim() for pair in bounds for bound in pair):
             return False
         (low, high), (other_low, other_high) = bounds
         return bool(low == other_low and high == other_high) and transforms_of(one) == transforms_of(another)

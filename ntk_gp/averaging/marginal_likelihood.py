@@ -60,26 +60,25 @@ class SumOfKernels:
     @classmethod
     def of(cls, model: ExactGP) -> SumOfKernels | None:
         """That of a model in train mode; None where it is of another form, or has many data."""
-        inputs, targets, likelihood = model.train_inputs, model.train_targets, model.likelihood
-        is_plain = type(likelihood) is GaussianLikelihood and likelihood.noise.numel() == 1
-        is_plain = is_plain and not any(True for _ in model.added_loss_terms())
-        if not is_plain or targets.dim() != 1 or len(targets) > _LARGEST or not targets.isfinite().all():
+        targets, likelihood = model.train_targets, model.likelihood
+        if type(likelihood) is not GaussianLikelihood or likelihood.noise.shape != (1,):
+            return None
+        if any(True for _ in model.added_loss_terms()) or targets.dim() != 1 or not targets.isfinite().all():
+            return None
+        if len(targets) > _LARGEST:
             return None
         with torch.enable_grad():
-            prior = model(*inputs)
-        matrix = prior.lazy_covariance_matrix
-        if type(prior) is not MultivariateNormal or prior.mean.requires_grad or not _is_kernels(matrix):
+            prior = model(*model.train_inputs)
+        matrix, mean = prior.lazy_covariance_matrix, prior.mean
+        is_known = type(prior) is MultivariateNormal and mean.shape == targets.shape and not mean.requires_grad
+        if not is_known or not _is_kernels(matrix):
             return None
         kernels = list(_flat(matrix.kernel))
         kept = sum(not _is_trained(kernel) for _, kernel in kernels)
         if 8 * (kept + 3) * len(targets) ** 2 > memory.SYSTEM.bytes(targets.device):
             return None
-        with torch.no_grad():
-            terms = [
-                _Term(scales, kernel, None if _is_trained(kernel) else in_double(kernel(matrix.x1)))
-                for scales, kernel in kernels
-            ]
-        return cls(likelihood, matrix.x1, (targets - prior.mean).double(), terms)
+        terms = [_Term(scales, kernel, _kept(kernel, matrix.x1)) for scales, kernel in kernels]
+        return cls(likelihood, matrix.x1, (targets - mean).double(), terms)
 
     def __call__(self) -> Tensor:
         """log p(y), with derivatives that are written out.
@@ -104,7 +103,7 @@ def _is_kernels(matrix: Any) -> bool:
         and not (matrix.x1.requires_grad or matrix.x2.requires_grad)
         and torch.equal(matrix.x1, matrix.x2)
         and matrix.x1.dim() == 2
-        and matrix.kernel.active_dims is None  # or else it has been heeded already
+        and matrix.kernel.active_dims is None  # those columns of x were taken already, and would be once more
         and len(matrix.kernel.batch_shape) == 0
     )
 
@@ -119,6 +118,15 @@ def _flat(kernel: Kernel, scales: tuple[ScaleKernel, ...] = ()) -> Iterator[tupl
         yield from _flat(kernel.base_kernel, (*scales, kernel))
     else:
         yield scales, kernel
+
+
+def _kept(kernel: Kernel, x: Tensor) -> Tensor | None:
+    """The matrix of a kernel in which nothing is trained, also nothing that it has of other modules."""
+    if _is_trained(kernel):
+        return None
+    with torch.enable_grad():
+        matrix = in_double(kernel(x))
+    return None if matrix.requires_grad else matrix
 
 
 def _is_trained(kernel: Kernel) -> bool:

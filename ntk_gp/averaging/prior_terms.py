@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from gpytorch.priors import Prior
@@ -23,9 +22,14 @@ class PriorTerm:
         self.elements: Tensor | None = None
         self.is_elementwise = False
         """Whether each element of t depends on one of u, and each of these has one."""
+        self.reached: set[int] = set()
+        """The numbers of the parameters that it is computed from."""
         self._find_elements()
 
     def _find_elements(self) -> None:
+        with torch.enable_grad():
+            of_all = self._gradients(self.t().sum(), create_graph=False)
+        self.reached = {i for i, gradient in enumerate(of_all) if gradient is not None}
         slopes = self.slopes()
         depends = (slopes != 0).any(0)
         self.elements = depends.nonzero().squeeze(-1).cpu()
@@ -56,40 +60,43 @@ class PriorTerm:
 
     def gradient(self, value: Tensor, create_graph: bool = False) -> Tensor:
         """dvalue/draw, (d,)."""
-        gradients: tuple[Any, ...] = (None,) * len(self._parameters)
-        if value.requires_grad:
-            gradients = torch.autograd.grad(
-                value, self._parameters, create_graph=create_graph, retain_graph=True, allow_unused=True
-            )
+        gradients = self._gradients(value, create_graph)
         pieces = [
             torch.zeros_like(p) if g is None else g.expand_as(p)
             for p, g in zip(self._parameters, gradients, strict=True)
         ]
         return torch.cat([piece.flatten() for piece in pieces]).double()
 
+    def _gradients(self, value: Tensor, create_graph: bool) -> tuple[Tensor | None, ...]:
+        """By each parameter; None for those that it is not computed from."""
+        if not value.requires_grad:
+            return (None,) * len(self._parameters)
+        return torch.autograd.grad(
+            value, self._parameters, create_graph=create_graph, retain_graph=True, allow_unused=True
+        )
 
-def by_turns(priors: Sequence[PriorTerm]) -> list[list[PriorTerm]]:
-    """Those with a slope; together what is elementwise and on different elements: one backward pass has the slopes of
-    all of them."""
-    turns: list[list[PriorTerm]] = []
+
+def in_one_pass(priors: Sequence[PriorTerm]) -> list[list[PriorTerm]]:
+    """Groups of those that have a slope: a backward pass through the sum of what a group is on has all slopes of it,
+    since each is elementwise, and no two are computed from one parameter."""
+    groups: list[list[PriorTerm]] = []
     for prior in priors:
         if prior.elements is None or prior.is_constant:
             continue
-        joins = next((turn for turn in turns if all(_are_apart(prior, other) for other in turn)), None)
-        if joins is None:
-            turns.append([prior])
+        group = next((group for group in groups if all(_are_apart(prior, other) for other in group)), None)
+        if group is None:
+            groups.append([prior])
         else:
-            joins.append(prior)
-    return turns
+            group.append(prior)
+    return groups
 
 
 def _are_apart(one: PriorTerm, other: PriorTerm) -> bool:
-    elements = [*one.elements.tolist(), *other.elements.tolist()]  # type: ignore[union-attr]
-    return one.is_elementwise and other.is_elementwise and len(set(elements)) == len(elements)
+    return one.is_elementwise and other.is_elementwise and one.reached.isdisjoint(other.reached)
 
 
 def log_slope(priors: Sequence[PriorTerm], create_graph: bool) -> Tensor:
-    """Σ log |det dt/draw| of priors that are apart."""
+    """Σ log |det dt/draw| of a group of priors."""
     first = priors[0]
     elements = torch.cat([prior.elements for prior in priors])  # type: ignore[misc]
     if first.is_elementwise:

@@ -20,7 +20,7 @@ from ..operators.ntk_sum_linear_operator import NTKSumLinearOperator
 from ..priors import check_is_regression
 from .coordinates import Coordinate, Coordinates
 from .marginal_likelihood import SumOfKernels
-from .prior_terms import PriorTerm, by_turns, log_slope
+from .prior_terms import PriorTerm, in_one_pass, log_slope
 
 # Second differences of a gradient for each; beyond, an approximation of their posterior is another task.
 MOST = 200
@@ -61,7 +61,7 @@ class Hyperparameters:
         self.priors = [
             PriorTerm(prior, owner, closure, self.parameters) for _, owner, prior, closure, _ in _priors(model)
         ]
-        self._priors_by_turns = by_turns(self.priors)
+        self._priors_in_one_pass = in_one_pass(self.priors)
         self._jacobians = jacobians
 
     def present(self) -> Tensor:
@@ -164,21 +164,23 @@ class Hyperparameters:
 
     @functools.cached_property
     def _sum_of_kernels(self) -> SumOfKernels | None:
-        """What has the marginal likelihood of a plain sum of kernels sooner than GPyTorch: tried beside that at other
-        hyperparameters than those it was made at."""
-        found = None if self._has_spectrum else SumOfKernels.of(self.model)
-        if found is None:
+        """What has the marginal likelihood of a plain sum of kernels sooner than GPyTorch. It is made at the present u
+        and compared with GPyTorch's value at another one; None where they differ, or the model is of another form."""
+        if self._has_spectrum:
             return None
         before, u = [parameter.detach().clone() for parameter in self.parameters], self.present()
-        self.set(u + torch.linspace(0.1, 0.3, self.size).to(u))
         try:
+            sooner = SumOfKernels.of(self.model)
+            if sooner is None or not u.isfinite().all():
+                return None
+            self.set(u + torch.linspace(0.1, 0.3, self.size).to(u))
             with torch.no_grad():
-                expected, value = self._of_any_model(), self._of_sum(found)
-        except (NanError, NotPSDError, torch.linalg.LinAlgError):
+                ours, gpytorchs = self._of_sum(sooner), self._of_any_model()
+        except Exception:  # what is wrong with the model, if anything is, GPyTorch says
             return None
         finally:
             self._write(before)
-        return found if torch.allclose(value, expected, rtol=1e-8, atol=1e-8) else None
+        return sooner if torch.allclose(ours, gpytorchs, rtol=1e-8, atol=1e-8) else None
 
     def _of_sum(self, likelihood: SumOfKernels) -> Tensor:
         return likelihood() + sum(prior.log_density() for prior in self.priors if not prior.is_constant)
@@ -194,7 +196,7 @@ class Hyperparameters:
 
     def _of_priors(self, create_graph: bool = True) -> Tensor:
         """Σ log |det dt/draw|, differentiable in the raw parameters."""
-        slopes = [log_slope(priors, create_graph) for priors in self._priors_by_turns] if self._jacobians else []
+        slopes = [log_slope(priors, create_graph) for priors in self._priors_in_one_pass] if self._jacobians else []
         return torch.stack(slopes).sum() if slopes else self.parameters[0].new_zeros((), dtype=torch.float64)
 
     def _log_slopes(self, u: Tensor, raw: list[Tensor]) -> Tensor:

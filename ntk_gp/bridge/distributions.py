@@ -12,7 +12,7 @@ from linear_operator.operators import LinearOperator
 from torch import Size, Tensor
 
 from .._compat import check_sample
-from ..distributed.replicated import must_agree, same_random_numbers
+from ..distributed.replicated import must_agree, same_on_all_ranks, same_random_numbers
 from ..operators import NTKLinearOperator
 from ..operators._batches import common_shape
 from .exactly_solved import exactly_solved, without_constants
@@ -28,8 +28,8 @@ def log_prob(default: Callable[..., Any], distribution: MultivariateNormal, valu
     chosen = not flag.is_default() and flag.off()
     if chosen or not distribution.islazy or not contains_ntk(distribution.lazy_covariance_matrix):
         return default(distribution, value)
+    must_agree("values of which the density is asked for", value)  # before anything that one rank alone may refuse
     check_sample(distribution, value)
-    must_agree("values of which the density is asked for", value)
     residual = value - distribution.loc
     covariance = exactly_solved(distribution.lazy_covariance_matrix)
     shape = common_shape(residual.shape[:-1], covariance.batch_shape)
@@ -62,4 +62,5 @@ def rsample(
     if base_samples is not None:
         must_agree("base samples", base_samples)
     with same_random_numbers(distribution.loc.device):
-        return default(MultivariateNormal(distribution.loc, covariance), sample_shape, base_samples)
+        drawn = default(MultivariateNormal(distribution.loc, covariance), sample_shape, base_samples)
+    return same_on_all_ranks(drawn)

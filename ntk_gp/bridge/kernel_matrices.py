@@ -68,11 +68,11 @@ def named_sub_kernels(default: Callable[..., Any], kernel: Kernel) -> Iterator[t
 def batch_shape(default: Callable[..., Any], kernel: Kernel) -> Size:
     """The kernel's own where those of all kernels within are the same: most of the time that a broadcast takes."""
     own = own_batch_shape(kernel)
-    is_the_same = all(_of_itself(inner) == own for _, inner in kernel.named_sub_kernels())
+    is_the_same = all(_without_inner(inner) == own for _, inner in kernel.named_sub_kernels())
     return own if is_the_same else default(kernel)
 
 
-def _of_itself(kernel: Kernel) -> Size:
+def _without_inner(kernel: Kernel) -> Size:
     """The batch shape of a kernel without those within, where its class does not say otherwise."""
     return own_batch_shape(kernel) if type(kernel).batch_shape is Kernel.batch_shape else kernel.batch_shape
 

@@ -330,6 +330,7 @@ def check_shift(shift: Tensor, x: Tensor) -> None:
 
 
 def _check_targets(inputs: Tensor, targets: Tensor) -> None:
+    must_agree("training targets", targets)  # before anything that one rank alone may refuse
     if inputs.shape[-2] == 0:
         raise ValueError(
             f"The training set is empty (inputs of shape {tuple(inputs.shape)}). Give at least one point, or predict "
@@ -347,4 +348,3 @@ def _check_targets(inputs: Tensor, targets: Tensor) -> None:
             f"Training targets of shape {tuple(targets.shape)} have NaN or infinite values, first at {bad}. Remove "
             "them, or set gpytorch.settings.observation_nan_policy('mask')."
         )
-    must_agree("training targets", targets)

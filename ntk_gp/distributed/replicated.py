@@ -12,17 +12,22 @@ from .. import settings
 
 
 def same_on_all_ranks(draw: Tensor) -> Tensor:
-    """What the first rank has drawn, where ranks work together: their random numbers may have been seeded apart."""
+    """What the first rank has drawn, where ranks work together: their random numbers may have been seeded apart, and
+    their processors may round otherwise. Derivatives are each rank's own."""
     group = settings.distributed.group()
     if group is None or group.size == 1:
         return draw
-    return group.broadcast(draw.to(group.device)).to(draw.device)
+    own = draw.detach()
+    first = group.broadcast(own.to(group.device, copy=True)).to(draw.device)
+    if not draw.requires_grad:
+        return first
+    return draw + torch.where(first == own, torch.zeros_like(own), first - own)
 
 
 @contextmanager
 def same_random_numbers(device: torch.device) -> Iterator[None]:
-    """What is drawn within, on the CPU or this device, is what the first rank draws, on all ranks that work together;
-    the random numbers of the others go on from where they were."""
+    """Random numbers drawn within, on the CPU or this device, are the first rank's on all ranks that work together. The
+    generators of the others are as they were afterwards, as if they had drawn nothing."""
     group = settings.distributed.group()
     if group is None or group.size == 1:
         yield

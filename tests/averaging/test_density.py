@@ -110,6 +110,76 @@ def test_several_priors_on_one_parameter_add():
     assert together == pytest.approx([sum(each) for each in zip(*apart, strict=True)], abs=1e-9)
 
 
+def test_a_prior_on_several_parameters_beside_one_on_one_of_them():
+    """What is joined for one backward pass must be computed from other parameters, also where a slope is zero."""
+    kernel = ScaleKernel(ScaleKernel(RBFKernel()))
+    model = PlainGP(*data(6), kernel)
+    model.likelihood.raw_noise.requires_grad_(False)
+    kernel.base_kernel.base_kernel.raw_lengthscale.requires_grad_(False)
+    kernel.outputscale = kernel.base_kernel.outputscale = 0.7
+    kernel.register_prior("p", GammaPrior(2.0, 3.0), "outputscale")
+    hinge = lambda k: k.base_kernel.outputscale + (k.outputscale - 1).relu()  # noqa: E731
+    kernel.register_prior("q", GammaPrior(2.0, 3.0), hinge)
+    u = Hyperparameters(working_copy(model)).present() + 1.5
+    outer, inner = u.exp()
+    gamma = torch.distributions.Gamma(*torch.tensor([2.0, 3.0], dtype=torch.float64))
+    of_priors = gamma.log_prob(outer) + gamma.log_prob(inner + outer - 1) + u.sum()  # the slopes are a triangle
+    with torch.no_grad():
+        K = outer * inner * kernel.base_kernel.base_kernel(model.train_inputs[0]).to_dense()
+        covariance = K + model.likelihood.noise * torch.eye(len(K), dtype=K.dtype)
+        y = model.train_targets
+        of_data = torch.distributions.MultivariateNormal(torch.zeros_like(y), covariance).log_prob(y)
+    value = Hyperparameters(working_copy(model)).value(u)
+    assert value == pytest.approx((of_data + of_priors).item(), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "constraints",
+    [
+        (Positive(), Positive(), Positive(torch.exp, inv_transform=torch.log)),
+        (GreaterThan(0.1), GreaterThan(0.2), GreaterThan(0.1)),
+        (Interval(0.1, 2.0), Interval(0.1, 3.0), Interval(0.1, 2.0)),
+        (GreaterThan(torch.tensor([[0.1]])), GreaterThan(torch.tensor([[0.1]])), LessThan(3.0)),
+        (GreaterThan(torch.tensor([0.1, 0.2])), Positive(), GreaterThan(torch.tensor([0.1, 0.2]))),
+    ],
+)
+def test_parameters_that_are_alike_are_told_from_others(constraints):
+    """u is what it says of each, and leads back to the parameters."""
+    kernels = [RBFKernel(ard_num_dims=2, lengthscale_constraint=constraint) for constraint in constraints]
+    model = PlainGP(*adapted.data(6, inputs=2), kernels[0] + kernels[1] + kernels[2])
+    for i, kernel in enumerate(kernels):
+        kernel.lengthscale = torch.tensor([[0.5 + 0.1 * i, 1.2]])
+    hyperparameters = Hyperparameters(working_copy(model))
+    coordinates, u, values = hyperparameters.coordinates, hyperparameters.present(), hyperparameters.values()
+    for coordinate, piece in zip(coordinates.each, u.split(coordinates.sizes), strict=True):
+        torch.testing.assert_close(coordinate.u().flatten(), piece)
+    hyperparameters.set(u)
+    for name, value in hyperparameters.values().items():
+        torch.testing.assert_close(value, values[name], rtol=0, atol=1e-7)
+
+
+class Power(Positive):
+    """A constraint of a user's, with a state of its own."""
+
+    def __init__(self, power: float):
+        super().__init__()
+        self.power = power
+
+    def transform(self, tensor):
+        return super().transform(tensor) ** self.power
+
+    def inverse_transform(self, transformed_tensor):
+        return super().inverse_transform(transformed_tensor ** (1 / self.power))
+
+
+def test_constraints_of_a_users_own_are_not_taken_for_alike():
+    model = PlainGP(*data(6), RBFKernel(lengthscale_constraint=Power(1)) + RBFKernel(lengthscale_constraint=Power(3)))
+    hyperparameters = Hyperparameters(working_copy(model))
+    u = hyperparameters.present()
+    hyperparameters.set(u)
+    torch.testing.assert_close(hyperparameters.present(), u, rtol=0, atol=1e-7)
+
+
 def allowed(model: PlainGP, prior: str) -> float:
     """The prior's probability of the range of θ: of draws from it; all, where it is on the raw parameter."""
     constraint = model.covar_module.raw_outputscale_constraint

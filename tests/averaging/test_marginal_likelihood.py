@@ -5,10 +5,11 @@ import math
 import gpytorch
 import pytest
 import torch
-from gpytorch.distributions import MultivariateNormal
+from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from gpytorch.kernels import Kernel, LinearKernel, MaternKernel, RBFKernel, ScaleKernel
-from gpytorch.likelihoods import FixedNoiseGaussianLikelihood
+from gpytorch.likelihoods import FixedNoiseGaussianLikelihood, GaussianLikelihood
 from gpytorch.means import ConstantMean
+from gpytorch.mlls import AddedLossTerm
 
 from ntk_gp import AdaptedGP, GainKernel, NetworkMean, NTKKernel, TangentRBFKernel, settings
 from ntk_gp.averaging import marginal_likelihood
@@ -36,6 +37,11 @@ def with_priors() -> PlainGP:
     return model
 
 
+def shared() -> PlainGP:
+    kernel = RBFKernel()
+    return model_with(ScaleKernel(kernel) + ScaleKernel(kernel * NTKKernel(NETWORK)))
+
+
 SERVED = {
     "stationary": lambda: model_with(ScaleKernel(RBFKernel())),
     "a kernel alone": lambda: model_with(RBFKernel()),
@@ -48,6 +54,8 @@ SERVED = {
     "priors": with_priors,
     "AdaptedGP": lambda: AdaptedGP(*adapted.data(9), NETWORK),
     "in float32": lambda: AdaptedGP(*(t.float() for t in adapted.data(9)), NETWORK),
+    "a shared kernel": shared,
+    "one point": lambda: model_with(ScaleKernel(NTKKernel(NETWORK)) + ScaleKernel(RBFKernel()), n=1),
 }
 
 
@@ -101,20 +109,23 @@ class Multiplied(Transformed):
 
 
 class Borrowing(Kernel):
-    """One that has a parameter of another module's, and does not say so."""
+    """One that has a parameter of another module's, and does not say so: from a threshold on, which may be further than
+    where this is tried; and with a graph, or without one."""
 
-    def __init__(self, lender: ScaleKernel):
+    def __init__(self, lender: ScaleKernel, threshold: float = 0.0, detached: bool = False):
         super().__init__()
-        self._lender = [lender]
+        self._lender, self._threshold, self._detached = [lender], threshold, detached
 
     def forward(self, x1, x2, diag=False, **params):
-        matrix = self._lender[0].outputscale * (x1 @ x2.mT)
+        scale = self._lender[0].outputscale
+        scale = scale.detach() if self._detached else scale
+        matrix = (scale - self._threshold).relu() * (x1 @ x2.mT)
         return matrix.diagonal(dim1=-2, dim2=-1) if diag else matrix
 
 
-def borrowing() -> PlainGP:
+def borrowing(**options) -> PlainGP:
     lender = ScaleKernel(RBFKernel())
-    return model_with(lender + Borrowing(lender))
+    return model_with(lender + Borrowing(lender, **options))
 
 
 def missing() -> PlainGP:
@@ -123,8 +134,34 @@ def missing() -> PlainGP:
     return model
 
 
+class Several(PlainGP):
+    """Of the class that multitask models are of."""
+
+    def forward(self, x):
+        return MultitaskMultivariateNormal.from_batch_mvn(
+            MultivariateNormal(torch.zeros(1, len(x)).to(x), self.covar_module(x).to_dense().unsqueeze(0))
+        )
+
+
+class Weighed(AddedLossTerm):
+    def __init__(self, kernel: Kernel):
+        self.kernel = kernel
+
+    def loss(self, *_):
+        return self.kernel.outputscale.sum()
+
+
+class WithAnotherTerm(PlainGP):
+    """One beside the marginal likelihood."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_added_loss_term("more")
+        self.update_added_loss_term("more", Weighed(self.covar_module))
+
+
+# Those that can be told by how they look; `SumOfKernels.of` refuses them itself.
 NOT_SERVED = {
-    "linear in the weights": lambda: model_with(ScaleKernel(NTKKernel(NETWORK)) + GainKernel(NETWORK)),
     "a trained mean": lambda: PlainGP(*one_input(), ScaleKernel(RBFKernel()), mean=ConstantMean()),
     "noise of each point": lambda: PlainGP(
         *one_input(), ScaleKernel(RBFKernel()), FixedNoiseGaussianLikelihood(torch.full((12,), 0.1))
@@ -132,22 +169,49 @@ NOT_SERVED = {
     "columns of all": lambda: model_with(ScaleKernel(RBFKernel(active_dims=(0, 1)))),
     "transformed inputs": lambda: Transformed(*one_input(), ScaleKernel(RBFKernel())),
     "a matrix that is multiplied": lambda: Multiplied(*one_input(), ScaleKernel(RBFKernel())),
+    "noise in a batch": lambda: PlainGP(
+        *one_input(), ScaleKernel(RBFKernel()), GaussianLikelihood(batch_shape=torch.Size([1]))
+    ),
+    "a mean in a batch": lambda: PlainGP(
+        *one_input(), ScaleKernel(RBFKernel()), mean=ConstantMean(batch_shape=torch.Size([1])).requires_grad_(False)
+    ),
+    "kernels in a batch": lambda: model_with(ScaleKernel(RBFKernel(batch_shape=torch.Size([1])))),
+    "another term": lambda: WithAnotherTerm(*one_input(), ScaleKernel(RBFKernel())),
+    "several outputs": lambda: Several(*one_input(), ScaleKernel(RBFKernel())),
+    "missing targets": missing,
+}
+
+# Others are found out when they are tried, or serve: GPyTorch's value is what counts.
+UNUSUAL = {
     "a parameter of another module": borrowing,
+    "one that shows later": lambda: borrowing(threshold=2.0),
+    "one without a graph": lambda: borrowing(detached=True),
+    "lengthscales for other columns": lambda: model_with(ScaleKernel(RBFKernel(ard_num_dims=1))),
 }
 
 
 @pytest.mark.parametrize("name", NOT_SERVED)
 def test_other_models_are_left_to_gpytorch(name):
-    hyperparameters = Hyperparameters(working_copy(NOT_SERVED[name]()))
-    assert hyperparameters._sum_of_kernels is None
-    assert math.isfinite(hyperparameters.value(hyperparameters.present()))
-
-
-def test_missing_targets_are_left_to_gpytorch():
     with gpytorch.settings.observation_nan_policy("mask"):
-        hyperparameters = Hyperparameters(working_copy(missing()))
-        assert hyperparameters._sum_of_kernels is None
-        assert math.isfinite(hyperparameters.value(hyperparameters.present()))
+        assert SumOfKernels.of(working_copy(NOT_SERVED[name]()).train()) is None
+
+
+def test_a_linear_model_is_left_to_its_spectrum():
+    model = model_with(ScaleKernel(NTKKernel(NETWORK)) + GainKernel(NETWORK))
+    assert Hyperparameters(working_copy(model))._sum_of_kernels is None
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_models_have_gpytorchs_likelihood(name):
+    hyperparameters = Hyperparameters(working_copy(UNUSUAL[name]()))
+    reference = Hyperparameters(working_copy(UNUSUAL[name]()))
+    reference._sum_of_kernels = None
+    for shift in (0.0, 2.5):
+        u = hyperparameters.present() + shift
+        value, gradient = hyperparameters.log_density(u)
+        expected, expected_gradient = reference.log_density(u)
+        assert value == pytest.approx(expected, rel=1e-10)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-8, atol=1e-8)
 
 
 def test_many_points_are_left_to_gpytorch(monkeypatch):
