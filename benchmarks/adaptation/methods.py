@@ -34,6 +34,13 @@ def _recipe(network: nn.Sequential, x: Tensor, y: Tensor, x_test: Tensor) -> Pre
     return gaussian_processes.observations(import_module("ntk_gp.adapted").AdaptedGP(x, y, network).fit(), x_test)
 
 
+def _with_scratch(network: nn.Sequential, x: Tensor, y: Tensor, x_test: Tensor) -> Prediction:
+    """The recipe, and a Gaussian process without the network, averaged by their evidence."""
+    package = import_module("ntk_gp")
+    models = [package.AdaptedGP(x, y, network), gaussian_processes.from_scratch(network, x, y)]
+    return gaussian_processes.observations(package.compare(models, seed=0), x_test)
+
+
 def _at_mode(
     make: Callable[..., GaussianProcess],
     with_priors: bool,
@@ -69,6 +76,7 @@ _GAUSSIAN_PROCESSES: dict[str, Callable[..., GaussianProcess]] = {
 
 METHODS: dict[str, Method] = {
     RECIPE: Method(_recipe, partial(_has, "ntk_gp.adapted")),
+    f"{RECIPE} and RBF-ARD, by evidence": Method(_with_scratch, partial(_has, "ntk_gp.adapted")),
     "unadapted": Method(fine_tuning.unadapted),
     "fine-tuning": Method(fine_tuning.all_layers),
     "fine-tuning, last layer": Method(fine_tuning.last_layer),
