@@ -21,6 +21,7 @@ from ntk_gp import NTKKernel, draw_functions
 from ntk_gp.distributed import jacobian as sharded
 from ntk_gp.distributed.group import Group
 from ntk_gp.distributed.jacobian import ShardedJacobian
+from ntk_gp.distributed.replicated import same_on_all_ranks
 from ntk_gp.distributed.traffic import Traffic
 from ntk_gp.solvers import System
 from ntk_gp.solvers.weight_space import feature_moment
@@ -197,6 +198,25 @@ def differentiated() -> dict[str, torch.Tensor]:
                     group.agree(f"gradients of the {name} of {kernel}", *gradients)
         after = torch.rand(3)  # of each rank's own
     return found | {"after": after}
+
+
+def rounded_apart() -> tuple[torch.Tensor, torch.Tensor]:
+    """A draw that each rank has computed with rounding errors of its own, and its derivative."""
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    normals = torch.linspace(-2, 2, 9, dtype=torch.float64) * (1 + 1e-15 * dist.get_rank())
+    with ntk_gp.settings.distributed(timeout=20):
+        drawn = same_on_all_ranks(scale * normals)
+        assert torch.equal(same_on_all_ranks((scale * normals).detach()), drawn.detach())
+        (gradient,) = torch.autograd.grad(drawn.square().sum(), scale)
+    return drawn.detach(), gradient
+
+
+def test_draws_have_the_first_ranks_bits(two):
+    (drawn, gradient), (other, others_gradient) = two.run(rounded_apart)
+    assert torch.equal(drawn, other)
+    assert torch.equal(drawn, 3 * torch.linspace(-2, 2, 9, dtype=torch.float64))
+    torch.testing.assert_close(gradient, others_gradient, rtol=1e-14, atol=0)
+    assert gradient.item() == pytest.approx(float(2 * drawn.square().sum() / 3))
 
 
 def test_samples_with_gradients_are_the_same_however_ranks_are_seeded(two):
