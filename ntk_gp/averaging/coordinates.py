@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from gpytorch.constraints import GreaterThan, Interval, LessThan, Positive
 from torch import Tensor, nn
 
 from .._compat import transforms_of
+
+_Item = TypeVar("_Item")
 
 
 class Coordinate:
@@ -83,13 +86,7 @@ class Coordinates:
         self.each = list(coordinates)
         self.parameters = [coordinate.parameter for coordinate in self.each]
         self.sizes = [parameter.numel() for parameter in self.parameters]
-        self._alike: list[list[int]] = []
-        for i, coordinate in enumerate(self.each):
-            group = next((group for group in self._alike if coordinate.is_alike(self.each[group[0]])), None)
-            if group is None:
-                self._alike.append([i])
-            else:
-                group.append(i)
+        self._alike = grouped(range(len(self.each)), lambda i, group: self.each[i].is_alike(self.each[group[0]]))
 
     def u(self) -> Tensor:
         """The present u."""
@@ -106,3 +103,15 @@ class Coordinates:
             together = self.each[first].raw(torch.cat([pieces[i] for i in (first, *others)]))
             raw.update(zip((first, *others), together.split([self.sizes[i] for i in (first, *others)]), strict=True))
         return [raw[i].reshape(shape) for i, shape in enumerate(shapes)]
+
+
+def grouped(items: Iterable[_Item], joins: Callable[[_Item, list[_Item]], bool]) -> list[list[_Item]]:
+    """Items in groups: each is put into the first one that it joins, or begins another."""
+    groups: list[list[_Item]] = []
+    for item in items:
+        group = next((group for group in groups if joins(item, group)), None)
+        if group is None:
+            groups.append([item])
+        else:
+            group.append(item)
+    return groups

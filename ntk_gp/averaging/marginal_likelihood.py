@@ -7,19 +7,21 @@ out, each time anew, what the model is made of; here that is found out once, and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from gpytorch import settings as gpytorch_settings
 from gpytorch.distributions import MultivariateNormal
-from gpytorch.kernels import AdditiveKernel, Kernel, ScaleKernel
+from gpytorch.kernels import Kernel
 from gpytorch.lazy import LazyEvaluatedKernelTensor
 from gpytorch.likelihoods import GaussianLikelihood
 from gpytorch.models import ExactGP
+from linear_operator.operators import LinearOperator
 from torch import Tensor
 
 from .. import memory
+from ..bridge.feature_sums import Summand, summands
+from ..bridge.kernel_matrices import evaluated
 from ..operators._marginal_terms import Assembly, exact_terms, in_double
 from ..operators._parts import Arguments, Diagonal, Multiple, Numbers, Part, Sum, part_of
 
@@ -28,17 +30,26 @@ _LARGEST = 1000
 
 
 class _Term(NamedTuple):
-    """A kernel of the sum, what it is scaled by, and its matrix in float64 where nothing in it is trained."""
+    """A kernel of the sum with what it is scaled by, the columns of the inputs that it sees, and its matrix in float64
+    where nothing in it is trained."""
 
-    scales: tuple[ScaleKernel, ...]
-    kernel: Kernel
+    summand: Summand
+    x: Tensor
     kept: Tensor | None
 
-    def part(self, x: Tensor, arguments: Arguments) -> Part:
-        part = part_of(self.kernel(x), arguments) if self.kept is None else Numbers(arguments.add(self.kept))
-        if not self.scales:
+    @classmethod
+    def of(cls, summand: Summand, x: Tensor) -> _Term:
+        x = x if summand.active_dims is None else x.index_select(-1, summand.active_dims)
+        return cls(summand, x, _kept(summand.kernel, x))
+
+    def part(self, arguments: Arguments) -> Part:
+        if self.kept is None:
+            part = part_of(_matrix(self.summand.kernel, self.x), arguments)
+        else:
+            part = Numbers(arguments.add(self.kept))
+        if not self.summand.scales:
             return part
-        scale = torch.stack([scale.outputscale for scale in self.scales]).prod(0)
+        scale = torch.stack([scale.outputscale for scale in self.summand.scales]).prod(0)
         return Multiple(arguments.add(scale), part)
 
 
@@ -46,14 +57,12 @@ class SumOfKernels:
     """The log marginal likelihood log p(y) of a model, at the hyperparameters that it has whenever it is asked for.
 
     :param likelihood: With one noise for all.
-    :param x: The inputs as the kernels take them, (n, d).
     :param residual: The targets minus the mean, (n,) in float64.
     :param terms: What is added up.
     """
 
-    def __init__(self, likelihood: GaussianLikelihood, x: Tensor, residual: Tensor, terms: list[_Term]):
+    def __init__(self, likelihood: GaussianLikelihood, residual: Tensor, terms: list[_Term]):
         self._likelihood = likelihood
-        self._x = x
         self._residual = residual
         self._terms = terms
 
@@ -63,9 +72,9 @@ class SumOfKernels:
         targets, likelihood = model.train_targets, model.likelihood
         if type(likelihood) is not GaussianLikelihood or likelihood.noise.shape != (1,):
             return None
-        if any(True for _ in model.added_loss_terms()) or targets.dim() != 1 or not targets.isfinite().all():
+        if targets.dim() != 1 or len(targets) > _LARGEST or not targets.isfinite().all():
             return None
-        if len(targets) > _LARGEST:
+        if any(True for _ in model.added_loss_terms()):
             return None
         with torch.enable_grad():
             prior = model(*model.train_inputs)
@@ -73,12 +82,11 @@ class SumOfKernels:
         is_known = type(prior) is MultivariateNormal and mean.shape == targets.shape and not mean.requires_grad
         if not is_known or not _is_kernels(matrix):
             return None
-        kernels = list(_flat(matrix.kernel))
-        kept = sum(not _is_trained(kernel) for _, kernel in kernels)
+        parts = summands(matrix.kernel)
+        kept = sum(not _is_trained(part.kernel) for part in parts)
         if 8 * (kept + 3) * len(targets) ** 2 > memory.SYSTEM.bytes(targets.device):
             return None
-        terms = [_Term(scales, kernel, _kept(kernel, matrix.x1)) for scales, kernel in kernels]
-        return cls(likelihood, matrix.x1, (targets - mean).double(), terms)
+        return cls(likelihood, (targets - mean).double(), [_Term.of(part, matrix.x1) for part in parts])
 
     def __call__(self) -> Tensor:
         """log p(y), with derivatives that are written out.
@@ -86,7 +94,7 @@ class SumOfKernels:
         :raises NotPSDError: If the matrix has no Cholesky factor.
         """
         arguments, n = Arguments(), len(self._residual)
-        parts = [term.part(self._x, arguments) for term in self._terms]
+        parts = [term.part(arguments) for term in self._terms]
         noise = Diagonal(arguments.add(self._likelihood.noise.expand(n)))
         jitter = gpytorch_settings.cholesky_jitter.value(torch.float64)
         assembly = Assembly(Sum([*parts, noise]), torch.Size([n, n]), jitter)
@@ -103,21 +111,15 @@ def _is_kernels(matrix: Any) -> bool:
         and not (matrix.x1.requires_grad or matrix.x2.requires_grad)
         and torch.equal(matrix.x1, matrix.x2)
         and matrix.x1.dim() == 2
-        and matrix.kernel.active_dims is None  # those columns of x were taken already, and would be once more
+        and matrix.kernel.active_dims is None
         and len(matrix.kernel.batch_shape) == 0
     )
 
 
-def _flat(kernel: Kernel, scales: tuple[ScaleKernel, ...] = ()) -> Iterator[tuple[tuple[ScaleKernel, ...], Kernel]]:
-    """The kernels of a sum, each with those that scale it."""
-    is_composed = kernel.active_dims is None
-    if is_composed and type(kernel) is AdditiveKernel:
-        for each in kernel.kernels:
-            yield from _flat(each, scales)
-    elif is_composed and type(kernel) is ScaleKernel:
-        yield from _flat(kernel.base_kernel, (*scales, kernel))
-    else:
-        yield scales, kernel
+def _matrix(kernel: Kernel, x: Tensor) -> LinearOperator:
+    """Evaluated at the columns that the kernel sees; not by GPyTorch, which switches lazy evaluation off in all threads
+    meanwhile."""
+    return evaluated(LazyEvaluatedKernelTensor(x, x, kernel=kernel))
 
 
 def _kept(kernel: Kernel, x: Tensor) -> Tensor | None:
@@ -125,7 +127,7 @@ def _kept(kernel: Kernel, x: Tensor) -> Tensor | None:
     if _is_trained(kernel):
         return None
     with torch.enable_grad():
-        matrix = in_double(kernel(x))
+        matrix = in_double(_matrix(kernel, x))
     return None if matrix.requires_grad else matrix
 
 

@@ -8,6 +8,8 @@ import torch
 from gpytorch.priors import Prior
 from torch import Tensor, nn
 
+from .coordinates import grouped
+
 
 class PriorTerm:
     """What a registered prior is on: t, of as many elements as those of u that it depends on, else `elements` is None.
@@ -28,9 +30,9 @@ class PriorTerm:
 
     def _find_elements(self) -> None:
         with torch.enable_grad():
-            of_all = self._gradients(self.t().sum(), create_graph=False)
-        self.reached = {i for i, gradient in enumerate(of_all) if gradient is not None}
-        slopes = self.slopes()
+            rows = [self._gradients(each, create_graph=False) for each in self.t()]
+        self.reached = {i for row in rows for i, gradient in enumerate(row) if gradient is not None}
+        slopes = torch.stack([self._flat(row) for row in rows])
         depends = (slopes != 0).any(0)
         self.elements = depends.nonzero().squeeze(-1).cpu()
         if len(self.elements) == 0:  # of what is not trained: a constant
@@ -60,7 +62,9 @@ class PriorTerm:
 
     def gradient(self, value: Tensor, create_graph: bool = False) -> Tensor:
         """dvalue/draw, (d,)."""
-        gradients = self._gradients(value, create_graph)
+        return self._flat(self._gradients(value, create_graph))
+
+    def _flat(self, gradients: Sequence[Tensor | None]) -> Tensor:
         pieces = [
             torch.zeros_like(p) if g is None else g.expand_as(p)
             for p, g in zip(self._parameters, gradients, strict=True)
@@ -79,16 +83,8 @@ class PriorTerm:
 def in_one_pass(priors: Sequence[PriorTerm]) -> list[list[PriorTerm]]:
     """Groups of those that have a slope: a backward pass through the sum of what a group is on has all slopes of it,
     since each is elementwise, and no two are computed from one parameter."""
-    groups: list[list[PriorTerm]] = []
-    for prior in priors:
-        if prior.elements is None or prior.is_constant:
-            continue
-        group = next((group for group in groups if all(_are_apart(prior, other) for other in group)), None)
-        if group is None:
-            groups.append([prior])
-        else:
-            group.append(prior)
-    return groups
+    have_slopes = (prior for prior in priors if prior.elements is not None and not prior.is_constant)
+    return grouped(have_slopes, lambda prior, group: all(_are_apart(prior, other) for other in group))
 
 
 def _are_apart(one: PriorTerm, other: PriorTerm) -> bool:

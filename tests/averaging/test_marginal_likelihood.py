@@ -42,12 +42,19 @@ def shared() -> PlainGP:
     return model_with(ScaleKernel(kernel) + ScaleKernel(kernel * NTKKernel(NETWORK)))
 
 
+def nested_columns() -> PlainGP:
+    inner = ScaleKernel(RBFKernel(active_dims=(1,))) + MaternKernel()
+    inner.active_dims = torch.tensor([0, 2])  # of which the first sees the last
+    return model_with(NTKKernel(NETWORK) + inner)
+
+
 SERVED = {
     "stationary": lambda: model_with(ScaleKernel(RBFKernel())),
     "a kernel alone": lambda: model_with(RBFKernel()),
     "nothing scaled": lambda: model_with(NTKKernel(NETWORK) + RBFKernel()),
     "scaled twice": lambda: model_with(ScaleKernel(ScaleKernel(NTKKernel(NETWORK)) + ScaleKernel(MaternKernel()))),
     "columns": lambda: model_with(NTKKernel(NETWORK) + ScaleKernel(RBFKernel(active_dims=(0, 2)))),
+    "columns of columns": nested_columns,
     "products": lambda: model_with(ScaleKernel(NTKKernel(NETWORK) * RBFKernel()) + ScaleKernel(LinearKernel())),
     "layers": lambda: model_with(NTKKernel(NETWORK, variance_groups="layer") + ScaleKernel(RBFKernel())),
     "gain and metric": lambda: model_with(GainKernel(NETWORK) + ScaleKernel(TangentRBFKernel(NETWORK))),
@@ -89,6 +96,20 @@ def test_what_is_not_trained_is_evaluated_once(monkeypatch):
     monkeypatch.setattr(NTKKernel, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
     hyperparameters.log_density(u)
     assert not calls
+
+
+def test_no_setting_of_gpytorchs_is_switched(monkeypatch):
+    """Other threads would meet it: lazy evaluation is off while GPyTorch evaluates a kernel."""
+    hyperparameters = Hyperparameters(working_copy(SERVED["AdaptedGP"]()))
+    u = hyperparameters.present()
+    assert isinstance(hyperparameters._sum_of_kernels, SumOfKernels)
+    switched = []
+    monkeypatch.setattr(
+        gpytorch.settings.lazily_evaluate_kernels, "_set_state", classmethod(lambda cls, state: switched.append(state))
+    )
+    value, _ = hyperparameters.log_density(u)
+    assert math.isfinite(value)
+    assert switched == []
 
 
 class Transformed(PlainGP):
